@@ -1,0 +1,24 @@
+"""digits: the 1,797 real 8 x 8 scans of handwritten digits that scikit-learn ships (UCI, test part), 10 classes."""
+
+from pathlib import Path
+
+import numpy as np
+import sklearn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from inflora.data.store import Manifest, write_store
+
+
+def prepare(folder: Path) -> Manifest:
+    """Write the store; a stratified quarter, drawn once for everyone, is the test split."""
+    scans = load_digits()
+    pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)[..., None]
+    train, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=scans.target)
+    return write_store(
+        folder,
+        dataset="digits",
+        source=f"sklearn.datasets.load_digits {sklearn.__version__}",
+        classes=[str(digit) for digit in range(10)],
+        splits={"train": (pixels[train], scans.target[train]), "test": (pixels[test], scans.target[test])},
+    )

@@ -1,0 +1,42 @@
+"""The few collective operations that a run needs; each does nothing when there is one process."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that share the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """``tensor`` summed over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients over all processes, in one message.
+
+    Each process scales its loss by its share of the global batch, so the sum is the gradient of the global mean
+    whatever the shares are; only what is trained travels, never the frozen backbone.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    all_sum(flat)
+    for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = summed.view_as(parameter)

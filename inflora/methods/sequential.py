@@ -1,0 +1,30 @@
+"""Sequential LoRA: plain low-rank adaptation, task after task, with nothing protected (Hu et al., ICLR 2022)."""
+
+from typing import TypeVar
+
+import torch
+
+from inflora.config import JointSettings, SequentialSettings
+from inflora.data.loader import seeded
+from inflora.lora import adapted_layers, inject, merge_all
+from inflora.methods.base import Method, TaskData
+from inflora.model import ContinualModel
+
+S = TypeVar("S", SequentialSettings, JointSettings)
+
+
+class Sequential(Method[S]):
+    """Both matrices of each adapter are trained, A from LoRA's usual initialisation, and merged after the task."""
+
+    def prepare(self, model: ContinualModel) -> None:
+        inject(model.backbone, self.settings.blocks)
+
+    def begin_task(self, model: ContinualModel, data: TaskData) -> None:
+        for name, layer in adapted_layers(model):
+            bound = layer.in_features**-0.5
+            shape = (self.settings.rank, layer.in_features)
+            generator = seeded(data.seed, data.task.index, "lora_A", name)
+            layer.attach(torch.empty(shape).uniform_(-bound, bound, generator=generator), train_A=True)
+
+    def end_task(self, model: ContinualModel, data: TaskData) -> None:
+        merge_all(model)

@@ -1,0 +1,109 @@
+"""A run's state as a value: what is saved, restored and compared."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from inflora.metrics import Evaluation
+
+_MANIFEST = "state.json"
+
+
+class StateError(ValueError):
+    """A saved state is missing, damaged, or belongs to another run."""
+
+
+class RunState(NamedTuple):
+    """A run after some of its tasks.
+
+    ``model`` holds what learning has changed, ``method`` what the method remembers; random numbers need no state, each
+    task draws from generators of its own.
+    """
+
+    config_hash: str
+    evaluate_on: str
+    evaluations: tuple[Evaluation, ...] = ()
+    model: dict[str, Tensor] = {}
+    method: dict[str, Tensor] = {}
+
+    @property
+    def tasks_done(self) -> int:
+        """How many tasks have been learnt."""
+        return len(self.evaluations)
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config_hash: str
+    evaluate_on: str
+    evaluations: tuple[Evaluation, ...]
+    tensors: str
+    sha256: str
+
+
+def save_state(state: RunState, folder: Path) -> None:
+    """Write ``state`` into ``folder``; a reader sees the state before or the state after, never a mixture.
+
+    The tensors go to a file named by their content, then one rename makes the manifest point to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = {"model": state.model, "method": state.method}
+    content = save({f"{group}/{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()})
+    sha256 = hashlib.sha256(content).hexdigest()
+    tensors = f"tensors-{sha256[:16]}.safetensors"
+    write_atomically(folder / tensors, content)
+    manifest = _Manifest(
+        config_hash=state.config_hash,
+        evaluate_on=state.evaluate_on,
+        evaluations=state.evaluations,
+        tensors=tensors,
+        sha256=sha256,
+    )
+    write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2).encode())
+    for old in folder.glob("tensors-*.safetensors"):
+        if old.name != tensors:
+            old.unlink(missing_ok=True)
+
+
+def load_state(folder: Path) -> RunState:
+    """The state saved in ``folder``.
+
+    Raises:
+        StateError: Nothing is saved there, or not what its manifest says.
+    """
+    try:
+        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_text())
+        content = (folder / Path(manifest.tensors).name).read_bytes()
+    except OSError as error:
+        raise StateError(f"no saved state in {folder}: {error.strerror}") from None
+    except ValidationError as error:
+        raise StateError(f"{folder / _MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise StateError(f"{folder / manifest.tensors} is damaged: its content does not match its hash")
+    tensors = load(content)
+    model, method = (
+        {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
+        for group in ("model/", "method/")
+    )
+    return RunState(manifest.config_hash, manifest.evaluate_on, manifest.evaluations, model, method)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a state has been saved in ``folder``."""
+    return (folder / _MANIFEST).exists()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

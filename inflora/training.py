@@ -1,0 +1,132 @@
+"""The epochs of one task, and evaluation on every class seen."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inflora import distributed
+from inflora.config import OptimSettings
+from inflora.data.loader import Batch, Input, evaluation_batches
+from inflora.data.store import Images
+from inflora.data.stream import Task
+from inflora.lora import adapted_layers
+from inflora.methods import Method
+from inflora.metrics import Evaluation, TaskCounts
+from inflora.model import ContinualModel
+
+_EVALUATION_BATCH = 256
+
+
+class EpochDone(NamedTuple):
+    """Where a run is: for progress displays."""
+
+    task: int
+    epoch: int
+    epochs: int
+    loss: float
+
+
+def lr_factor(name: Literal["adam", "sgd"], epoch: int, epochs: int) -> float:
+    """Learning rate of ``epoch`` (from 0) as a share of the full one, as in the authors' experiments."""
+    if name == "sgd":
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if epochs == 1:
+        return 1.0
+    return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * (epochs - 1)))
+
+
+def make_optimizer(model: ContinualModel, settings: OptimSettings) -> torch.optim.Optimizer:
+    """A fresh optimiser over the adapters and the newest classifier: nothing else is trained."""
+    adapters = [p for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B) if _is_trained(p)]
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.heads[-1].parameters()), "lr": settings.head_lr or settings.lr}
+    ]
+    if adapters:
+        groups.append({"params": adapters, "lr": settings.lr})
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay)
+    return torch.optim.Adam(groups, weight_decay=settings.weight_decay)
+
+
+def _is_trained(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def train_task(
+    model: ContinualModel,
+    method: Method[Any],
+    task: Task,
+    settings: OptimSettings,
+    passes: Callable[[str], Iterator[Batch]],
+    on_epoch: Callable[[EpochDone], None],
+) -> list[float]:
+    """All epochs of one task; the mean loss of each epoch.
+
+    Raises:
+        FloatingPointError: The loss is no longer a finite number.
+    """
+    optimizer = make_optimizer(model, settings)
+    full_lrs = [group["lr"] for group in optimizer.param_groups]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    epoch_losses = []
+    for epoch in range(settings.epochs):
+        for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
+            group["lr"] = full_lr * lr_factor(settings.name, epoch, settings.epochs)
+        losses = [_step(model, method, task, optimizer, trained, batch) for batch in passes(f"train-{epoch}")]
+        loss = float(distributed.all_sum(torch.stack(losses)).mean())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of task {task.index}, epoch {epoch} is {loss}; try a smaller optim.lr")
+        epoch_losses.append(loss)
+        on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss))
+    return epoch_losses
+
+
+def _step(
+    model: ContinualModel,
+    method: Method[Any],
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    trained: Sequence[torch.nn.Parameter],
+    batch: Batch,
+) -> Tensor:
+    """One update; this worker's part of the global batch's mean loss."""
+    optimizer.zero_grad()
+    if batch.share:
+        loss = method.loss(model, batch, task) * batch.share
+        loss.backward()
+    else:
+        loss = torch.zeros((), device=batch.images.device)
+    distributed.sum_gradients(trained)
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model: ContinualModel, images: Images, tasks: Sequence[Task], input: Input) -> Evaluation:
+    """Count right answers on the images of ``tasks``, all classes they have together competing."""
+    counts = torch.zeros(len(tasks), 4, dtype=torch.int64, device=input.device)
+    first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
+    rows = torch.cat([task.eval_rows for task in tasks])
+    for batch in evaluation_batches(images, rows, input, _EVALUATION_BATCH):
+        logits = model.logits(model.features(batch.images))
+        label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
+        class_tasks = torch.bucketize(torch.arange(logits.shape[1], device=input.device), first_labels, right=True) - 1
+        predicted = logits.argmax(1)
+        own = logits.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)
+        hits = torch.stack(
+            [
+                torch.ones_like(predicted),
+                (predicted == batch.labels).long(),
+                (own == batch.labels).long(),
+                (class_tasks[predicted] == label_tasks).long(),
+            ],
+            dim=1,
+        )
+        counts.index_add_(0, label_tasks, hits)
+    return tuple(
+        TaskCounts(images=images, correct=correct, correct_in_task=in_task, right_task=right_task)
+        for images, correct, in_task, right_task in distributed.all_sum(counts).tolist()
+    )
