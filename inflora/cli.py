@@ -1,8 +1,7 @@
 """``inflora``: one run, no Ray."""
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,19 +13,17 @@ from rich.table import Table
 
 from inflora.config import (
     ConfigError,
-    RunConfig,
-    config_hash,
-    dump_config,
     load_config,
     override,
     parse_assignments,
 )
-from inflora.continual import TaskResult, check, identity, run
+from inflora.continual import TaskResult
 from inflora.data import ensure_store
 from inflora.data.store import DataError, read_manifest
 from inflora.data.stream import EvaluateOn
-from inflora.metrics import accuracy_matrix, seen
-from inflora.state import StateError, has_state, load_state, save_state, write_atomically
+from inflora.metrics import Evaluation, accuracy_matrix, metrics_after, seen
+from inflora.runs import train_into
+from inflora.state import StateError
 from inflora.training import EpochDone
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,10 +59,12 @@ def train(
     """Learn the stream of tasks once, print the accuracies and keep the model."""
     with one_line_errors():
         config = override(load_config(config_file), parse_assignments(assignments or []))
-        results = train_into(out, config, _parse_split(evaluate_on), resume=resume)
-    Console().print(accuracy_table(results))
-    last = results[-1]
-    for name, value in last.metrics.items():
+        with _progress() as on_epoch:
+            state = train_into(
+                out, config, _parse_split(evaluate_on), resume=resume, on_task=_print_task, on_epoch=on_epoch
+            )
+    Console().print(accuracy_table(state.evaluations))
+    for name, value in metrics_after(state.evaluations, state.tasks).items():
         print(f"{name:20} {value:.4f}")
     print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
 
@@ -86,59 +85,18 @@ def info(name: str, root: Annotated[Path | None, typer.Option(help="Where the st
         )
 
 
-def train_into(out: Path, config: RunConfig, evaluate_on: EvaluateOn, *, resume: bool) -> list[TaskResult]:
-    """Run ``config`` with its state and results in ``out``; the results of the tasks learnt now.
-
-    Raises:
-        ConfigError, DataError, StateError: Before anything is trained or overwritten.
-    """
-    check(config)
-    state_folder = out / "state"
-    if not resume and has_state(state_folder):
-        raise ConfigError(f"{out} already holds a run; go on with --resume or choose another --out")
-    state = load_state(state_folder) if resume and has_state(state_folder) else None
-    if state is not None and state.config_hash == config_hash(config) and _is_complete(out):
-        raise ConfigError(f"the run in {out} is complete; choose another --out to train again")
-    results: list[TaskResult] = []
-    with _progress() as on_epoch:
-        for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
-            if not results:
-                out.mkdir(parents=True, exist_ok=True)
-                write_atomically(out / "config.yaml", dump_config(config).encode())
-            save_state(result.state, state_folder)
-            _print_task(result)
-            results.append(result)
-    write_atomically(out / "result.json", json.dumps(summary(config, results[-1], evaluate_on), indent=2).encode())
-    return results
-
-
-def summary(config: RunConfig, last: TaskResult, evaluate_on: EvaluateOn) -> dict[str, object]:
-    """A finished run as plain values: metrics, accuracy matrix, settings and what the numbers depend on."""
-    return {
-        "evaluated_on": evaluate_on,
-        "metrics": last.metrics,
-        "accuracy_matrix": accuracy_matrix(last.state.evaluations),
-        "identity": identity(config),
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def accuracy_table(results: list[TaskResult]) -> Table:
+def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
     """The accuracy matrix: a row per task learnt, a column per task asked about."""
-    matrix = accuracy_matrix(results[-1].state.evaluations)
+    matrix = accuracy_matrix(evaluations)
     table = Table(title="accuracy (%) after each task")
     table.add_column("after task", justify="right")
     for column in range(len(matrix)):
         table.add_column(f"on {column + 1}", justify="right")
     table.add_column("all seen", justify="right")
-    for index, (row, evaluation) in enumerate(zip(matrix, results[-1].state.evaluations, strict=True)):
+    for index, (row, evaluation) in enumerate(zip(matrix, evaluations, strict=True)):
         cells = [f"{100 * value:.1f}" for value in row] + [""] * (len(matrix) - len(row))
         table.add_row(str(index + 1), *cells, f"{100 * seen(evaluation):.1f}")
     return table
-
-
-def _is_complete(out: Path) -> bool:
-    return (out / "result.json").exists()
 
 
 def _parse_split(name: str) -> EvaluateOn:
@@ -151,7 +109,7 @@ def _parse_split(name: str) -> EvaluateOn:
 
 def _print_task(result: TaskResult) -> None:
     print(
-        f"task {result.task + 1}/{result.tasks} ({', '.join(result.classes)}): "
+        f"task {result.task + 1}/{result.state.tasks} ({', '.join(result.classes)}): "
         f"all seen {100 * result.metrics['acc/seen']:.1f} %, this task {100 * result.metrics['acc/new']:.1f} %, "
         f"{result.seconds:.1f} s",
         flush=True,

@@ -15,7 +15,7 @@ from inflora.data.loader import Input, seeded, training_batches
 from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream
 from inflora.methods import Method, TaskData, make_method
-from inflora.metrics import accuracy_row, final_metrics, task_metrics
+from inflora.metrics import accuracy_row, metrics_after
 from inflora.model import ContinualModel
 from inflora.state import RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
@@ -29,7 +29,6 @@ class TaskResult(NamedTuple):
     """
 
     task: int
-    tasks: int
     classes: tuple[str, ...]
     metrics: dict[str, float]
     accuracies: list[float]
@@ -55,14 +54,14 @@ def run(
     """
     check(config)
     device = pick_device(config.device)
-    state = state or RunState(config_hash(config), evaluate_on)
+    method = make_method(config.method)
+    stream = method.arrange(make_stream(config.data, evaluate_on))
+    state = state or RunState(config_hash(config), evaluate_on, len(stream.tasks))
     if (state.config_hash, state.evaluate_on) != (config_hash(config), evaluate_on):
         raise StateError(
             f"the saved state belongs to run {state.config_hash} on {state.evaluate_on}, "
             f"this is {config_hash(config)} on {evaluate_on}; start in an empty folder"
         )
-    method = make_method(config.method)
-    stream = method.arrange(make_stream(config.data, evaluate_on))
     shape = backbone_shape(config.backbone)
     input = Input(config.data, shape.image_size, shape.channels, device)
     model = ContinualModel(build_backbone(config.backbone), shape.width)
@@ -76,12 +75,10 @@ def run(
         evaluation = evaluate(model, stream.evaluate, stream.tasks[: index + 1], input)
         evaluations = (*state.evaluations, evaluation)
         state = state._replace(evaluations=evaluations, model=model.learnt_state(), method=method.state())
-        is_last = index + 1 == len(stream.tasks)
         yield TaskResult(
             task=index,
-            tasks=len(stream.tasks),
             classes=stream.tasks[index].classes,
-            metrics=task_metrics(evaluations) | (final_metrics(evaluations) if is_last else {}),
+            metrics=metrics_after(evaluations, state.tasks),
             accuracies=accuracy_row(evaluation),
             losses=losses,
             seconds=time.perf_counter() - start,

@@ -73,6 +73,12 @@ def final_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
     }
 
 
+def metrics_after(evaluations: Sequence[Evaluation], tasks: int) -> dict[str, float]:
+    """Everything known after the last of ``evaluations``, in a stream of ``tasks`` tasks."""
+    is_last = len(evaluations) == tasks
+    return task_metrics(evaluations) | (final_metrics(evaluations) if is_last else {})
+
+
 def forgetting(matrix: Sequence[Sequence[float]]) -> float:
     """Mean over j < T of (max over i < T of a[i][j]) - a[T][j]; 0 when there is one task."""
     tasks = len(matrix)

@@ -27,6 +27,7 @@ class RunState(NamedTuple):
 
     config_hash: str
     evaluate_on: str
+    tasks: int
     evaluations: tuple[Evaluation, ...] = ()
     model: dict[str, Tensor] = {}
     method: dict[str, Tensor] = {}
@@ -36,12 +37,18 @@ class RunState(NamedTuple):
         """How many tasks have been learnt."""
         return len(self.evaluations)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task of the stream has been learnt."""
+        return self.tasks_done == self.tasks
+
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config_hash: str
     evaluate_on: str
+    tasks: int
     evaluations: tuple[Evaluation, ...]
     tensors: str
     sha256: str
@@ -61,6 +68,7 @@ def save_state(state: RunState, folder: Path) -> None:
     manifest = _Manifest(
         config_hash=state.config_hash,
         evaluate_on=state.evaluate_on,
+        tasks=state.tasks,
         evaluations=state.evaluations,
         tensors=tensors,
         sha256=sha256,
@@ -91,7 +99,7 @@ def load_state(folder: Path) -> RunState:
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
         for group in ("model/", "method/")
     )
-    return RunState(manifest.config_hash, manifest.evaluate_on, manifest.evaluations, model, method)
+    return RunState(manifest.config_hash, manifest.evaluate_on, manifest.tasks, manifest.evaluations, model, method)
 
 
 def has_state(folder: Path) -> bool:

@@ -1,0 +1,54 @@
+"""A run on disk: its config, its state after every task, and its result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from inflora.config import ConfigError, RunConfig, dump_config
+from inflora.continual import TaskResult, check, identity, run
+from inflora.data.stream import EvaluateOn
+from inflora.metrics import accuracy_matrix, metrics_after
+from inflora.state import RunState, has_state, load_state, save_state, write_atomically
+from inflora.training import EpochDone
+
+
+def train_into(
+    out: Path,
+    config: RunConfig,
+    evaluate_on: EvaluateOn,
+    *,
+    resume: bool = False,
+    on_task: Callable[[TaskResult], None] = lambda _: None,
+    on_epoch: Callable[[EpochDone], None] = lambda _: None,
+) -> RunState:
+    """Run ``config`` with ``config.yaml``, ``state/`` and ``result.json`` in ``out``; the state at the end.
+
+    With ``resume`` a run that was interrupted goes on after its last finished task; a complete one is left as it is.
+
+    Raises:
+        ConfigError, DataError, StateError: Before anything is trained or overwritten.
+    """
+    check(config)
+    folder = out / "state"
+    if has_state(folder) and not resume:
+        raise ConfigError(f"{out} already holds a run; go on with --resume or choose another --out")
+    state = load_state(folder) if has_state(folder) else None
+    for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
+        save_state(result.state, folder)
+        write_atomically(out / "config.yaml", dump_config(config).encode())
+        on_task(result)
+        state = result.state
+    assert state is not None and state.is_complete
+    write_atomically(out / "result.json", json.dumps(summary(config, state), indent=2).encode())
+    return state
+
+
+def summary(config: RunConfig, state: RunState) -> dict[str, object]:
+    """A finished run as plain values: metrics, accuracy matrix, settings and what the numbers depend on."""
+    return {
+        "evaluated_on": state.evaluate_on,
+        "metrics": metrics_after(state.evaluations, state.tasks),
+        "accuracy_matrix": accuracy_matrix(state.evaluations),
+        "identity": identity(config),
+        "config": config.model_dump(mode="json"),
+    }
