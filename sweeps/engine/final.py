@@ -1,0 +1,202 @@
+"""Final training: the chosen configs, on all training images, over seeds; the test set is opened here.
+
+Every run lies in a folder of its own with its state, so the same command after an interruption goes on, and a run that
+is complete is not trained again.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from mlflow.entities import Metric
+
+from inflora.config import ConfigError, RunConfig, config_hash, dump_config, override
+from inflora.continual import check, identity
+from inflora.metrics import accuracy_row, metrics_after
+from inflora.runs import train_into
+from inflora.state import RunState, load_state, write_atomically
+from sweeps.engine import plots
+from sweeps.engine.mlflow_store import (
+    experiment_id,
+    git_commit,
+    log_accuracy,
+    log_params,
+    log_task,
+    make_client,
+    tagged_runs,
+)
+from sweeps.engine.records import now_ms
+from sweeps.engine.spec import Resources
+
+REPORTED = {
+    "acc/final": "accuracy over all test images after the last task",
+    "acc/avg_incremental": "mean over tasks of the accuracy over all classes seen",
+    "forgetting": "mean over old tasks of their best accuracy so far minus their last",
+    "acc/new": "accuracy on the last task's images after learning it",
+    "acc/task_aware": "final accuracy when the task of each image is known",
+    "acc/task_identity": "how often the predicted class lies in the right task",
+}
+
+
+class FinalRun(NamedTuple):
+    """One config trained with one seed."""
+
+    label: str
+    seed: int
+    config: RunConfig
+    folder: Path
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds (0 for one seed)."""
+
+    mean: float
+    std: float
+
+
+def plan(configs: Mapping[str, RunConfig], seeds: Sequence[int], out: Path) -> list[FinalRun]:
+    """Every config with every seed.
+
+    Raises:
+        ConfigError: Settings that do not fit each other, before anything is trained.
+    """
+    runs = []
+    for label, config in configs.items():
+        check(config)
+        for seed in seeds:
+            runs.append(FinalRun(label, seed, override(config, {"seed": seed}), out / label / f"seed-{seed}"))
+    return runs
+
+
+def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str], None]) -> None:
+    """Train what is not complete yet, as many runs at a time as the cluster has room for.
+
+    Raises:
+        ConfigError: A folder holds a run with other settings.
+    """
+    task = ray.remote(_train_one).options(
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
+    )
+    waiting = {task.remote(run, resources.cpus_per_worker): run for run in runs}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        run = waiting.pop(done)
+        try:
+            final = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise ConfigError(f"{run.label}, seed {run.seed}: {error.cause}") from None
+        say(f"{run.label} seed {run.seed}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
+
+
+def _train_one(run: FinalRun, threads: int) -> float:
+    torch.set_num_threads(threads)
+    state = train_into(run.folder, run.config, "test", resume=True)
+    return metrics_after(state.evaluations, state.tasks)["acc/final"]
+
+
+def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
+    """Label -> metric -> mean and spread over its seeds, read from the finished runs."""
+    by_label: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(_final_metrics(load_state(run.folder / "state")))
+    return {
+        label: {name: spread([metrics[name] for metrics in results]) for name in REPORTED}
+        for label, results in by_label.items()
+    }
+
+
+def _final_metrics(state: RunState) -> dict[str, float]:
+    return metrics_after(state.evaluations, state.tasks)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Spread]], out: Path) -> Path:
+    """The results side by side, as Markdown and JSON, with every metric's definition and every config's origin."""
+    header = "| method | " + " | ".join(REPORTED) + " | seeds |"
+    lines = ["# Final results, on test images", "", header, "|---" * (len(REPORTED) + 2) + "|"]
+    for label, metrics in summary.items():
+        cells = [f"{100 * metrics[name].mean:.1f} ± {100 * metrics[name].std:.1f}" for name in REPORTED]
+        seeds = ", ".join(str(run.seed) for run in runs if run.label == label)
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {seeds} |")
+    lines += ["", "In percent: mean ± sample standard deviation over the seeds.", ""]
+    lines += [f"- `{name}`: {meaning}" for name, meaning in REPORTED.items()]
+    lines += ["", "A single task (joint training) has no forgetting, and its task is always known.", ""]
+    write_atomically(out / "report.md", "\n".join(lines).encode())
+    configs = {run.label: run.config.model_dump(mode="json", exclude={"seed"}) for run in runs}
+    values = {label: {name: s._asdict() for name, s in metrics.items()} for label, metrics in summary.items()}
+    write_atomically(out / "report.json", json.dumps({"summary": values, "configs": configs}, indent=2).encode())
+    _curves(runs).savefig(out / "curves.png", dpi=120)
+    return out / "report.md"
+
+
+def _curves(runs: Sequence[FinalRun]) -> Any:
+    curves: dict[str, list[list[float]]] = {}
+    for run in runs:
+        state = load_state(run.folder / "state")
+        if state.tasks > 1:
+            curve = [metrics_after(state.evaluations[: i + 1], state.tasks)["acc/seen"] for i in range(state.tasks)]
+            curves.setdefault(run.label, []).append(curve)
+    return plots.accuracy_curves(curves, "test accuracy on all classes seen (%)")
+
+
+def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Spread]], out: Path, uri: str) -> str:
+    """Show the finished runs in MLflow: a parent with mean and spread, a child with the model for every run.
+
+    Runs that are there already, from an earlier call, are left as they are. Returns the parent's run id.
+    """
+    client = make_client(uri)
+    experiment = experiment_id(client, f"inflora-{runs[0].config.data.dataset}", out, "acc/final")
+    name = f"final-{config_hash(runs[0].config)}"
+    there = {run.data.tags["inflora.run"]: run for run in tagged_runs(client, experiment, "inflora.final", name)}
+    parent = there.get("parent")
+    if parent is None:
+        tags = {"inflora.final": name, "inflora.run": "parent"}
+        parent = client.create_run(experiment, tags=tags, run_name="final")
+    for run in runs:
+        key = f"{run.label}-{config_hash(run.config)}"
+        if key not in there:
+            _log_run(client, experiment, parent.info.run_id, run, {"inflora.final": name, "inflora.run": key})
+    metrics = [
+        Metric(f"{label}/{metric}_{kind}", value, now_ms(), 0)
+        for label, spreads in summary.items()
+        for metric, s in spreads.items()
+        for kind, value in s._asdict().items()
+    ]
+    client.log_batch(parent.info.run_id, metrics=metrics)
+    for file in ("report.md", "report.json", "curves.png"):
+        client.log_artifact(parent.info.run_id, str(out / file))
+    client.set_terminated(parent.info.run_id, "FINISHED")
+    return parent.info.run_id
+
+
+def _log_run(client: Any, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> None:
+    state = load_state(run.folder / "state")
+    commit = git_commit()
+    tags = {
+        **identity(run.config),
+        **own_tags,
+        "mlflow.parentRunId": parent,
+        "inflora.evaluated_on": "test",
+        "inflora.outcome": "finished",
+    }
+    tags |= {"mlflow.source.git.commit": commit} if commit else {}
+    child = client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
+    log_params(client, child.info.run_id, run.config)
+    matrix, curve = [], []
+    for done in range(1, state.tasks + 1):
+        metrics = metrics_after(state.evaluations[:done], state.tasks)
+        matrix.append(accuracy_row(state.evaluations[done - 1]))
+        curve.append(metrics["acc/seen"])
+        log_task(client, child.info.run_id, done, metrics, matrix[-1], now_ms())
+    log_accuracy(client, child.info.run_id, matrix, curve)
+    client.log_text(child.info.run_id, dump_config(run.config), "model/config.yaml")
+    client.log_artifacts(child.info.run_id, str(run.folder / "state"), "model/state")
+    client.set_terminated(child.info.run_id, "FINISHED")

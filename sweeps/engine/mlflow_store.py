@@ -1,0 +1,108 @@
+"""What a sweep needs of MLflow: a client, an experiment, runs found by tags, batches."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run
+
+from inflora.config import RunConfig
+from sweeps.engine import plots
+
+_PARAM_LENGTH = 6000
+
+# One try per request here, ours around it: MLflow's own seven tries would hold the thread for minutes.
+_HTTP = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def default_tracking_uri(folder: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, else a sqlite file in the sweep's folder; absolute, as workers change directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client that fails fast when the server is away."""
+    for name, value in _HTTP.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(uri)
+
+
+def experiment_id(client: MlflowClient, name: str, folder: Path, objective: str) -> str:
+    """The experiment called ``name``, made if need be; with a sqlite store its artifacts lie in ``folder``."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = client.tracking_uri.startswith("sqlite:")
+    tags = {
+        "mlflow.experiment.primaryMetric.name": objective,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
+    }
+    return client.create_experiment(name, (folder / "artifacts").absolute().as_uri() if local else None, tags)
+
+
+def flat_settings(config: RunConfig) -> dict[str, str]:
+    """A config as MLflow parameters: dotted paths, as everywhere else."""
+
+    def walk(prefix: str, node: Mapping[str, Any]) -> dict[str, str]:
+        flat: dict[str, str] = {}
+        for name, value in node.items():
+            flat |= walk(f"{prefix}{name}.", value) if isinstance(value, dict) else {f"{prefix}{name}": str(value)}
+        return flat
+
+    return walk("", config.model_dump(mode="json", exclude={"provenance"}))
+
+
+def git_commit() -> str | None:
+    """The commit that this code is at, where it is a checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def tagged_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Run]:
+    """All runs of an experiment that carry a tag."""
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def log_params(client: MlflowClient, run_id: str, config: RunConfig) -> None:
+    """A config's settings as a run's parameters, in one batch."""
+    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in flat_settings(config).items()]
+    client.log_batch(run_id, params=params)
+
+
+def log_task(
+    client: MlflowClient,
+    run_id: str,
+    tasks_done: int,
+    metrics: Mapping[str, float],
+    accuracies: Sequence[float],
+    time_ms: int,
+) -> None:
+    """What is known after a task, in one batch; the same ``time_ms`` makes sending twice the same as once."""
+    values = {**metrics, **{f"acc_on_task/{j + 1}": value for j, value in enumerate(accuracies)}}
+    client.log_batch(run_id, metrics=[Metric(name, value, time_ms, tasks_done) for name, value in values.items()])
+
+
+def log_accuracy(client: MlflowClient, run_id: str, matrix: Sequence[Sequence[float]], curve: Sequence[float]) -> None:
+    """A run's accuracy matrix and curve, as data and as pictures."""
+    client.log_text(run_id, json.dumps({"accuracy_matrix": matrix, "acc/seen": curve}), "accuracy.json")
+    client.log_figure(run_id, plots.accuracy_matrix(matrix), "accuracy_matrix.png")
+    figure = plots.accuracy_curves({"all classes seen": [curve]}, "accuracy (%)")
+    client.log_figure(run_id, figure, "accuracy_curve.png")

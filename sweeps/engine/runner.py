@@ -1,0 +1,181 @@
+"""Start a sweep, or go on with one: the Tuner around the ledger."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray import tune
+
+from inflora.config import ConfigError
+from inflora.continual import check, identity
+from inflora.state import write_atomically
+from sweeps.engine.export import SPEC_FILE
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.mlflow_store import git_commit
+from sweeps.engine.records import Outcome, TrialRecord
+from sweeps.engine.search import StudyScheduler, StudySearcher
+from sweeps.engine.spec import Resources, Sweep
+from sweeps.engine.tracking import Tracker
+from sweeps.engine.trial import inline_trial, train_driver
+
+# Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
+_QUICK_TRAIN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
+}
+
+
+class SweepResult(NamedTuple):
+    """What is there when a sweep stops."""
+
+    records: list[TrialRecord]
+    delivered: bool
+
+
+def run_sweep(
+    sweep: Sweep, folder: Path, tracking_uri: str, *, address: str | None, say: Callable[[str], None]
+) -> SweepResult:
+    """Run what is left of a sweep's trials, on the cluster at ``address`` (None: the one found, else this machine).
+
+    Raises:
+        ConfigError: Before anything is started: settings, data, backbone or resources that do not fit.
+    """
+    sweep.check()
+    check(sweep.base)
+    for settings in sweep.first:
+        check(sweep.config(settings))
+    folder = folder.absolute()
+    ledger = Ledger(sweep, folder)
+    write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
+    commit = git_commit()
+    tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
+    tracker = Tracker(sweep, folder, tracking_uri, tags)
+    tracker.start()
+    remaining = ledger.remaining()
+    done = sweep.trials - remaining
+    say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done else ""))
+    if remaining:
+        connect(address)
+        try:
+            _fit(sweep, folder, ledger, remaining, say)
+        finally:
+            ray.shutdown()
+    return SweepResult(ledger.records(), tracker.close())
+
+
+def connect(address: str | None) -> None:
+    """Connect to a Ray cluster, or start one on this machine.
+
+    The dashboard stays on (loopback): without its state API a stopped trial's workers are never released.
+    """
+    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    environment = {name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _QUIET).items()}
+    ray.init(
+        address=address,
+        runtime_env={"env_vars": environment},
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        ignore_reinit_error=True,
+    )
+
+
+def slots(resources: Resources) -> int:
+    """How many trials the cluster can train at a time.
+
+    Raises:
+        ConfigError: Not even one.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
+    count = int(min(total.get("CPU", 0) / cpus, total.get("GPU", 0) / gpus if gpus else float("inf")))
+    if count < 1:
+        raise ConfigError(
+            f"a trial needs {cpus} CPUs and {gpus:g} GPUs, "
+            f"the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}"
+        )
+    return count
+
+
+def _fit(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
+    resources, at_a_time = sweep.resources, slots(sweep.resources)
+    if sweep.executor == "inline":
+        trainable = inline_trial(resources, folder / "trials", sweep.study_name)
+        needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    else:
+        # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
+        trainable = train_driver(resources, folder / "trials", sweep.study_name)
+        needs = {"node:__internal_head__": 0.001}
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, needs),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearcher(ledger),
+            scheduler=StudyScheduler(ledger),
+            num_samples=remaining,
+            max_concurrent_trials=min(at_a_time, remaining),
+            reuse_actors=sweep.executor == "inline",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            callbacks=[ProgressLines(ledger, say)],
+            verbose=0,
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner.fit()
+
+
+class ProgressLines(tune.Callback):
+    """A line when a trial starts, has learnt a task, or ends."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        record = self.ledger.record_of(trial.config["number"])
+        self.say(f"trial {record.number:3d} starts  {describe(record.settings)}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "tasks_done" in result:
+            number = trial.config["number"]
+            self.say(f"trial {number:3d} task {result['tasks_done']}  acc/seen {100 * result['acc/seen']:.1f} %")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say_outcome(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say_outcome(trial)
+
+    def _say_outcome(self, trial: Any) -> None:
+        record = self.ledger.record_of(trial.config["number"])
+        ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
+        value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
+        reason = f"  {record.reason}" if record.reason else ""
+        self.say(f"trial {record.number:3d} {record.outcome}{value}{reason}  ({len(ended)}/{self.ledger.sweep.trials})")
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in a line."""
+    return "  ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
+    )
+
+
+def say_to_stdout(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True, file=sys.stdout)

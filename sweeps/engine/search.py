@@ -1,0 +1,73 @@
+"""Ray Tune's searcher and scheduler, both speaking for the ledger."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from sweeps.engine.ledger import RUNG_METRIC, Ledger
+from sweeps.engine.records import TaskReport
+
+
+class StudySearcher(Searcher):
+    """Tune's way to the ledger: asks for trials, says when they have ended."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(metric=RUNG_METRIC, mode="max")
+        self.ledger = ledger
+        self.numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's number and settings; Tune's FINISHED when there is none."""
+        proposal = self.ledger.propose()
+        if proposal is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = proposal.number
+        return {
+            "number": proposal.number,
+            "tasks_done": proposal.tasks_done,
+            "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
+        }
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Close the trial's record; a stopped or failed one is closed already."""
+        if error:
+            self.ledger.fail(self.numbers[trial_id], "the trial ended with an error")
+        else:
+            self.ledger.close(self.numbers[trial_id])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+
+class StudyScheduler(FIFOScheduler):
+    """ASHA at equal numbers of tasks done, on what the ledger has of all trials, also those of earlier starts."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        """Write the report down and stop the trial if it is behind."""
+        number = trial.config["number"]
+        if "failure" in result:
+            self.ledger.fail(number, result["failure"])
+            return TrialScheduler.STOP
+        if "report" not in result:
+            return TrialScheduler.CONTINUE
+        stop = self.ledger.report(number, TaskReport.model_validate_json(result["report"]))
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Keep why the trial failed."""
+        self.ledger.fail(trial.config["number"], last_line(str(trial.get_error())))
+
+
+def last_line(text: str) -> str:
+    """The line of a traceback that says what happened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "unknown error"

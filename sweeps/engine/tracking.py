@@ -1,0 +1,174 @@
+"""The ledger, shown in MLflow.
+
+MLflow is a view: a background thread compares the study with what it has sent and sends the difference, so training
+never waits for a server, and what a server missed while it was down is still there to be sent. Every metric carries
+the time at which the trial reported it, which makes sending twice the same as sending once.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import optuna
+from mlflow.entities import Metric, Run, RunTag
+from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
+
+from inflora.config import dump_config
+from sweeps.engine import plots
+from sweeps.engine.ledger import read_records, study_url
+from sweeps.engine.mlflow_store import experiment_id, log_accuracy, log_params, log_task, make_client, tagged_runs
+from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
+from sweeps.engine.spec import Sweep
+
+logger = logging.getLogger(__name__)
+
+_STATUS = {Outcome.FINISHED: "FINISHED", Outcome.PRUNED: "KILLED", Outcome.FAILED: "FAILED"}
+
+
+class Mirror:
+    """Makes MLflow show what the study holds: a parent run for the sweep, a child for every trial."""
+
+    def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
+        self.sweep, self.folder, self.tags = sweep, folder, dict(tags)
+        self.client = make_client(uri)
+        self.study = optuna.load_study(study_name=sweep.study_name, storage=study_url(folder))
+        self.parent: str | None = None
+        self._children: dict[int, Run] = {}
+        self._sent: dict[int, tuple[int, Outcome]] = {}
+
+    def sync(self) -> None:
+        """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
+        if self.parent is None:
+            self.parent = self._find_or_create_parent()
+        for record in read_records(self.study):
+            state = (len(record.reports), record.outcome)
+            if self._sent.get(record.number) != state and record.settings:
+                self._sync_trial(record)
+                self._sent[record.number] = state
+
+    def run_of(self, number: int) -> str | None:
+        """The MLflow run of a trial."""
+        if self.parent is None:
+            self.parent = self._find_or_create_parent()
+        run = self._children.get(number)
+        return run.info.run_id if run else None
+
+    def finish(self) -> None:
+        """Send the rest and the sweep's own results, and close the parent run."""
+        self.sync()
+        assert self.parent is not None
+        best = best_record(read_records(self.study))
+        if best is not None:
+            last = best.reports[-1]
+            metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
+            self.client.log_batch(self.parent, metrics=metrics, tags=[RunTag("inflora.best_trial", str(best.number))])
+        for name, page in plots.sweep_pages(self.study).items():
+            self.client.log_text(self.parent, page, f"plots/{name}")
+        self.client.set_terminated(self.parent, "FINISHED")
+
+    def _find_or_create_parent(self) -> str:
+        experiment = experiment_id(
+            self.client, f"inflora-{self.sweep.base.data.dataset}", self.folder, self.sweep.objective
+        )
+        parent = None
+        for run in tagged_runs(self.client, experiment, "inflora.sweep", self.sweep.study_name):
+            number = run.data.tags.get("inflora.trial")
+            if number is None:
+                parent = run.info.run_id
+            else:
+                self._children[int(number)] = run
+        if parent is not None:
+            self.client.update_run(parent, status="RUNNING")
+            return parent
+        run = self.client.create_run(
+            experiment, start_time=now_ms(), run_name=self.sweep.name, tags={**self.tags, **self._own_tags()}
+        )
+        log_params(self.client, run.info.run_id, self.sweep.base)
+        self.client.log_text(run.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
+        return run.info.run_id
+
+    def _own_tags(self) -> dict[str, str]:
+        return {"inflora.sweep": self.sweep.study_name, "inflora.objective": self.sweep.objective}
+
+    def _sync_trial(self, record: TrialRecord) -> None:
+        run = self._children.get(record.number) or self._create_child(record)
+        if run.info.status in _STATUS.values():
+            return  # sent to its end by an earlier start of this sweep
+        for report in record.reports:
+            metrics = {**report.metrics, "seconds": report.seconds}
+            log_task(self.client, run.info.run_id, report.tasks_done, metrics, report.accuracies, report.time_ms)
+        if record.outcome in _STATUS:
+            self._end_child(run.info.run_id, record)
+
+    def _create_child(self, record: TrialRecord) -> Run:
+        assert self.parent is not None
+        experiment = self.client.get_run(self.parent).info.experiment_id
+        tags = {
+            **self.tags,
+            **self._own_tags(),
+            "inflora.trial": str(record.number),
+            "mlflow.parentRunId": self.parent,
+        }
+        name = f"{self.sweep.name}-{record.number:04d}"
+        run = self.client.create_run(experiment, start_time=record.start_ms, run_name=name, tags=tags)
+        self._children[record.number] = run
+        log_params(self.client, run.info.run_id, self.sweep.config(record.settings))
+        return run
+
+    def _end_child(self, run_id: str, record: TrialRecord) -> None:
+        if record.reports:
+            matrix = [report.accuracies for report in record.reports]
+            curve = [report.metrics["acc/seen"] for report in record.reports]
+            log_accuracy(self.client, run_id, matrix, curve)
+        self.client.log_text(run_id, dump_config(self.sweep.config(record.settings)), "config.yaml")
+        tags = [RunTag("inflora.outcome", record.outcome.value)]
+        tags += [RunTag("inflora.reason", record.reason)] if record.reason else []
+        self.client.log_batch(run_id, tags=tags)
+        self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
+
+
+class Tracker(threading.Thread):
+    """Keeps a ``Mirror`` up to date in the background until it is closed."""
+
+    def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], every_s: float = 1.0) -> None:
+        super().__init__(name="mlflow-tracker", daemon=True)
+        self._make_mirror = lambda: Mirror(sweep, folder, uri, tags)
+        self._mirror: Mirror | None = None
+        self._every_s = every_s
+        self._closing = threading.Event()
+        self._delivered = threading.Event()
+        self._patience_s = 0.0
+
+    def run(self) -> None:
+        """Send differences until closed, then everything that is left; a failure is only a later try."""
+        wait_s = self._every_s
+        while not self._closing.wait(wait_s):
+            try:
+                self._ready().sync()
+                wait_s = self._every_s
+            except Exception as error:  # a server may fail in any way; the study still holds what it missed
+                wait_s = min(2 * wait_s, 30.0)
+                logger.warning("MLflow is behind (%s); trials go on, the next try is in %.0f s", error, wait_s)
+        retry = Retrying(
+            stop=stop_after_delay(self._patience_s),
+            wait=wait_exponential(max=5),
+            before_sleep=before_sleep_log(logger, logging.WARNING),
+            reraise=True,
+        )
+        try:
+            retry(lambda: self._ready().finish())
+            self._delivered.set()
+        except Exception as error:
+            logger.warning("MLflow has not taken everything: %s", error)
+
+    def close(self, patience_s: float = 60.0) -> bool:
+        """Send what is left; whether MLflow has taken all of it within ``patience_s``."""
+        self._patience_s = patience_s
+        self._closing.set()
+        self.join(patience_s + 30)
+        return self._delivered.is_set()
+
+    def _ready(self) -> Mirror:
+        self._mirror = self._mirror or self._make_mirror()
+        return self._mirror

@@ -1,0 +1,150 @@
+"""One trial: the worker that learns the tasks, and what Tune calls to run it.
+
+Through Ray Train (``train_driver``) or inside the Tune trial itself (``inline_trial``), the same ``learn`` runs: what
+differs is the ``Session``, where a state comes from and where results go.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+import ray.tune
+import torch
+from ray.train import Checkpoint
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from inflora import distributed
+from inflora.config import parse_config
+from inflora.continual import run
+from inflora.metrics import accuracy_row, metrics_after
+from inflora.state import RunState, has_state, load_state, save_state
+from sweeps.engine.records import TaskReport, now_ms
+from sweeps.engine.spec import Resources
+
+
+class Session(Protocol):
+    """Where a trial's state is kept and who hears of its results."""
+
+    def restore(self) -> RunState | None:
+        """The state after the last finished task, if the trial was interrupted."""
+
+    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
+        """Keep ``state`` and pass ``metrics`` on."""
+
+
+def learn(settings: dict[str, Any], session: Session) -> None:
+    """Learn the stream on train and validation images, a report per task.
+
+    A trial that went on after the ledger last heard of it reports those tasks first. What no retry can help (a loss
+    that is not a number, no memory left) is reported as the trial's failure.
+    """
+    state = session.restore()
+    if state is not None:
+        for tasks_done in range(settings["tasks_done"] + 1, state.tasks_done + 1):
+            session.report(_metrics(state, tasks_done, seconds=0.0), state)
+    try:
+        for result in run(parse_config(settings["config"]), state):
+            session.report(_metrics(result.state, result.state.tasks_done, result.seconds), result.state)
+    except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
+        session.report({"acc/seen": 0.0, "failure": f"{type(error).__name__}: {error}"}, None)
+
+
+def _metrics(state: RunState, tasks_done: int, seconds: float) -> dict[str, Any]:
+    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger."""
+    evaluations = state.evaluations[:tasks_done]
+    report = TaskReport(
+        tasks_done=tasks_done,
+        tasks=state.tasks,
+        metrics=metrics_after(evaluations, state.tasks),
+        accuracies=accuracy_row(evaluations[-1]),
+        seconds=seconds,
+        time_ms=now_ms(),
+    )
+    return {**report.metrics, "tasks_done": tasks_done, "report": report.model_dump_json()}
+
+
+class TrainSession:
+    """Inside a Ray Train worker: Train keeps the checkpoints, rank 0 writes them."""
+
+    def restore(self) -> RunState | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return load_state(Path(folder))
+
+    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
+        with _checkpoint(state if distributed.rank() == 0 else None) as checkpoint:
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+
+@contextmanager
+def _checkpoint(state: RunState | None) -> Iterator[Checkpoint | None]:
+    if state is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(state, Path(folder))
+        yield Checkpoint.from_directory(folder)
+
+
+class InlineSession:
+    """Inside a Tune trial, with one worker: the state is kept in a folder of the trial's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def restore(self) -> RunState | None:
+        return load_state(self.folder) if has_state(self.folder) else None
+
+    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
+        if state is not None:
+            save_state(state, self.folder)
+        ray.tune.report({**metrics, "checkpoint_path": str(self.folder)})
+
+
+def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callable[[dict[str, Any]], None]:
+    """The trainable that learns inside the Tune trial: no processes of its own, so a trial starts at once."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        torch.set_num_threads(resources.cpus_per_worker)
+        learn(settings, InlineSession(storage / f"{study_name}-{settings['number']:04d}"))
+
+    return trial
+
+
+def train_driver(resources: Resources, storage: Path, study_name: str) -> Callable[[dict[str, Any]], None]:
+    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        uses_gpu = resources.gpus_per_worker > 0
+        TorchTrainer(
+            _train_worker,
+            train_loop_config={**settings, "threads": resources.cpus_per_worker},
+            torch_config=TorchConfig(backend="nccl" if uses_gpu and torch.cuda.is_available() else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=uses_gpu,
+                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+            ),
+            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+                name=f"{study_name}-{settings['number']:04d}",
+                storage_path=str(storage),
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                failure_config=ray.train.FailureConfig(max_failures=1),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
+
+    return trial
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    torch.set_num_threads(settings["threads"])
+    learn(settings, TrainSession())
