@@ -1,5 +1,6 @@
 """``sweeps``, and ``main`` for the recipes."""
 
+import logging
 import os
 import shlex
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import optuna
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -34,6 +36,7 @@ TrackingUri = Annotated[
 @app.callback()
 def _main() -> None:
     """Search, export and train: what comes after a recipe."""
+    quiet_libraries()
 
 
 def main(*sweeps: Sweep) -> None:
@@ -50,6 +53,7 @@ def main(*sweeps: Sweep) -> None:
             str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
         ] = None,
     ) -> None:
+        quiet_libraries()
         with one_line_errors():
             if name not in by_name:
                 raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
@@ -64,6 +68,13 @@ def main(*sweeps: Sweep) -> None:
             print(f"MLflow at {uri} has not taken everything; the same command sends the rest", file=sys.stderr)
 
     typer.run(recipe)
+
+
+def quiet_libraries() -> None:
+    """Optuna and MLflow tell of every database they open; a sweep's own lines say what matters."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:

@@ -42,11 +42,13 @@ class Ledger:
             storage=study_url(folder),
             direction="maximize",
             load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=sweep.sampler_seed, multivariate=True, constant_liar=True),
             pruner=optuna.pruners.SuccessiveHalvingPruner(
                 min_resource=sweep.grace_tasks, reduction_factor=sweep.reduction
             ),
         )
+        # A sweep that goes on must not draw the random numbers of its first start again.
+        seed = sweep.sampler_seed + len(self._trials(*_ENDED, TrialState.RUNNING))
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         self._interrupted = [trial.number for trial in self._trials(TrialState.RUNNING)]
         if not self.study.trials:
             for settings in sweep.first:

@@ -1,5 +1,6 @@
 """Pictures of trials and sweeps: static ones with matplotlib, interactive ones with Optuna's plotly."""
 
+import html
 from collections.abc import Mapping, Sequence
 
 import optuna
@@ -44,17 +45,21 @@ def accuracy_curves(curves: Mapping[str, Sequence[Sequence[float]]], ylabel: str
     return figure
 
 
-def sweep_pages(study: optuna.Study) -> dict[str, str]:
-    """Interactive plots of a study, as HTML pages by file name; only those that its trials are enough for."""
-    finished = len([t for t in study.get_trials(deepcopy=False) if t.state is optuna.trial.TrialState.COMPLETE])
-    if not finished:
-        return {}
-    pages = {
-        "optimization_history.html": optuna.visualization.plot_optimization_history(study),
-        "parallel_coordinate.html": optuna.visualization.plot_parallel_coordinate(study),
-        "slice.html": optuna.visualization.plot_slice(study),
-        "intermediate_values.html": optuna.visualization.plot_intermediate_values(study),
-    }
-    if finished > 3:
-        pages["param_importances.html"] = optuna.visualization.plot_param_importances(study)
-    return {name: figure.to_html(include_plotlyjs="cdn") for name, figure in pages.items()}
+def sweep_page(study: optuna.Study) -> str | None:
+    """Interactive plots of a study on one HTML page that needs nothing else; None before a trial has finished."""
+    values = [t.value for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])]
+    if not values:
+        return None
+    show = optuna.visualization
+    figures = [
+        show.plot_optimization_history(study),
+        show.plot_parallel_coordinate(study),
+        show.plot_slice(study),
+        show.plot_intermediate_values(study),
+    ]
+    if len(values) > 3 and len(set(values)) > 1:
+        figures.append(show.plot_param_importances(study))
+    # The first figure brings plotly's script along, the others share it.
+    parts = [figure.to_html(full_html=False, include_plotlyjs=index == 0) for index, figure in enumerate(figures)]
+    title = html.escape(study.study_name)
+    return f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1>" + "".join(parts)

@@ -63,8 +63,9 @@ class Mirror:
             last = best.reports[-1]
             metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
             self.client.log_batch(self.parent, metrics=metrics, tags=[RunTag("inflora.best_trial", str(best.number))])
-        for name, page in plots.sweep_pages(self.study).items():
-            self.client.log_text(self.parent, page, f"plots/{name}")
+        page = plots.sweep_page(self.study)
+        if page is not None:
+            self.client.log_text(self.parent, page, "plots.html")
         self.client.set_terminated(self.parent, "FINISHED")
 
     def _find_or_create_parent(self) -> str:

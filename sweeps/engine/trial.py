@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray.train
+import ray
+import ray.train.torch
 import ray.tune
 import torch
 from ray.train import Checkpoint
@@ -125,7 +126,7 @@ def train_driver(resources: Resources, storage: Path, study_name: str) -> Callab
         TorchTrainer(
             _train_worker,
             train_loop_config={**settings, "threads": resources.cpus_per_worker},
-            torch_config=TorchConfig(backend="nccl" if uses_gpu and torch.cuda.is_available() else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if uses_gpu and _workers_have_cuda(resources) else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=uses_gpu,
@@ -145,6 +146,15 @@ def train_driver(resources: Resources, storage: Path, study_name: str) -> Callab
     return trial
 
 
+def _workers_have_cuda(resources: Resources) -> bool:
+    """Asked where the workers will be: the head may have no GPU, and a GPU may be one in name only."""
+    probe = ray.remote(torch.cuda.is_available).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
+    return ray.get(probe.remote())
+
+
 def _train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
+    if torch.cuda.is_available():
+        # Train shows all of a node's GPUs to each of its workers; "cuda" must mean this worker's own.
+        torch.cuda.set_device(ray.train.torch.get_device())
     learn(settings, TrainSession())

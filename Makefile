@@ -1,0 +1,46 @@
+# Each target does all the set-up it needs on a fresh machine: a virtual environment and the install.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: sweep test unit cluster compare check format clean
+
+sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
+	$(BIN)/python sweeps/digits.py
+	$(BIN)/sweeps export digits -o results/best.yaml
+
+test: check unit cluster  ## everything CI runs
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -m "not cluster and not e2e"
+
+cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
+	$(BIN)/python -m pytest -m "cluster or e2e"
+
+compare: $(READY)  ## every method tuned with the same budget, then trained on the test protocol over three seeds
+	for method in inflora sequential frozen joint; do \
+		$(BIN)/python sweeps/digits.py --sweep digits-$$method || exit; \
+		$(BIN)/sweeps export digits-$$method -o results/$$method.yaml || exit; \
+	done
+	$(BIN)/sweeps final results/inflora.yaml results/sequential.yaml results/frozen.yaml results/joint.yaml --seeds 0,1,2
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) results

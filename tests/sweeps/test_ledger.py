@@ -1,0 +1,138 @@
+"""The study is the ledger: what is proposed, reported, stopped and finished, and what a second start finds."""
+
+import optuna
+import pytest
+
+from sweeps.engine.ledger import Ledger, read_records, study_url
+from sweeps.engine.records import Outcome, best_record
+from sweeps.engine.spec import Choice, Sweep
+
+from .conftest import PAPER, learn_all, report
+
+
+@pytest.fixture
+def ledger(tiny_sweep, tmp_path) -> Ledger:
+    return Ledger(tiny_sweep, tmp_path)
+
+
+def test_the_papers_settings_are_the_first_trial(ledger):
+    assert ledger.propose().settings == PAPER
+
+
+def test_a_stopped_trial_is_never_the_best_however_good_it_looked(ledger):
+    finished, stopped = ledger.propose().number, ledger.propose().number
+    learn_all(ledger, finished, [1.0, 0.99, 0.9, 0.8, 0.75])
+    ledger.report(stopped, report(1, 0.94))
+    assert ledger.report(stopped, report(2, 0.90)), "behind at two tasks: to be stopped"
+    best = best_record(ledger.records())
+    assert (best.number, best.value) == (finished, 0.75)
+    assert ledger.study.best_trial.number == finished
+    assert ledger.record_of(stopped).outcome is Outcome.PRUNED
+    assert ledger.record_of(stopped).value is None
+
+
+def test_trials_are_compared_at_equal_numbers_of_tasks(ledger):
+    ahead = ledger.propose().number
+    learn_all(ledger, ahead, [0.95, 0.7, 0.6, 0.5, 0.4])
+    later = ledger.propose().number
+    # Its 0.8 after two tasks is less than the other's 0.95 after one, but more than the other's 0.7 after two.
+    assert not learn_all(ledger, later, [0.9, 0.8, 0.7, 0.6, 0.5])
+
+
+def test_no_trial_is_stopped_before_its_grace_or_after_its_last_task(ledger):
+    learn_all(ledger, ledger.propose().number, [1.0] * 5)
+    number = ledger.propose().number
+    assert not ledger.report(number, report(1, 0.0)), "one task is within the grace of two"
+    late = ledger.propose().number
+    for done, accuracy in enumerate([1.0, 1.0, 1.0, 1.0], start=1):
+        assert not ledger.report(late, report(done, accuracy))
+    assert not ledger.report(late, report(5, 0.0)), "the last report is the result"
+
+
+@pytest.mark.parametrize(("last", "reason"), [(float("nan"), "acc/final is nan"), (None, "ended without acc/final")])
+def test_a_trial_without_a_number_to_show_fails_and_leaves_no_ghost(ledger, last, reason):
+    number = ledger.propose().number
+    if last is not None:
+        ledger.report(number, report(5, 0.5).model_copy(update={"metrics": {"acc/seen": 0.5, "acc/final": last}}))
+    ledger.close(number)
+    record = ledger.record_of(number)
+    assert (record.outcome, record.reason) == (Outcome.FAILED, reason)
+    assert not ledger.study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+    assert best_record(ledger.records()) is None
+
+
+def test_the_same_report_twice_counts_once(ledger):
+    number = ledger.propose().number
+    ledger.report(number, report(1, 0.9))
+    ledger.report(number, report(1, 0.1))
+    (only,) = ledger.record_of(number).reports
+    assert only.metrics["acc/seen"] == 0.9
+
+
+def test_what_comes_after_the_end_changes_nothing(ledger):
+    number = ledger.propose().number
+    learn_all(ledger, number, [0.9] * 5)
+    ledger.fail(number, "too late")
+    ledger.close(number)
+    assert not ledger.report(number, report(5, 0.1))
+    assert ledger.record_of(number).outcome is Outcome.FINISHED
+
+
+def test_a_second_start_goes_on_with_the_interrupted_and_repeats_nothing(tiny_sweep, tmp_path):
+    first = Ledger(tiny_sweep, tmp_path)
+    finished, interrupted = first.propose(), first.propose()
+    learn_all(first, finished.number, [0.9] * 5)
+    first.report(interrupted.number, report(1, 0.8))
+
+    second = Ledger(tiny_sweep, tmp_path)
+    assert second.remaining() == tiny_sweep.trials - 1
+    again = second.propose()
+    assert (again.number, again.settings) == (interrupted.number, interrupted.settings)
+    assert again.tasks_done == 1
+    new = second.propose()
+    assert new.number == 2
+    assert new.settings not in (finished.settings, interrupted.settings)
+    assert len(second.records()) == 3
+
+
+def test_a_driver_that_died_while_proposing_leaves_a_trial_that_can_still_be_run(tiny_sweep, tmp_path):
+    Ledger(tiny_sweep, tmp_path).study.ask()
+    again = Ledger(tiny_sweep, tmp_path).propose()
+    assert (again.number, again.settings) == (0, PAPER)
+
+
+def test_early_stopping_remembers_the_trials_of_earlier_starts(tiny_sweep, tmp_path):
+    first = Ledger(tiny_sweep, tmp_path)
+    learn_all(first, first.propose().number, [0.9] * 5)
+    second = Ledger(tiny_sweep, tmp_path)
+    assert learn_all(second, second.propose().number, [0.5] * 5)
+
+
+def test_two_sweeps_in_one_folder_keep_their_studies_apart(tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep, tmp_path)
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    other = Sweep.model_validate(tiny_sweep.model_dump() | {"objective": "acc/avg_incremental"})
+    assert Ledger(other, tmp_path).records() == []
+
+
+def test_a_small_space_is_tried_once_and_then_ends(tiny_sweep, tmp_path):
+    space = {
+        "method.memory": Choice(options=("gpm", "dualgpm")),
+        "method.energy_of": Choice(options=("covariance", "inputs")),
+    }
+    ledger = Ledger(
+        Sweep.model_validate(tiny_sweep.model_dump() | {"space": space, "first": (), "trials": 10}), tmp_path
+    )
+    proposals = []
+    while (proposal := ledger.propose()) is not None:
+        proposals.append(proposal)
+        learn_all(ledger, proposal.number, [0.5 + 0.1 * len(proposals)] * 5)
+    settings = [tuple(p.settings.values()) for p in proposals]
+    assert len(settings) == len(set(settings)) == 4
+    assert len(ledger.records()) == 4, "proposals that repeat a trial are not trials"
+
+
+def test_the_study_can_be_read_without_the_ledger(ledger, tmp_path):
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    study = optuna.load_study(study_name=ledger.sweep.study_name, storage=study_url(tmp_path))
+    assert read_records(study) == ledger.records()

@@ -1,0 +1,176 @@
+"""MLflow shows what the ledger holds: once, in order, whatever happens on the way."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.tracking import Mirror, Tracker
+
+from .conftest import PAPER, learn_all, report
+
+TAGS = {"dataset": "digits", "seed": "0", "class_order": "0,1", "split_hash": "abc", "backbone_hash": "def"}
+
+
+@pytest.fixture
+def ledger(tiny_sweep, tmp_path) -> Ledger:
+    return Ledger(tiny_sweep, tmp_path)
+
+
+def sqlite_uri(tmp_path) -> str:
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def all_runs(uri):
+    client = MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = {int(r.data.tags["inflora.trial"]): r for r in runs if "mlflow.parentRunId" in r.data.tags}
+    assert len(children) + len(parents) == len(runs), "a trial has one run"
+    return client, parents, children
+
+
+def history(client, run, name):
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+
+
+def three_trials(ledger):
+    finished, stopped, failed = (ledger.propose().number for _ in range(3))
+    learn_all(ledger, finished, [0.9, 0.8, 0.7, 0.6, 0.5])
+    learn_all(ledger, stopped, [0.2, 0.1])
+    ledger.report(failed, report(1, 0.3))
+    ledger.fail(failed, "FloatingPointError: the loss is nan")
+
+
+def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sweep, tmp_path):
+    three_trials(ledger)
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish()
+    client, (parent,), children = all_runs(sqlite_uri(tmp_path))
+
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["inflora.best_trial"] == "0"
+    assert parent.data.metrics["best/acc/final"] == 0.5
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"plots.html", "sweep.json"}
+
+    assert {n: (r.info.status, r.data.tags["inflora.outcome"]) for n, r in children.items()} == {
+        0: ("FINISHED", "finished"),
+        1: ("KILLED", "pruned"),
+        2: ("FAILED", "failed"),
+    }
+    first = children[0]
+    assert first.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert TAGS.items() <= first.data.tags.items()
+    assert {path: float(first.data.params[path]) for path in PAPER} == PAPER
+    assert history(client, first, "acc/seen") == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5)]
+    assert first.data.metrics["acc/final"] == 0.5
+    names = {a.path for a in client.list_artifacts(first.info.run_id)}
+    assert names == {"accuracy.json", "accuracy_matrix.png", "accuracy_curve.png", "config.yaml"}
+    accuracy = json.loads(Path(client.download_artifacts(first.info.run_id, "accuracy.json")).read_text())
+    assert [len(row) for row in accuracy["accuracy_matrix"]] == [1, 2, 3, 4, 5]
+    assert children[2].data.tags["inflora.reason"] == "FloatingPointError: the loss is nan"
+    assert "acc/final" not in children[1].data.metrics, "a stopped trial has no final value"
+
+
+def test_sending_twice_is_sending_once_also_for_a_second_driver(ledger, tiny_sweep, tmp_path):
+    running = ledger.propose().number
+    ledger.report(running, report(1, 0.9))
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).sync()
+    second = Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+    second.sync()
+    second.sync()
+    for done in range(2, 6):
+        ledger.report(running, report(done, 0.9))
+    ledger.close(running)
+    second.finish()
+    client, parents, children = all_runs(sqlite_uri(tmp_path))
+    assert (len(parents), len(children)) == (1, 1)
+    assert history(client, children[running], "acc/seen") == [(done, 0.9) for done in range(1, 6)]
+    assert children[running].info.status == "FINISHED"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A real MLflow server in a process group of its own."""
+
+    def __init__(self, folder, port):
+        self.uri = f"http://127.0.0.1:{port}"
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{folder / 'server.db'}",
+            "--artifacts-destination",
+            str(folder / "art"),
+        ]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError("the MLflow server did not start")
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.cluster
+def test_a_server_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_path):
+    port = free_port()
+    server = Server(tmp_path, port)
+    tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
+    try:
+        tracker.start()
+        number = ledger.propose().number
+        ledger.report(number, report(1, 0.9))
+        time.sleep(3)
+        server.kill()
+        start = time.monotonic()
+        for done in range(2, 6):
+            ledger.report(number, report(done, 0.9))
+        ledger.close(number)
+        assert time.monotonic() - start < 5, "training does not wait for the server"
+        time.sleep(2)
+        server = Server(tmp_path, port)
+        assert tracker.close(patience_s=60)
+        client, parents, children = all_runs(server.uri)
+        assert (len(parents), len(children)) == (1, 1)
+        assert history(client, children[number], "acc/seen") == [(done, 0.9) for done in range(1, 6)]
+        assert children[number].info.status == "FINISHED"
+    finally:
+        server.kill()
+
+
+def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep, tmp_path):
+    tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{free_port()}", TAGS, every_s=0.1)
+    tracker.start()
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    assert not tracker.close(patience_s=1.0)
+    assert not tracker.is_alive()
