@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora.cli import one_line_errors
-from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config
+from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
 from inflora.state import write_atomically
 from sweeps.engine.export import export_best, read_sweep, sweep_records
 from sweeps.engine.final import log_final, plan, summarise, train_all, write_report
@@ -44,6 +44,9 @@ def main(*sweeps: Sweep) -> None:
     by_name = {sweep.name: sweep for sweep in sweeps}
 
     def recipe(
+        assignments: Annotated[
+            list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="optim.epochs=5 ...")
+        ] = None,
         name: Annotated[str, typer.Option("--sweep", help=f"One of: {', '.join(by_name)}.")] = sweeps[0].name,
         num_trials: Annotated[int | None, typer.Option(help="Trials in all, those already done included.")] = None,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
@@ -58,7 +61,8 @@ def main(*sweeps: Sweep) -> None:
             if name not in by_name:
                 raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
             changes = {k: v for k, v in (("trials", num_trials), ("executor", executor)) if v is not None}
-            sweep = changed(by_name[name], changes)
+            base = override(by_name[name].base, parse_assignments(assignments or []))
+            sweep = changed(by_name[name], {"base": base, **changes})
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
             result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout)
@@ -80,7 +84,7 @@ def quiet_libraries() -> None:
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
     """The sweep with some fields replaced, checked again."""
     try:
-        return Sweep.model_validate({**sweep.model_dump(), **changes})
+        return Sweep.model_validate({**dict(sweep), **changes})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
 

@@ -1,12 +1,20 @@
 """A sweep small enough to run in seconds, and reports without training."""
 
 import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import optuna
 import pytest
+import torch
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
-from sweeps.engine.records import TaskReport
+from inflora.continual import run
+from sweeps.engine.ledger import read_records, study_url
+from sweeps.engine.records import TaskReport, TrialRecord
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
 
 PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
@@ -62,3 +70,60 @@ def learn_all(ledger, number: int, accuracies: list[float]) -> bool:
             return True
     ledger.close(number)
     return False
+
+
+class Recipe:
+    """A recipe as a user has it: a script of its own in some folder, run by a Python of its own."""
+
+    def __init__(self, folder: Path, sweep: Sweep, data_root: Path) -> None:
+        self.sweep, self.folder = sweep, folder
+        self.script = folder / "recipe.py"
+        self.script.write_text(
+            "from sweeps.cli import main\nfrom sweeps.engine.spec import Sweep\n\n"
+            f"if __name__ == '__main__':\n    main(Sweep.model_validate_json({sweep.model_dump_json()!r}))\n"
+        )
+        self.environment = {
+            **os.environ,
+            "INFLORA_DATA": str(data_root),
+            "INFLORA_STORAGE": str(folder / "results"),
+            "RAY_ADDRESS": "local",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.log = folder / "log"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / self.sweep.name
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(self.script), *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, *arguments: str) -> None:
+        assert self.start(*arguments).wait(timeout=280) == 0, self.log.read_text()
+
+    def wait_for(self, line: str, process: subprocess.Popen, times: int = 1) -> None:
+        deadline = time.monotonic() + 200
+        while len(re.findall(line, self.log.read_text())) < times:
+            assert process.poll() is None, f"ended before {line!r}: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {line!r} in {self.log.read_text()}"
+            time.sleep(0.1)
+
+    def records(self) -> list[TrialRecord]:
+        return read_records(optuna.load_study(study_name=self.sweep.study_name, storage=study_url(self.results)))
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_sweep, data_root) -> Recipe:
+    return Recipe(tmp_path, tiny_sweep, data_root)
+
+
+def undisturbed(sweep: Sweep, settings: dict) -> list[list[float]]:
+    """The accuracy matrix of these settings, learnt here and now with nothing around it."""
+    torch.set_num_threads(1)
+    return [result.accuracies for result in run(sweep.config(settings))]

@@ -1,0 +1,185 @@
+"""Sweeps on real Ray clusters on this machine: real trials, real worker processes, real kills."""
+
+import signal
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from sweeps.engine.records import Outcome
+from sweeps.engine.runner import connect, run_sweep, slots
+from sweeps.engine.spec import Resources
+
+from .conftest import PAPER, undisturbed
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def local_cluster(data_root, monkeypatch):
+    """A Ray cluster of chosen size, in this process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def start(**resources):
+        ray.init(address="local", log_to_driver=False, logging_level="ERROR", **resources)
+
+    yield start
+    ray.shutdown()
+
+
+def assert_every_finished_trial_is_undisturbed(sweep, records):
+    finished = [record for record in records if record.outcome is Outcome.FINISHED]
+    assert finished
+    for record in finished:
+        assert [report.accuracies for report in record.reports] == undisturbed(sweep, record.settings)
+
+
+def statuses_in_mlflow(folder):
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return sorted((int(r.data.tags.get("inflora.trial", -1)), r.info.status) for r in runs)
+
+
+EXPECTED_STATUS = {Outcome.FINISHED: "FINISHED", Outcome.PRUNED: "KILLED", Outcome.FAILED: "FAILED"}
+
+
+def assert_mlflow_agrees(folder, records):
+    trials = [(record.number, EXPECTED_STATUS[record.outcome]) for record in records]
+    assert statuses_in_mlflow(folder) == sorted([(-1, "FINISHED"), *trials])
+
+
+@pytest.mark.parametrize("executor", ["inline", "train"])
+def test_a_sweep_ends_with_all_its_trials_two_at_a_time_and_with_the_numbers_of_plain_runs(recipe, executor):
+    recipe.run("--executor", executor, "--num-trials", "3")
+    records = recipe.records()
+    assert len(records) == 3
+    assert records[0].settings == PAPER
+    assert all(record.outcome in (Outcome.FINISHED, Outcome.PRUNED) for record in records)
+    assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
+    assert_mlflow_agrees(recipe.results, records)
+    started = [record.start_ms for record in records]
+    assert started[1] < records[0].end_ms, "the second trial starts beside the first"
+
+
+def test_a_killed_driver_started_again_goes_on_where_it_was(recipe):
+    driver = recipe.start("--num-trials", "3", "optim.epochs=3")
+    recipe.wait_for(r"task 2 ", driver)
+    driver.kill()
+    driver.wait()
+    recipe.sweep = recipe.sweep.model_copy(update={"base": recipe.sweep.config({"optim.epochs": 3})})
+    before = {record.number: record for record in recipe.records()}
+    assert any(record.reports for record in before.values())
+
+    recipe.run("--num-trials", "3", "optim.epochs=3")
+    records = recipe.records()
+    assert len(records) == 3
+    for record in records:
+        if record.number in before:
+            assert record.settings == before[record.number].settings
+            reported = before[record.number].reports
+            assert record.reports[: len(reported)] == reported, "tasks already learnt are not learnt again"
+    assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
+    assert_mlflow_agrees(recipe.results, records)
+
+    recipe.run("--num-trials", "3", "optim.epochs=3")
+    assert recipe.records() == records, "a third start finds nothing to do"
+
+
+def test_a_killed_worker_goes_on_from_its_last_task(recipe):
+    driver = recipe.start("--num-trials", "1", "optim.epochs=6")
+    recipe.sweep = recipe.sweep.model_copy(update={"base": recipe.sweep.config({"optim.epochs": 6})})
+    recipe.wait_for(r"task 1 ", driver)
+    workers = [p for p in psutil.process_iter() if any("RayTrainWorker" in part for part in p.cmdline())]
+    assert workers
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+    assert driver.wait(timeout=200) == 0, recipe.log.read_text()
+    records = recipe.records()
+    assert [record.outcome for record in records] == [Outcome.FINISHED]
+    assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
+
+
+def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=1)  # room for one worker: the next trial starts only when the stopped one is gone
+    space = tiny_sweep.space | {"optim.lr": tiny_sweep.space["optim.lr"].model_copy(update={"high": 1e-3})}
+    sweep = tiny_sweep.model_copy(update={"trials": 5, "space": space})
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    stopped = [record for record in records if record.outcome is Outcome.PRUNED]
+    assert stopped, "this sweep is made so that some trials are stopped"
+    assert len(records) == 5
+    for record in stopped:
+        after = [other.reports[0].time_ms for other in records if other.start_ms > record.start_ms and other.reports]
+        assert not after or (min(after) - record.end_ms) / 1000 < 60
+    assert_every_finished_trial_is_undisturbed(sweep, records)
+
+
+def test_two_workers_learn_what_one_does(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=2)
+    sweep = tiny_sweep.model_copy(update={"trials": 1, "resources": Resources(workers=2)})
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (record,) = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    assert record.outcome is Outcome.FINISHED
+    for ours, alone in zip([r.accuracies for r in record.reports], undisturbed(sweep, PAPER), strict=True):
+        assert ours == pytest.approx(alone, abs=0.05)  # an image or two may fall on the other side by rounding
+
+
+def test_gpus_in_name_only_are_shared_in_fractions_and_nothing_asks_for_nccl(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=2, num_gpus=1)
+    resources = Resources(gpus_per_worker=0.5)
+    assert slots(resources) == 2
+    sweep = tiny_sweep.model_copy(update={"trials": 2, "resources": resources})
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    assert len(records) == 2
+    assert_every_finished_trial_is_undisturbed(sweep, records)
+
+
+def test_a_trial_that_cannot_fit_is_refused_before_it_waits_for_ever(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=1)
+    with pytest.raises(ValueError, match="a trial needs 8 CPUs and 0 GPUs, the cluster has 1 and 0"):
+        slots(Resources(cpus_per_worker=8))
+
+
+def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_sweep_goes_on(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=2)
+    hopeless = PAPER | {"optim.lr": 1e30}
+    space = tiny_sweep.space | {"optim.lr": tiny_sweep.space["optim.lr"].model_copy(update={"high": 1e30})}
+    sweep = tiny_sweep.model_copy(
+        update={"trials": 2, "first": (hopeless, PAPER), "space": space, "executor": "inline"}
+    )
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    assert [record.outcome for record in records] == [Outcome.FAILED, Outcome.FINISHED]
+    assert "FloatingPointError" in records[0].reason
+    assert_mlflow_agrees(tmp_path, records)
+
+
+def test_the_dashboard_listens_on_this_machine_only(local_cluster):
+    connect("local")
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    listening = [
+        c.laddr.ip for p in psutil.process_iter() if "dashboard" in " ".join(p.cmdline()) for c in connections(p)
+    ]
+    assert address
+    assert "0.0.0.0" not in listening
+
+
+def connections(process):
+    try:
+        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == 8265]
+    except psutil.Error:
+        return []
+
+
+def test_nothing_learns_on_when_the_driver_is_killed(recipe):
+    driver = recipe.start("--num-trials", "1", "optim.epochs=50")
+    recipe.wait_for("starts", driver)
+    # Ray's two node agents outlive their raylet; they hold no resources and start nothing.
+    family = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in " ".join(p.cmdline())]
+    assert family
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [p.cmdline() for p in alive]
