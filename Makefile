@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
-	$(BIN)/sweeps export digits -o results/best.yaml
+	$(BIN)/sweeps export digits -o results/digits.yaml
 
 test: check unit cluster  ## everything CI runs
 
@@ -25,12 +25,13 @@ unit: $(READY)  ## the fast tests
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
 	$(BIN)/python -m pytest -m "cluster or e2e"
 
-compare: $(READY)  ## every method tuned with the same budget, then trained on the test protocol over three seeds
-	for method in inflora sequential frozen joint; do \
-		$(BIN)/python sweeps/digits.py --sweep digits-$$method || exit; \
-		$(BIN)/sweeps export digits-$$method -o results/$$method.yaml || exit; \
+compare: $(READY)  ## every method tuned with the same budget, then trained over three seeds and tested, side by side
+	for sweep in digits digits-sequential digits-frozen digits-joint; do \
+		$(BIN)/python sweeps/digits.py --sweep $$sweep --executor inline || exit; \
+		$(BIN)/sweeps export $$sweep -o results/$$sweep.yaml || exit; \
 	done
-	$(BIN)/sweeps final results/inflora.yaml results/sequential.yaml results/frozen.yaml results/joint.yaml --seeds 0,1,2
+	$(BIN)/sweeps final results/digits.yaml results/digits-sequential.yaml \
+		results/digits-frozen.yaml results/digits-joint.yaml --seeds 0,1,2
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,7 @@ GLYPH_VIT: dict[str, Any] = {
     "patch_size": 8,
     "in_chans": 1,
     "embed_dim": 128,
-    "depth": 6,
+    "depth": 5,
     "num_heads": 4,
 }
 """The shipped backbone, pre-trained on rendered letters by ``python -m inflora.glyphs``."""

@@ -1,27 +1,51 @@
 """digits: 1,797 real 8 x 8 scans, 5 tasks of 2 classes, the shipped backbone; minutes on a laptop.
 
-python sweeps/digits.py
+python sweeps/digits.py                             InfLoRA
+python sweeps/digits.py --sweep digits-sequential   a baseline, with the same number of trials
 """
 
-from inflora.config import AugmentSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
+from inflora.config import (
+    AugmentSettings,
+    DataSettings,
+    FrozenSettings,
+    InfLoRASettings,
+    JointSettings,
+    OptimSettings,
+    RunConfig,
+    SequentialSettings,
+)
 from sweeps.cli import main
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
 
-sweep = Sweep(
+data = DataSettings(dataset="digits", tasks=5, validation=0.2, augment=AugmentSettings(scale=(0.8, 1.0), flip=False))
+optim = OptimSettings(epochs=20, batch_size=16, head_init="zero")
+rank = Integer(low=4, high=96, log=True)
+lr = Real(low=1e-4, high=1e-2, log=True)
+
+inflora = Sweep(
     name="digits",
-    base=RunConfig(
-        data=DataSettings(dataset="digits", tasks=5, augment=AugmentSettings(scale=(0.6, 1.0), flip=False)),
-        method=InfLoRASettings(),
-        optim=OptimSettings(epochs=20),
-    ),
-    space={
-        "method.rank": Integer(low=1, high=64, log=True),
-        "method.energy": NearOne(low=0.8, high=0.9999),
-        "optim.lr": Real(low=1e-4, high=2e-2, log=True),
-    },
-    first=({"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4},),
-    trials=16,
+    base=RunConfig(data=data, optim=optim, method=InfLoRASettings()),
+    space={"method.rank": rank, "method.energy": NearOne(low=0.8, high=0.9999), "optim.lr": lr},
+    first=({"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4},),  # the paper's, for CIFAR-100
+)
+sequential = Sweep(
+    name="digits-sequential",
+    base=RunConfig(data=data, optim=optim, method=SequentialSettings()),
+    space={"method.rank": rank, "optim.lr": lr},
+    first=({"method.rank": 10, "optim.lr": 5e-4},),
+)
+frozen = Sweep(
+    name="digits-frozen",
+    base=RunConfig(data=data, optim=optim, method=FrozenSettings()),
+    space={"optim.lr": lr},
+    first=({"optim.lr": 5e-4},),
+)
+joint = Sweep(
+    name="digits-joint",
+    base=RunConfig(data=data, optim=optim, method=JointSettings()),
+    space={"method.rank": rank, "optim.lr": lr},
+    first=({"method.rank": 10, "optim.lr": 5e-4},),
 )
 
 if __name__ == "__main__":
-    main(sweep)
+    main(inflora, sequential, frozen, joint)

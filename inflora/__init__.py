@@ -1,0 +1,1 @@
+"""Continual learning with interference-free low-rank adaptation, in plain PyTorch."""

@@ -1,0 +1,119 @@
+"""The product's commands, one after another, as a user types them: sweep, export, train, final."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from inflora.config import load_config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+RECIPE = Path(__file__).parents[2] / "sweeps" / "digits.py"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory, data_root):
+    """A folder of the user's own with nothing in it but a copy of the recipe, and a way to type commands there."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copy(RECIPE, folder / "my_digits.py")
+    environment = {**os.environ, "INFLORA_DATA": str(data_root), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+
+    def command(line: str) -> subprocess.CompletedProcess:
+        return subprocess.run(line.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    command.folder = folder
+    return command
+
+
+def ok(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def swept(user):
+    """Two small sweeps, of InfLoRA and of a baseline, and their best configs."""
+    for name in ("digits", "digits-frozen"):
+        out = ok(user(f"python my_digits.py --sweep {name} --executor inline --num-trials 2 optim.epochs=1"))
+        assert "best: trial" in out
+        assert "mlflow ui" in out
+        ok(user(f"sweeps export {name} -o {name}.yaml"))
+    return user
+
+
+def test_the_exported_config_says_where_it_comes_from(swept):
+    config = load_config(swept.folder / "digits.yaml")
+    assert config.data.train_on == "train+validation", "final training uses all training images"
+    assert config.provenance["sweep"] == "digits"
+    assert "acc/final" in config.provenance["validation"]
+    client = MlflowClient(f"sqlite:///{swept.folder}/results/digits/mlflow.db")
+    run = client.get_run(config.provenance["mlflow_run_id"])
+    assert run.data.params["method.rank"] == str(config.method.rank)
+    assert run.data.metrics["acc/final"] == config.provenance["validation"]["acc/final"]
+
+
+def test_the_exported_config_trains_as_it_is(swept):
+    out = ok(swept("inflora train digits.yaml --out trained"))
+    assert "acc/final" in out
+    result = json.loads((swept.folder / "trained" / "result.json").read_text())
+    assert result["evaluated_on"] == "test"
+    assert [len(row) for row in result["accuracy_matrix"]] == [1, 2, 3, 4, 5]
+    assert (
+        yaml.safe_load((swept.folder / "trained" / "config.yaml").read_text())["method"] == result["config"]["method"]
+    )
+
+
+def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept):
+    line = "sweeps final digits.yaml digits-frozen.yaml --seeds 0,1"
+    out = ok(swept(line))
+    report = json.loads((swept.folder / "results/final/report.json").read_text())
+    assert set(report["summary"]) == {"inflora", "frozen"}
+    assert "| inflora |" in out
+    assert "| frozen |" in out
+
+    client = MlflowClient(f"sqlite:///{swept.folder}/results/final/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert len(children) == 4
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    inflora = [r.data.metrics["acc/final"] for r in children if r.data.params["method.name"] == "inflora"]
+    assert parent.data.metrics["inflora/acc/final_mean"] == pytest.approx(sum(inflora) / 2)
+    model = {a.path for a in client.list_artifacts(children[0].info.run_id, "model")}
+    assert model == {"model/config.yaml", "model/state"}
+
+    before = {path: path.stat().st_mtime_ns for path in (swept.folder / "results/final").rglob("tensors-*")}
+    ok(swept(line))
+    after = {path: path.stat().st_mtime_ns for path in (swept.folder / "results/final").rglob("tensors-*")}
+    assert after == before, "a run that is complete is not trained again"
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("python my_digits.py --sweep digit", "unknown --sweep 'digit'; known: digits"),
+        ("python my_digits.py --executor thread", "executor: must be 'train' or 'inline', got 'thread'"),
+        ("python my_digits.py --num-trials 0", "trials: must be greater than or equal to 1, got 0"),
+        ("python my_digits.py method.rnk=3", "unknown setting method.rnk; known here: name, rank"),
+        ("python my_digits.py data.tasks=3", "data.tasks must divide the 10 classes of digits (1, 2, 5, 10), got 3"),
+        ("sweeps export nothing", "sweep.json is missing"),
+        ("sweeps status nothing", "sweep.json is missing"),
+        ("sweeps final nothing.yaml", "cannot read the config nothing.yaml"),
+        ("sweeps final digits.yaml --seeds 1,1", "--seeds must be different whole numbers"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(swept, line, message):
+    done = swept(line)
+    assert done.returncode == 2
+    (only,) = done.stderr.strip().splitlines()
+    assert message in only

@@ -1,0 +1,128 @@
+"""What the files may import: arrows point down, the core knows no cluster, recipes are values."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from floors below its own; modules of one package may share a floor and import each other.
+FLOORS = {
+    0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
+    1: ("inflora.data", "inflora.lora", "inflora.state"),
+    2: ("inflora.backbone", "inflora.model"),
+    3: ("inflora.methods",),
+    4: ("inflora.training",),
+    5: ("inflora.continual",),
+    6: ("inflora.runs",),
+    7: ("inflora.cli",),
+    8: ("sweeps.engine.spec", "sweeps.engine.records", "sweeps.engine.plots"),
+    9: ("sweeps.engine.mlflow_store", "sweeps.engine.ledger", "sweeps.engine.trial"),
+    10: ("sweeps.engine.search", "sweeps.engine.tracking"),
+    11: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
+    12: ("sweeps.cli",),
+}
+ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+PACKAGES = ("inflora.data", "inflora.methods")
+BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
+RECIPES_FLOOR = 13
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the project."""
+    files = [file for package in ("inflora", "sweeps") for file in sorted((ROOT / package).rglob("*.py"))]
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
+    return {name.removesuffix(".__init__"): file for file, name in names.items()}
+
+
+MODULES = modules()
+RECIPES = sorted(
+    f"sweeps.{file.stem}" for file in (ROOT / "sweeps").glob("*.py") if file.stem not in ("__init__", "cli")
+)
+
+
+def imports(name: str) -> set[str]:
+    """The project's modules that a module imports, anywhere in its file."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute here"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {part if part in MODULES else str(node.module) for part in parts}
+    return {module for module in found if module.split(".")[0] in ("inflora", "sweeps")}
+
+
+def package(name: str) -> str:
+    """The package that shares one floor, or the module itself."""
+    return next((p for p in PACKAGES if name == p or name.startswith(f"{p}.")), name)
+
+
+def floor(name: str) -> int | None:
+    return RECIPES_FLOOR if name in RECIPES else ON_FLOOR.get(package(name))
+
+
+def test_every_module_has_its_floor():
+    empty = {name for name, file in MODULES.items() if file.name == "__init__.py" and not imports(name)}
+    assert {name for name in MODULES if floor(name) is None} - empty == set(BESIDE)
+    assert set(ON_FLOOR) <= set(MODULES) | set(PACKAGES)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(BESIDE)))
+def test_no_import_points_up(name):
+    for imported in imports(name):
+        assert imported in MODULES, f"{name} imports {imported}, which is no module"
+        assert floor(imported) is not None, f"{name} imports {imported}, which stands beside the building"
+        if package(imported) != package(name):
+            assert floor(imported) < floor(name), f"{name} (floor {floor(name)}) imports {imported}"
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_imports_only_what_it_may(name):
+    assert imports(name) <= BESIDE[name]
+
+
+def test_no_two_modules_import_each_other():
+    tuple(TopologicalSorter({name: imports(name) - {name} for name in MODULES}).static_order())
+
+
+def run_python(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_core_can_be_imported_where_ray_optuna_and_mlflow_cannot(tmp_path):
+    core = [name for name in MODULES if name.startswith("inflora.")]
+    script = f"""
+import importlib, sys
+for name in ("ray", "optuna", "mlflow"):
+    sys.modules[name] = None
+for name in {core}:
+    importlib.import_module(name)
+print([name for name in sys.modules if name.split(".")[0] == "sweeps"])
+"""
+    done = run_python(script, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_there_is_a_recipe():
+    assert "sweeps.digits" in RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_values_only(name):
+    made = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    assert [node.lineno for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, made)] == []
+
+
+def test_nothing_beside_the_recipes_bears_the_name_of_something_importable(tmp_path):
+    """``python sweeps/x.py`` puts ``sweeps/`` first on the import path."""
+    names = {path.stem for path in (ROOT / "sweeps").iterdir() if not path.name.startswith(("__", "."))}
+    script = f"import importlib.util as u; print([n for n in {sorted(names)} if u.find_spec(n)])"
+    done = run_python(script, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert not names & sys.stdlib_module_names

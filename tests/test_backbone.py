@@ -1,0 +1,243 @@
+"""timm's vision transformers: which are built and adapted, which are refused, and the covariance of what they read."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from inflora.backbone import backbone_hash, backbone_shape, build_backbone, gather_covariance
+from inflora.config import BackboneSettings, ConfigError, parse_config
+from inflora.continual import check
+from inflora.lora import adapted_layers, inject
+
+SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"class_token": False, "global_pool": "avg"},
+        {"class_token": False, "global_pool": "map"},
+        {"reg_tokens": 2},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"init_values": 0.1, "pre_norm": True},
+        {"drop_rate": 0.5, "attn_drop_rate": 0.5, "drop_path_rate": 0.5},
+    ],
+    ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()) or "plain",
+)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def vit_of(variant: dict) -> VisionTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(**(SMALL | variant)).eval()
+
+
+def tiny_settings(**options) -> BackboneSettings:
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    return BackboneSettings(name="glyph_vit", pretrained=False, options=sizes | options)
+
+
+def one_line(error: pytest.ExceptionInfo) -> bool:
+    return len(str(error.value).splitlines()) == 1
+
+
+@VARIANTS
+def test_an_adaptable_model_computes_what_the_plain_one_does(variant, images):
+    vit = vit_of(variant)
+    plain = vit(images)
+    inject(vit)
+    assert torch.equal(vit(images), plain)
+    for _, layer in adapted_layers(vit):
+        layer.attach(torch.randn(2, 12))
+    assert torch.equal(vit(images), plain)
+
+
+@VARIANTS
+def test_an_adaptable_model_has_the_plain_ones_state_dict(variant):
+    vit, plain = vit_of(variant), vit_of(variant)
+    inject(vit)
+    assert list(vit.state_dict()) == list(plain.state_dict())
+    vit.load_state_dict(plain.state_dict())
+
+
+@VARIANTS
+def test_adapters_that_have_learnt_something_change_the_features(variant, images):
+    vit = vit_of(variant)
+    inject(vit)
+    plain = vit(images)
+    for _, layer in adapted_layers(vit):
+        layer.attach(torch.randn(2, 12))
+        torch.nn.init.normal_(layer.lora_B)
+    assert not torch.allclose(vit(images), plain)
+
+
+# The covariance of the inputs.
+
+
+def what_qkv_reads(vit: VisionTransformer, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All inputs (N x D, float64) of each block's qkv, seen from outside: the output of the norm before it."""
+    seen = [[] for _ in vit.blocks]
+    hooks = [
+        block.norm1.register_forward_hook(lambda _, __, out, to=to: to.append(out.detach().flatten(0, 1).double()))
+        for block, to in zip(vit.blocks, seen, strict=True)
+    ]
+    for batch in batches:
+        vit(batch)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in seen]
+
+
+def gathered(vit: VisionTransformer, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    with gather_covariance(vit) as seen:
+        for batch in batches:
+            vit(batch)
+    return [covariance.sum_DD / covariance.count for covariance in seen.values()]
+
+
+@VARIANTS
+def test_the_gathered_covariance_is_the_dense_one(variant, images):
+    vit = vit_of(variant)
+    inject(vit)
+    dense = [inputs_ND.T @ inputs_ND / len(inputs_ND) for inputs_ND in what_qkv_reads(vit, [images])]
+    torch.testing.assert_close(gathered(vit, [images]), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_the_covariance_counts_every_token_the_same_whatever_the_batches(images):
+    vit = vit_of({})
+    inject(vit)
+    uneven = [images[:1], images[1:4], images[4:]]
+    torch.testing.assert_close(gathered(vit, uneven), gathered(vit, [images]), rtol=1e-5, atol=1e-6)
+
+
+def hooks_on(vit: VisionTransformer) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in vit.modules())
+
+
+def test_the_hooks_are_there_while_gathering_and_gone_afterwards():
+    vit = vit_of({})
+    inject(vit)
+    with gather_covariance(vit):
+        assert hooks_on(vit) == 2
+    assert hooks_on(vit) == 0
+
+
+def test_the_hooks_are_gone_after_an_exception():
+    vit = vit_of({})
+    inject(vit)
+    with pytest.raises(RuntimeError, match="interrupted"), gather_covariance(vit):
+        raise RuntimeError("interrupted")
+    assert hooks_on(vit) == 0
+
+
+# Building and refusing.
+
+
+def test_random_weights_are_the_same_at_every_call_and_leave_the_callers_randomness_alone():
+    torch.manual_seed(1)
+    first = backbone_hash(build_backbone(tiny_settings()))
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert backbone_hash(build_backbone(tiny_settings())) == first
+
+
+def test_the_hash_tells_weights_apart():
+    vit = build_backbone(tiny_settings())
+    before = backbone_hash(vit)
+    with torch.no_grad():
+        vit.norm.bias[0] += 1e-6
+    assert backbone_hash(vit) != before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        tiny_settings(),
+        tiny_settings(in_chans=3, img_size=64),
+        BackboneSettings(name="vit_tiny_patch16_224", pretrained=False, options={"depth": 1, "img_size": 32}),
+        BackboneSettings(name="vit_tiny_r_s16_p8_224", pretrained=False, options={"depth": 1, "img_size": 32}),
+    ],
+    ids=lambda settings: f"{settings.name}-{settings.options.get('img_size')}",
+)
+def test_the_shape_known_beforehand_is_the_shape_that_is_built(settings):
+    shape, vit = backbone_shape(settings), build_backbone(settings).eval()
+    image = torch.rand(1, shape.channels, shape.image_size, shape.image_size)
+    assert vit(image).shape == (1, shape.width)
+    assert len(vit.blocks) == shape.depth
+
+
+def test_weights_are_read_from_a_file(tmp_path):
+    vit = build_backbone(tiny_settings())
+    with torch.no_grad():
+        vit.norm.bias += 1
+    save_file(vit.state_dict(), tmp_path / "weights.safetensors")
+    settings = tiny_settings().model_copy(update={"weights": tmp_path / "weights.safetensors"})
+    assert backbone_hash(build_backbone(settings)) == backbone_hash(vit)
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "not safetensors", "another model"])
+def test_weights_that_cannot_be_read_or_do_not_fit_are_refused_in_one_line(kind, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    if kind == "a folder":
+        path.mkdir()
+    if kind == "not safetensors":
+        path.write_bytes(b"\x80\x04 pickled?")
+    if kind == "another model":
+        save_file(build_backbone(tiny_settings(depth=1)).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"cannot load backbone\.weights") as error:
+        build_backbone(tiny_settings().model_copy(update={"weights": path}))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "'resnet18' is a ResNet; only a VisionTransformer is adapted"),
+        ("eva02_tiny_patch14_224", "'eva02_tiny_patch14_224' is a Eva; only a VisionTransformer is adapted"),
+        ("vit_tiny_patch99_224", "unknown backbone.name 'vit_tiny_patch99_224'; known: glyph_vit and timm's"),
+        ("", "unknown backbone.name ''; known: glyph_vit and timm's"),
+    ],
+)
+def test_a_name_that_is_no_vision_transformer_is_refused_in_one_line(name, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        backbone_shape(BackboneSettings(name=name, pretrained=False))
+    assert one_line(error)
+
+
+def test_a_vision_transformer_without_fused_qkv_is_refused_in_one_line():
+    settings = BackboneSettings(name="vit_small_patch16_18x2_224", pretrained=False, options={"depth": 1})
+    with pytest.raises(
+        ConfigError, match=r"VisionTransformer cannot be adapted: blocks\.0\.attn has no fused"
+    ) as error:
+        inject(build_backbone(settings))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"colour": "blue"},
+        {"num_classes": 10},
+        {"depth": "two"},
+        {"depth": 0},
+        {"embed_dim": -1},
+        {"num_heads": 3},
+        {"num_heads": 0},
+        {"class_token": False},
+        {"global_pool": ""},
+        {"img_size": [32, 64]},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_usable_model_are_refused_in_one_line_before_anything_heavy(options, tiny):
+    backbone = tiny.backbone.model_dump() | {"options": tiny.backbone.options | options}
+    with pytest.raises(ConfigError, match=r"backbone\.options") as error:
+        check(parse_config(tiny.model_dump() | {"backbone": backbone}))
+    assert one_line(error)

@@ -1,0 +1,302 @@
+"""Settings: what is refused and how, overrides, YAML, and the identity of a run."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from inflora.config import (
+    ConfigError,
+    FirstTaskSettings,
+    FrozenSettings,
+    OptimSettings,
+    RunConfig,
+    config_hash,
+    dump_config,
+    load_config,
+    override,
+    parse_assignments,
+    parse_config,
+)
+
+GROUPS = ("data", "backbone", "method", "optim")
+
+positive = st.floats(min_value=1e-9, max_value=1e9)
+shares = st.floats(min_value=0, max_value=1, exclude_min=True)
+bounds = st.tuples(shares, shares).map(lambda pair: tuple(sorted(pair)))
+energies = st.tuples(shares, shares).map(sorted).map(lambda pair: {"energy": pair[0], "energy_end": pair[1]})
+ranks = st.fixed_dictionaries({"rank": st.integers(1, 999), "blocks": st.none() | st.integers(1, 99)})
+methods = st.one_of(
+    st.builds(lambda rank, energy: {"name": "inflora"} | rank | energy, ranks, energies),
+    st.builds(lambda name, rank: {"name": name} | rank, st.sampled_from(["sequential", "joint"]), ranks),
+    st.just({"name": "frozen"}),
+)
+configs = st.fixed_dictionaries(
+    {
+        "data": st.fixed_dictionaries(
+            {
+                "augment": st.just("none")
+                | st.fixed_dictionaries({"scale": bounds, "ratio": bounds, "flip": st.booleans()}),
+                "root": st.none() | st.just("/some/where"),
+                "order_seed": st.none() | st.integers(0, 9999),
+                "mean": st.floats(-1, 1),
+            }
+        ),
+        "backbone": st.fixed_dictionaries(
+            {
+                "options": st.dictionaries(
+                    st.text(min_size=1, max_size=8), st.integers() | st.booleans() | st.text(max_size=8), max_size=3
+                )
+            }
+        ),
+        "method": methods,
+        "optim": st.fixed_dictionaries(
+            {"lr": positive, "head_lr": st.none() | positive, "first_task": st.just({}) | st.just({"epochs": 3})}
+        ),
+        "provenance": st.dictionaries(st.text(max_size=8), st.text(max_size=8) | st.none(), max_size=2),
+    }
+).map(parse_config)
+
+known_names = st.sampled_from(["data", "method", "optim", "name", "rank", "energy", "augment", "scale", "options"])
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(known_names | st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def leaves(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Dotted path -> value of every setting, one by one."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and prefix + name not in ("backbone.options", "provenance")
+        flat |= leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+@pytest.mark.parametrize(
+    ("settings", "unknown", "known"),
+    [
+        ({"metod": {}}, "metod", ("data", "backbone", "method", "optim", "seed", "device")),
+        ({"data": {"task": 5}}, "data.task", ("tasks", "order_seed", "validation")),
+        ({"data": {"augment": {"flp": True}}}, "data.augment.flp", ("scale", "ratio", "flip")),
+        ({"backbone": {"weight": "x"}}, "backbone.weight", ("name", "weights", "options")),
+        ({"method": {"name": "inflora", "rnk": 1}}, "method.rnk", ("rank", "energy", "memory")),
+        ({"method": {"name": "frozen", "rank": 1}}, "method.rank", ("name",)),
+        ({"optim": {"first_task": {"learning_rate": 1}}}, "optim.first_task.learning_rate", ("lr", "epochs")),
+    ],
+)
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(settings, unknown, known):
+    with pytest.raises(ConfigError, match=f"unknown setting {unknown}; known here: ") as error:
+        parse_config(settings)
+    listed = str(error.value).split("known here: ")[1].split("; ")[0].split(", ")
+    assert set(known) <= set(listed)
+
+
+def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
+    with pytest.raises(ConfigError, match=r"method: .*'ewc'.*'inflora', 'sequential', 'frozen', 'joint'"):
+        parse_config({"method": {"name": "ewc"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("method.energy", 0),
+        ("method.energy", 1.2),
+        ("method.energy_end", 0.5),
+        ("method.rank", 0),
+        ("method.rank", 2.5),
+        ("method.total_tasks", 0),
+        ("method.memory", "both"),
+        ("optim.lr", 0),
+        ("optim.lr", float("inf")),
+        ("optim.lr", float("nan")),
+        ("optim.epochs", 0),
+        ("optim.name", "adamw"),
+        ("optim.first_task.lr", -1),
+        ("data.validation", 0),
+        ("data.validation", 1),
+        ("data.augment", "some"),
+        ("data.augment.scale", [0.5, 1.5]),
+        ("data.augment.ratio", [2, 1]),
+        ("data.mean", float("nan")),
+        ("data.std", 0),
+        ("data.tasks", 0),
+        ("seed", -1),
+        ("seed", "one"),
+        ("device", "tpu"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_the_name_of_its_setting(path, value):
+    with pytest.raises(ConfigError) as error:
+        override(RunConfig(), {path: value})
+    assert path.split(".")[0] in str(error.value)
+    assert path.split(".")[-1] in str(error.value)
+
+
+@given(settings=st.dictionaries(st.sampled_from([*GROUPS, "seed", "device", "provenance"]) | st.text(), junk))
+def test_whatever_is_given_becomes_a_config_or_a_message_of_one_line(settings):
+    message = "none"
+    try:
+        parse_config(settings)
+    except ConfigError as error:
+        message = str(error)
+    assert len(message.splitlines()) == 1
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        RunConfig().seed = 1
+
+
+def test_a_dotted_override_changes_that_setting_and_nothing_else():
+    before = RunConfig()
+    after = override(before, {"method.rank": 8, "optim.first_task.epochs": 3})
+    assert after == parse_config({"method": {"name": "inflora", "rank": 8}, "optim": {"first_task": {"epochs": 3}}})
+    assert before == RunConfig()
+
+
+def test_a_whole_group_can_be_overridden():
+    assert override(RunConfig(), {"method": {"name": "frozen"}}).method == FrozenSettings()
+    assert override(RunConfig(), {"data.augment": "none"}).data.augment == "none"
+
+
+@given(config=configs)
+def test_every_setting_has_a_dotted_name_that_overrides_it(config):
+    for path, value in leaves(config.model_dump()).items():
+        assert override(config, {path: value}) == config
+
+
+@pytest.mark.parametrize("path", ["rank", "method.rnk", "method.rank.low", "metod.rank", "data..tasks", ".", ""])
+def test_an_unknown_dotted_name_is_refused_in_one_line(path):
+    with pytest.raises(ConfigError, match="unknown setting") as error:
+        override(RunConfig(), {path: 1})
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=5e-4", 5e-4),
+        ("a=1E3", 1000.0),
+        ("a=8", 8),
+        ("a=0.95", 0.95),
+        ("a=null", None),
+        ("a=none", "none"),
+        ("a=true", True),
+        ("a=[0.5, 1]", [0.5, 1]),
+        ("a={name: frozen}", {"name": "frozen"}),
+        ("a=b=c", "b=c"),
+    ],
+)
+def test_a_value_on_the_command_line_is_read_as_what_it_looks_like(text, value):
+    (read,) = parse_assignments([text]).values()
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", ["method.rank", "=3", "", "a=[1"])
+def test_what_is_no_assignment_is_refused(text):
+    with pytest.raises(ConfigError):
+        parse_assignments([text])
+
+
+@given(config=configs)
+def test_yaml_gives_back_an_equal_config_of_the_same_identity(config, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert config_hash(load_config(file)) == config_hash(config)
+
+
+@pytest.mark.parametrize("content", [b"- a\n", b"[]", b"a: [", b"\xff\xfe\x00", b"just text", b"0"])
+def test_a_file_that_is_no_mapping_is_refused_by_its_name(content, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.yaml") as error:
+        load_config(file)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path)
+
+
+def test_a_number_may_be_written_as_people_write_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lr: 5e-4, head_lr: 1E-2}")
+    assert (load_config(file).optim.lr, load_config(file).optim.head_lr) == (5e-4, 1e-2)
+
+
+def test_an_empty_file_is_the_default_run(tmp_path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("# everything as it is\n")
+    assert load_config(file) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data.root": Path("/x")}, {"device": "cpu"}, {"provenance": {"run": "1"}}, {"backbone.weights": Path("/w")}],
+    ids=str,
+)
+def test_paths_device_and_provenance_are_no_part_of_a_runs_identity(change):
+    assert config_hash(override(RunConfig(), change)) == config_hash(RunConfig())
+
+
+CHANGES = {
+    "data.dataset": "other",
+    "data.tasks": 2,
+    "data.order_seed": 3,
+    "data.validation": 0.2,
+    "data.split_seed": 1,
+    "data.train_on": "train+validation",
+    "data.augment.scale": (0.5, 1.0),
+    "data.augment.ratio": (1.0, 1.0),
+    "data.augment.flip": False,
+    "data.mean": 0.5,
+    "data.std": 0.5,
+    "backbone.name": "other",
+    "backbone.pretrained": False,
+    "backbone.options": {"depth": 2},
+    "method.name": None,
+    "method.rank": 3,
+    "method.energy": 0.9,
+    "method.energy_end": 0.99,
+    "method.total_tasks": 9,
+    "method.memory": "gpm",
+    "method.energy_of": "inputs",
+    "method.blocks": 1,
+    "optim.name": "sgd",
+    "optim.lr": 0.1,
+    "optim.head_lr": 0.1,
+    "optim.head_init": "zero",
+    "optim.epochs": 3,
+    "optim.batch_size": 3,
+    "optim.weight_decay": 0.1,
+    "optim.first_task.lr": 0.1,
+    "optim.first_task.epochs": 3,
+    "optim.first_task.weight_decay": 0.1,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("path", sorted(CHANGES))
+def test_every_other_setting_is_part_of_a_runs_identity(path):
+    changes = {"method": {"name": "sequential"}} if path == "method.name" else {path: CHANGES[path]}
+    assert config_hash(override(RunConfig(), changes)) != config_hash(RunConfig())
+
+
+def test_no_setting_is_forgotten_in_the_two_lists_above():
+    elsewhere = {"data.root", "device", "provenance", "backbone.weights"}
+    assert set(leaves(RunConfig().model_dump())) == set(CHANGES) | elsewhere
+
+
+def test_the_first_task_takes_its_own_values_and_the_others_the_common_ones():
+    optim = OptimSettings(lr=0.1, epochs=5, first_task=FirstTaskSettings(lr=0.2))
+    assert (optim.of_task(0).lr, optim.of_task(0).epochs) == (0.2, 5)
+    assert optim.of_task(1) == optim

@@ -1,0 +1,416 @@
+"""Whole runs: no interference, resuming, states on disk, and what a trial cannot reach."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inflora.backbone import build_backbone
+from inflora.config import ConfigError, RunConfig, config_hash, override
+from inflora.continual import TaskResult, check, identity, run
+from inflora.data.store import DataError
+from inflora.methods import METHODS
+from inflora.metrics import accuracy_matrix
+from inflora.runs import train_into
+from inflora.state import RunState, StateError, has_state, load_state, save_state
+from inflora.subspace import Memory, free_basis
+
+EVERY_METHOD = pytest.mark.parametrize("method", sorted(METHODS))
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_state(a: RunState, b: RunState) -> bool:
+    """Bit for bit."""
+    rest = [state._replace(model={}, method={}) for state in (a, b)]
+    return rest[0] == rest[1] and same_tensors(a.model, b.model) and same_tensors(a.method, b.method)
+
+
+def with_method(tiny: RunConfig, name: str, **changes) -> RunConfig:
+    return override(tiny, {"method": {"name": name}} | changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny) -> dict[str, list[TaskResult]]:
+    """Every task of the tiny run, by each method."""
+    return {method: list(run(with_method(tiny, method))) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def results(tiny) -> list[TaskResult]:
+    """Every task of the tiny run."""
+    return list(run(tiny))
+
+
+# The stream of results.
+
+
+@EVERY_METHOD
+def test_a_run_yields_one_result_per_task_and_final_metrics_with_the_last(method, uninterrupted):
+    results = uninterrupted[method]
+    assert [result.task for result in results] == list(range(1 if method == "joint" else 5))
+    assert ["acc/final" in result.metrics for result in results] == [r.state.is_complete for r in results]
+    assert results[-1].state.is_complete
+    assert accuracy_matrix(results[-1].state.evaluations) == [result.accuracies for result in results]
+    assert [name for result in results for name in result.classes] == [str(digit) for digit in range(10)]
+
+
+@EVERY_METHOD
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(method, tiny):
+    config = with_method(tiny, method, **{"data.tasks": 2})
+    first, again, other = (list(run(c))[-1].state for c in (config, config, override(config, {"seed": 1})))
+    assert same_state(first, again)
+    assert not same_tensors(first.model, other.model)
+
+
+def test_a_run_depends_neither_on_randomness_used_elsewhere_nor_on_the_tasks_still_to_come(tiny, results):
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert same_state(next(run(tiny)).state, results[0].state)
+
+
+def test_learning_every_task_at_once_is_one_task_with_all_classes(uninterrupted):
+    (result,) = uninterrupted["joint"]
+    assert len(result.classes) == 10
+    assert result.metrics["acc/final"] == result.metrics["acc/seen"]
+    assert result.metrics["forgetting"] == 0
+
+
+# No interference.
+
+
+def keys_and_values(state: RunState, layer: str, inputs_ND: Tensor) -> Tensor:
+    """What the layer's merged weight makes of some inputs; the bias never changes."""
+    return inputs_ND @ state.model[f"{layer}.weight"][32:].double().T
+
+
+def memories(state: RunState) -> dict[str, Memory]:
+    return {key.rpartition(".")[0]: Memory(key.rpartition(".")[2], basis) for key, basis in state.method.items()}
+
+
+NO_INTERFERENCE = {
+    "gpm": {"method.memory": "gpm", "method.energy": 0.99},
+    "dualgpm, few taken": {"method.energy": 0.99},
+    "dualgpm, most taken": {"method.energy": 0.999999999},
+    "rank above what is free": {"method.energy": 0.999999999, "method.rank": 30},
+    "energy of the inputs": {"method.energy_of": "inputs", "method.energy": 0.9},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*free directions left")
+@pytest.mark.parametrize("changes", NO_INTERFERENCE.values(), ids=NO_INTERFERENCE)
+def test_inputs_inside_the_old_memory_give_unchanged_keys_and_values_after_the_next_task(changes, tiny):
+    stages = run(override(tiny, changes | {"optim.lr": 0.05, "optim.epochs": 2}))
+    before, after = next(stages).state, next(stages).state
+    for layer, memory in memories(before).items():
+        free_DF = free_basis(memory, 32)
+        probe = torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        inside, outside = probe - probe @ free_DF @ free_DF.T, probe @ free_DF @ free_DF.T
+        changes_inside, changes_outside = (
+            (keys_and_values(after, layer, x) - keys_and_values(before, layer, x)).abs().max()
+            for x in (inside, outside)
+        )
+        assert changes_inside < 1e-5
+        assert changes_outside > 1e-3
+
+
+def test_without_protection_the_same_inputs_change(tiny):
+    protected = next(run(override(tiny, NO_INTERFERENCE["gpm"]))).state
+    stages = run(with_method(tiny, "sequential", **{"optim.lr": 0.05, "optim.epochs": 2}))
+    before, after = next(stages).state, next(stages).state
+    for layer, memory in memories(protected).items():
+        inside = memory.basis_DK.double().T
+        assert (keys_and_values(after, layer, inside) - keys_and_values(before, layer, inside)).abs().max() > 1e-3
+
+
+def test_both_kinds_of_memory_occur_and_give_the_same_run(tiny):
+    dual, plain = (
+        list(run(override(tiny, {"method.energy": 0.999999, "method.memory": memory})))[-1].state
+        for memory in ("dualgpm", "gpm")
+    )
+    assert {memory.kind for memory in memories(dual).values()} == {"retain"}
+    assert {memory.kind for memory in memories(plain).values()} == {"remove"}
+    torch.testing.assert_close(dual.model, plain.model, atol=1e-3, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*free directions left")
+def test_a_rank_above_what_is_free_warns_and_goes_on_with_fewer_rows(tiny):
+    config = override(tiny, NO_INTERFERENCE["rank above what is free"])
+    with pytest.warns(UserWarning, match=r"task 1: .*blocks\.0.* free directions left, fewer than method\.rank=30"):
+        assert len(list(run(config))) == 5
+
+
+def test_a_rank_that_fits_does_not_warn(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(run(override(tiny, {"data.tasks": 2})))
+
+
+@pytest.mark.filterwarnings("ignore:.*free directions left")
+def test_with_no_direction_left_the_backbone_stays_and_the_classifiers_still_learn(tiny):
+    stages = run(override(tiny, {"method.energy": 1.0}))
+    first = next(stages).state
+    full = {f"{name.removesuffix('.weight')}.retain": torch.zeros(32, 0) for name in first.model if "qkv" in name}
+    second = next(run(override(tiny, {"method.energy": 1.0}), first._replace(method=full))).state
+    assert same_tensors(*({n: t for n, t in s.model.items() if "qkv" in n} for s in (first, second)))
+    assert "heads.1.weight" in second.model
+
+
+def test_only_the_first_blocks_are_adapted_when_so_configured(tiny):
+    state = next(run(override(tiny, {"method.blocks": 1}))).state
+    plain = build_backbone(tiny.backbone).blocks[0].attn.qkv.weight
+    assert [name for name in state.model if "qkv" in name] == ["backbone.blocks.0.attn.qkv.weight"]
+    assert not torch.equal(state.model["backbone.blocks.0.attn.qkv.weight"], plain)
+
+
+def test_the_schedule_of_a_longer_stream_gives_the_memory_less_after_the_same_task(tiny):
+    sizes = []
+    for total in (5, 500):
+        changes = {"method.total_tasks": total, "method.energy": 0.8, "method.energy_of": "inputs"}
+        *_, last = (result.state for result in run(override(tiny, changes)))
+        sizes.append(sum(32 - free_basis(memory, 32).shape[1] for memory in memories(last).values()))
+    assert sizes[1] < sizes[0]
+
+
+# Killed and resumed.
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("done", [1, 2, 4])
+def test_a_run_killed_after_any_task_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+    method, done, tiny, uninterrupted, tmp_path
+):
+    config, whole = with_method(tiny, method), uninterrupted[method]
+    save_state(whole[min(done, len(whole)) - 1].state, tmp_path)
+    resumed = list(run(config, load_state(tmp_path)))
+    assert [r.task for r in resumed] == list(range(done, len(whole)))
+    for ours, theirs in zip(resumed, whole[done:], strict=True):
+        assert same_state(ours.state, theirs.state)
+        assert (ours.metrics, ours.losses, ours.accuracies) == (theirs.metrics, theirs.losses, theirs.accuracies)
+
+
+@pytest.mark.filterwarnings("ignore:.*free directions left")
+def test_a_run_whose_memory_has_turned_into_its_complement_resumes_bit_for_bit(tiny, tmp_path):
+    config = override(tiny, {"method.energy": 0.999999})
+    whole = list(run(config))
+    save_state(whole[1].state, tmp_path)
+    assert {memory.kind for memory in memories(load_state(tmp_path)).values()} == {"retain"}
+    assert same_state(list(run(config, load_state(tmp_path)))[-1].state, whole[-1].state)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"method.rank": 3}, {"data.order_seed": 0}], ids=str)
+def test_another_runs_state_is_refused(change, tiny, results):
+    with pytest.raises(StateError, match=f"belongs to run {config_hash(tiny)} on validation"):
+        next(run(override(tiny, change), results[0].state))
+
+
+def test_a_state_evaluated_on_other_images_is_refused(tiny, results):
+    with pytest.raises(StateError, match=r"on validation, this is .* on test"):
+        next(run(tiny, results[0].state, evaluate_on="test"))
+
+
+def test_a_state_is_not_continued_on_another_backbones_weights(tiny, tmp_path):
+    configs = []
+    for name in "ab":
+        vit = build_backbone(tiny.backbone)
+        with torch.no_grad():
+            vit.norm.weight *= 1 if name == "a" else 2
+        save_file(vit.state_dict(), tmp_path / f"{name}.safetensors")
+        configs.append(override(tiny, {"backbone.weights": tmp_path / f"{name}.safetensors"}))
+    state = next(run(configs[0])).state
+    with pytest.raises(StateError):
+        next(run(configs[1], state))
+
+
+# States on disk.
+
+
+def test_a_state_is_loaded_as_it_was_saved(results, tmp_path):
+    assert not has_state(tmp_path)
+    save_state(results[2].state, tmp_path)
+    assert has_state(tmp_path)
+    assert same_state(load_state(tmp_path), results[2].state)
+
+
+def test_saving_again_replaces_the_state_and_leaves_no_other_file(results, tmp_path):
+    for result in results:
+        save_state(result.state, tmp_path)
+    assert same_state(load_state(tmp_path), results[-1].state)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_crash_between_tensors_and_manifest_leaves_the_old_state(results, tmp_path):
+    save_state(results[0].state, tmp_path / "now")
+    save_state(results[1].state, tmp_path / "next")
+    for tensors in (tmp_path / "next").glob("tensors-*"):
+        shutil.copy(tensors, tmp_path / "now")
+    assert same_state(load_state(tmp_path / "now"), results[0].state)
+    save_state(results[1].state, tmp_path / "now")
+    assert same_state(load_state(tmp_path / "now"), results[1].state)
+
+
+def test_a_crash_in_the_middle_of_writing_leaves_the_old_state(results, tmp_path, monkeypatch):
+    save_state(results[0].state, tmp_path)
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("inflora.state.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(results[1].state, tmp_path)
+    assert same_state(load_state(tmp_path), results[0].state)
+
+
+def tensors_file(folder: Path) -> Path:
+    (file,) = folder.glob("tensors-*.safetensors")
+    return file
+
+
+@pytest.mark.parametrize("where", [0, 0.5, 0.999])
+def test_tampered_tensors_are_refused(where, results, tmp_path):
+    save_state(results[0].state, tmp_path)
+    content = bytearray(tensors_file(tmp_path).read_bytes())
+    content[int(where * len(content))] ^= 1
+    tensors_file(tmp_path).write_bytes(content)
+    with pytest.raises(StateError, match=r"tensors-.*is damaged: its content does not match its hash"):
+        load_state(tmp_path)
+
+
+def test_truncated_or_missing_tensors_are_refused(results, tmp_path):
+    save_state(results[0].state, tmp_path)
+    file = tensors_file(tmp_path)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StateError):
+        load_state(tmp_path)
+    file.unlink()
+    with pytest.raises(StateError):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\x80\x04N.", b"\xff\xfe"])
+def test_a_damaged_manifest_is_refused(content, results, tmp_path):
+    save_state(results[0].state, tmp_path)
+    (tmp_path / "state.json").write_bytes(content)
+    with pytest.raises(StateError):
+        load_state(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(results, tmp_path):
+    save_state(results[0].state, tmp_path / "state")
+    file = tensors_file(tmp_path / "state")
+    file.rename(tmp_path / file.name)
+    manifest = tmp_path / "state" / "state.json"
+    manifest.write_text(manifest.read_text().replace(file.name, f"../{file.name}"))
+    with pytest.raises(StateError):
+        load_state(tmp_path / "state")
+
+
+def test_nothing_in_a_saved_state_is_pickled(results, tmp_path):
+    save_state(results[0].state, tmp_path)
+    json.loads((tmp_path / "state.json").read_text())
+    content = tensors_file(tmp_path).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert {name.split("/")[0] for name in header} <= {"model", "method", "__metadata__"}
+
+
+def test_a_missing_state_is_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(StateError, match=f"no saved state in {tmp_path}"):
+        load_state(tmp_path)
+
+
+# A run's folder.
+
+
+def test_a_finished_run_leaves_its_config_its_state_and_its_result(tiny, results, tmp_path):
+    state = train_into(tmp_path, tiny, "validation")
+    assert same_state(state, results[-1].state)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "state", "result.json"}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"] == results[-1].metrics
+    assert result["identity"] == identity(tiny)
+
+
+@pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
+def test_resuming_a_run_that_was_killed_between_two_files_completes_it(lost, tiny, tmp_path):
+    config = with_method(tiny, "joint")
+    train_into(tmp_path, config, "validation")
+    before = (tmp_path / lost).read_text()
+    (tmp_path / lost).unlink()
+    train_into(tmp_path, config, "validation", resume=True)
+    assert (tmp_path / lost).read_text() == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json"])
+def test_a_file_that_this_run_did_not_write_is_not_overwritten(name, tiny, tmp_path):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(ConfigError, match=name):
+        train_into(tmp_path, with_method(tiny, "joint"), "validation")
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
+# What a trial cannot reach, and what is refused beforehand.
+
+
+@pytest.mark.parametrize("damage", ["deleted", "garbage"])
+def test_a_whole_trial_runs_without_the_test_images(damage, tiny, results, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    file = tmp_path / "digits" / "test.arrow"
+    file.unlink() if damage == "deleted" else file.write_bytes(b"garbage")
+    config = override(tiny, {"data.root": tmp_path})
+    assert same_state(list(run(config))[-1].state, results[-1].state)
+    assert identity(config) == identity(tiny)
+    with pytest.raises(DataError, match=r"test\.arrow"):
+        next(run(config, evaluate_on="test"))
+
+
+def test_training_on_the_validation_images_is_refused_while_choosing(tiny):
+    config = override(tiny, {"data.train_on": "train+validation"})
+    with pytest.raises(ConfigError, match="leaves no validation images"):
+        next(run(config))
+    assert next(run(config, evaluate_on="test")).task == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method.rank": 33}, r"method\.rank must be at most the backbone's width 32, got 33"),
+        ({"method.blocks": 3}, r"method\.blocks must be at most the backbone's depth 2, got 3"),
+        ({"data.tasks": 3}, r"data\.tasks must divide the 10 classes"),
+        ({"data.dataset": "mnist"}, r"unknown data\.dataset 'mnist'; known: .*digits"),
+        ({"backbone": {"name": "resnet18", "pretrained": False}}, "only a VisionTransformer is adapted"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused_in_one_line_before_anything_heavy(
+    change, message, tiny, monkeypatch
+):
+    for heavy in ("build_backbone", "make_stream"):
+        monkeypatch.delattr(f"inflora.continual.{heavy}")
+    with pytest.raises(ConfigError, match=message) as error:
+        next(run(override(tiny, change)))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_largest_rank_and_all_blocks_fit(tiny):
+    check(override(tiny, {"method.rank": 32, "method.blocks": 2}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_refused(tiny):
+    with pytest.raises(ConfigError, match="no CUDA device is available"):
+        check(override(tiny, {"device": "cuda"}))
+
+
+def test_a_runs_identity_names_what_its_numbers_depend_on(tiny):
+    known = identity(tiny)
+    assert known["config_hash"] == config_hash(tiny)
+    assert known["class_order"] == "0,1,2,3,4,5,6,7,8,9"
+    assert identity(override(tiny, {"data.split_seed": 1}))["split_hash"] != known["split_hash"]
+    options = tiny.backbone.options | {"depth": 1}
+    assert identity(override(tiny, {"backbone.options": options}))["backbone_hash"] != known["backbone_hash"]

@@ -1,0 +1,169 @@
+"""The adapter on a fused qkv layer: keys and values only, the identity at the start, merged at the end."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from inflora.config import ConfigError
+from inflora.lora import LoRAQKV, adapted_layers, inject, merge_all
+
+WIDTH, RANK = 8, 3
+LAYERS = pytest.mark.parametrize("plain", [(WIDTH, True), (WIDTH, False), (12, True)], indirect=True, ids=str)
+
+
+@pytest.fixture
+def plain(request) -> nn.Linear:
+    """A fused qkv layer; parametrised by the attention's width and whether it has a bias."""
+    attention_width, bias = getattr(request, "param", (WIDTH, True))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(WIDTH, 3 * attention_width, bias=bias)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def adapted(plain: nn.Linear) -> LoRAQKV:
+    """The layer with an adapter that has learnt something."""
+    generator = torch.Generator().manual_seed(2)
+    layer = LoRAQKV(copy.deepcopy(plain))
+    layer.attach(torch.randn(RANK, WIDTH, generator=generator))
+    assert layer.lora_B is not None
+    nn.init.normal_(layer.lora_B, generator=generator)
+    return layer
+
+
+def block(qkv: nn.Module | None) -> nn.Module:
+    """As much of a transformer block as an adapter needs."""
+    made = nn.Module()
+    made.attn = nn.Module()
+    if qkv is not None:
+        made.attn.qkv = qkv
+    return made
+
+
+def stack(*qkvs: nn.Module | None) -> nn.Module:
+    vit = nn.Module()
+    vit.blocks = nn.Sequential(*map(block, qkvs))
+    return vit
+
+
+@LAYERS
+def test_without_an_adapter_the_layer_is_the_plain_one(plain, x):
+    assert torch.equal(LoRAQKV(plain)(x), plain(x))
+
+
+@LAYERS
+def test_an_adapter_starts_as_the_identity(plain, x):
+    layer = LoRAQKV(plain)
+    layer.attach(torch.randn(RANK, WIDTH))
+    assert torch.equal(layer(x), plain(x))
+
+
+@LAYERS
+def test_an_adapter_adds_B_A_to_keys_and_values_and_nothing_to_queries(plain, x):
+    layer = adapted(plain)
+    (q, k, v), (plain_q, plain_k, plain_v) = layer(x).chunk(3, -1), plain(x).chunk(3, -1)
+    for_keys, for_values = layer.lora_B.chunk(2)
+    assert torch.equal(q, plain_q)
+    torch.testing.assert_close(k, plain_k + x @ layer.lora_A.T @ for_keys.T)
+    torch.testing.assert_close(v, plain_v + x @ layer.lora_A.T @ for_values.T)
+
+
+@LAYERS
+def test_merged_and_unmerged_forward_agree(plain, x):
+    layer = adapted(plain)
+    unmerged = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), unmerged)
+    assert not torch.allclose(layer(x), plain(x))
+
+
+@LAYERS
+def test_merging_leaves_the_query_rows_and_the_bias_bit_for_bit(plain):
+    layer = adapted(plain)
+    layer.merge()
+    rows = plain.out_features // 3
+    assert torch.equal(layer.weight[:rows], plain.weight[:rows])
+    assert not torch.equal(layer.weight[rows:], plain.weight[rows:])
+    assert (layer.bias is None and plain.bias is None) or torch.equal(layer.bias, plain.bias)
+
+
+def test_merging_a_second_time_changes_nothing(plain):
+    layer = adapted(plain)
+    layer.merge()
+    before = layer.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_after_merging_the_layer_is_as_large_as_the_plain_one(plain):
+    layer = adapted(plain)
+    layer.merge()
+    assert {n: p.shape for n, p in layer.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+
+
+@LAYERS
+def test_the_parameters_keep_the_plain_layers_names(plain):
+    layer = LoRAQKV(plain)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    layer.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("train_A", [False, True])
+def test_gradients_reach_B_always_and_A_only_when_asked(plain, x, train_A):
+    layer = LoRAQKV(plain.requires_grad_(False))
+    layer.attach(torch.randn(RANK, WIDTH), train_A=train_A)
+    layer(x).square().sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"lora_B"} | (
+        {"lora_A"} if train_A else set()
+    )
+
+
+def test_an_adapter_of_rank_zero_changes_nothing(plain, x):
+    layer = LoRAQKV(copy.deepcopy(plain))
+    layer.attach(torch.zeros(0, WIDTH))
+    assert torch.equal(layer(x), plain(x))
+    layer.merge()
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize(("blocks", "adaptable"), [(None, [0, 1, 2]), (1, [0]), (3, [0, 1, 2])])
+def test_only_the_first_blocks_are_made_adaptable(blocks, adaptable):
+    vit = stack(*(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3)))
+    inject(vit, blocks)
+    assert [name for name, _ in adapted_layers(vit)] == [f"blocks.{index}.attn.qkv" for index in adaptable]
+
+
+def test_all_adapters_of_a_model_merge_at_once(plain, x):
+    vit = stack(adapted(plain), adapted(plain))
+    unmerged = [layer(x) for _, layer in adapted_layers(vit)]
+    merge_all(vit)
+    assert all(layer.lora_A is None for _, layer in adapted_layers(vit))
+    torch.testing.assert_close([layer(x) for _, layer in adapted_layers(vit)], unmerged)
+
+
+@pytest.mark.parametrize(
+    ("vit", "message"),
+    [
+        (nn.Linear(2, 2), "Linear cannot be adapted: it has no list of transformer blocks"),
+        (stack(), "cannot be adapted: it has no list of transformer blocks"),
+        (stack(None), "blocks.0.attn has no fused linear 'qkv'"),
+        (stack(nn.Linear(WIDTH, 3 * WIDTH), nn.Conv2d(1, 3, 1)), "blocks.1.attn has no fused linear 'qkv'"),
+        (stack(nn.Linear(WIDTH, 2 * WIDTH)), "blocks.0.attn has no fused linear 'qkv'"),
+        (nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}), "blocks.0.attn has no fused linear 'qkv'"),
+    ],
+)
+def test_a_model_without_fused_qkv_is_refused_in_one_line(vit, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        inject(vit)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_more_blocks_than_there_are_are_refused(plain):
+    with pytest.raises(ConfigError, match=r"method\.blocks must be at most the backbone's depth 1, got 2"):
+        inject(stack(plain), 2)

@@ -1,0 +1,268 @@
+"""The paper's linear algebra, against a dense SVD in float64 written from its formulas."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from inflora.subspace import Memory, complement, design, free_basis, threshold, update
+
+WIDTH = 12
+
+
+def inputs_of(seed: int, width: int = WIDTH, rank: int | None = None, count: int = 200) -> Tensor:
+    """Inputs (N x D) of a made-up layer, with energies that fall off like those of a real one."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = width if rank is None else rank
+    scales = torch.logspace(0, -2, rank, dtype=torch.float64) if rank else torch.zeros(0, dtype=torch.float64)
+    coordinates = torch.randn(count, rank, generator=generator, dtype=torch.float64) * scales
+    return coordinates @ torch.randn(rank, width, generator=generator, dtype=torch.float64)
+
+
+def covariance(inputs_ND: Tensor) -> Tensor:
+    return inputs_ND.T @ inputs_ND / len(inputs_ND)
+
+
+def orthonormal(seed: int, columns: int, width: int = WIDTH) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def taken(memory: Memory) -> Tensor:
+    """Projector (D x D) onto what old tasks use, whichever way the memory says it."""
+    basis_DK = memory.basis_DK.double()
+    projector = basis_DK @ basis_DK.T
+    return projector if memory.kind == "remove" else torch.eye(len(projector), dtype=torch.float64) - projector
+
+
+def updated(memory: Memory | None, seeds: range, energy: float = 0.98, **options) -> Memory:
+    """The memory after one made-up task for each seed."""
+    for seed in seeds:
+        memory = update(memory, covariance(inputs_of(seed)), energy, **options)
+    assert memory is not None
+    return memory
+
+
+REMOVE = Memory("remove", orthonormal(1, 5).float())
+RETAIN = Memory("retain", orthonormal(2, 5).float())
+MEMORIES = pytest.mark.parametrize("memory", [REMOVE, RETAIN], ids=lambda memory: memory.kind)
+ENERGIES = pytest.mark.parametrize("energy_of", ["covariance", "inputs"])
+
+
+# The design of A.
+
+
+def reference_design(cov_DD: Tensor, memory: Memory | None, rank: int) -> Tensor:
+    """A^T A from the leading left singular vectors of the projected covariance, as the formula stands."""
+    projected = cov_DD if memory is None else cov_DD - taken(memory) @ cov_DD
+    leading = torch.linalg.svd(projected).U[:, :rank]
+    return leading @ leading.T / 3
+
+
+@given(seed=st.integers(0, 999), rank=st.integers(1, 4), memory=st.sampled_from([None, REMOVE, RETAIN]))
+def test_the_rows_of_A_are_the_leading_left_singular_vectors_of_what_old_tasks_leave(seed, rank, memory):
+    cov_DD = covariance(inputs_of(seed))
+    lora_A = design(cov_DD, memory, rank).double()
+    torch.testing.assert_close(lora_A.T @ lora_A, reference_design(cov_DD, memory, rank), atol=1e-5, rtol=0)
+
+
+@MEMORIES
+@pytest.mark.parametrize("rank_of_inputs", [WIDTH, 3, 1, 0])
+@pytest.mark.parametrize("rank", [1, 4, WIDTH])
+def test_the_rows_of_A_are_orthogonal_to_the_old_memory(memory, rank_of_inputs, rank):
+    lora_A = design(covariance(inputs_of(3, rank=rank_of_inputs)), memory, rank).double()
+    assert len(lora_A) > 0
+    assert (lora_A @ taken(memory)).abs().max() < 1e-5
+
+
+@MEMORIES
+@pytest.mark.parametrize("rank_of_inputs", [WIDTH, 3, 0])
+def test_the_rows_of_A_are_orthogonal_and_of_length_one_over_root_three(memory, rank_of_inputs):
+    lora_A = design(covariance(inputs_of(3, rank=rank_of_inputs)), memory, 4).double()
+    torch.testing.assert_close(lora_A @ lora_A.T, torch.eye(4, dtype=torch.float64) / 3, atol=1e-6, rtol=0)
+
+
+@MEMORIES
+def test_a_rank_above_the_free_dimension_gives_a_row_per_free_direction(memory):
+    free = free_basis(memory, WIDTH).shape[1]
+    assert design(covariance(inputs_of(3)), memory, WIDTH).shape == (free, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "memory", [Memory("remove", torch.eye(WIDTH)), Memory("retain", torch.zeros(WIDTH, 0))], ids=lambda m: m.kind
+)
+def test_when_nothing_is_free_A_has_no_rows_and_the_memory_stays_full(memory):
+    cov_DD = covariance(inputs_of(3))
+    assert design(cov_DD, memory, 4).shape == (0, WIDTH)
+    torch.testing.assert_close(taken(update(memory, cov_DD, 0.99)), torch.eye(WIDTH, dtype=torch.float64))
+
+
+# The memory.
+
+
+def reference_update(memory: Memory | None, inputs_ND: Tensor, eps: float, energy_of: str) -> tuple[Tensor, int, float]:
+    """The taken directions' projector and number after a task (algorithm.md, after task t, steps 2 to 4).
+
+    The third value is how near to the threshold the energy came: which side it falls on is then a matter of rounding.
+    """
+    data = inputs_ND.T / len(inputs_ND) ** 0.5  # D x N: its singular values are those of the inputs
+    matrix = data @ data.T if energy_of == "covariance" else data
+    total = torch.linalg.svdvals(matrix).square().sum()
+    if memory is None:
+        U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
+        reached = (S.square() / total).cumsum(0)
+        number, met = max(1, int((reached < eps).sum())), reached - eps
+        basis = U[:, :number]
+        return basis @ basis.T, number, float(met.abs().min())
+    old = taken(memory)
+    U, S, _ = torch.linalg.svd(matrix - old @ matrix, full_matrices=False)
+    shares = S.square() / total
+    if memory.kind == "remove":
+        held = 1 - float(shares.sum())
+        margins, number = [abs(held - eps)], 0
+        while held < eps:
+            held, number = held + float(shares[number]), number + 1
+            margins.append(abs(held - eps))
+    else:
+        left = float(shares.sum())
+        margins, number = [abs(left - (1 - eps))], 0
+        while left >= 1 - eps:
+            left, number = left - float(shares[number]), number + 1
+            margins.append(abs(left - (1 - eps)))
+    new = U[:, :number]
+    return old + new @ new.T, round(float(old.trace())) + number, min(margins)
+
+
+@ENERGIES
+@given(
+    seed=st.integers(0, 999),
+    memory=st.sampled_from([None, REMOVE, RETAIN]),
+    eps=st.floats(0.3, 0.9999),
+    may_flip=st.booleans(),
+)
+def test_the_memory_after_a_task_is_that_of_the_formulas(energy_of, seed, memory, eps, may_flip):
+    inputs_ND = inputs_of(seed)
+    projector, number, margin = reference_update(memory, inputs_ND, eps, energy_of)
+    assume(margin > 1e-6)
+    after = update(memory, covariance(inputs_ND), eps, energy_of=energy_of, may_flip=may_flip)
+    assert round(float(taken(after).trace())) == number
+    torch.testing.assert_close(taken(after), projector, atol=1e-5, rtol=0)
+
+
+@given(seeds=st.lists(st.integers(0, 999), min_size=1, max_size=12), energy=st.floats(0.5, 0.9999))
+def test_dualgpm_and_gpm_remember_the_same_directions_at_every_task(seeds, energy):
+    dual = plain = None
+    for task, seed in enumerate(seeds):
+        cov_DD, share = covariance(inputs_of(seed)), threshold(task, len(seeds), energy, 1.0)
+        dual, plain = update(dual, cov_DD, share), update(plain, cov_DD, share, may_flip=False)
+        torch.testing.assert_close(taken(dual), taken(plain), atol=1e-4, rtol=0)
+        assert plain.kind == "remove"
+
+
+def test_the_memory_turns_into_its_complement_once_more_than_half_the_width_is_taken():
+    memories = [updated(None, range(tasks), energy=0.7) for tasks in range(1, 9)]
+    numbers = [round(float(taken(memory).trace())) for memory in memories]
+    assert [memory.kind for memory in memories] == ["retain" if 2 * n > WIDTH else "remove" for n in numbers]
+    assert {memory.kind for memory in memories} == {"remove", "retain"}
+    assert all(2 * memory.basis_DK.shape[1] <= WIDTH for memory in memories)
+
+
+def spectrum(*energies: float) -> Tensor:
+    """A covariance with these singular values' shares of energy along the axes."""
+    return torch.diag(torch.tensor(energies, dtype=torch.float64).sqrt())
+
+
+def test_exactly_half_the_width_is_still_remembered_as_it_is():
+    memory = update(None, spectrum(0.4, 0.3, 0.2, 0.1), 0.75)
+    assert (memory.kind, memory.basis_DK.shape[1]) == ("remove", 2)
+
+
+def test_the_first_task_leaves_the_direction_out_that_crosses_the_threshold():
+    memory = update(None, spectrum(0.5, 0.3, 0.15, 0.05, 0, 0), 0.9)
+    torch.testing.assert_close(taken(memory), torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])).double())
+
+
+def test_the_first_task_takes_one_direction_even_where_that_one_crosses_the_threshold():
+    memory = update(None, spectrum(0.9, 0.1, 0, 0), 0.5)
+    torch.testing.assert_close(taken(memory), torch.diag(torch.tensor([1.0, 0, 0, 0])).double())
+
+
+@pytest.mark.parametrize("kind", ["remove", "retain"])
+def test_later_tasks_take_the_direction_in_that_crosses_the_threshold(kind):
+    axes = torch.eye(6)
+    memory = Memory("remove", axes[:, 5:]) if kind == "remove" else Memory("retain", axes[:, :5])
+    after = update(memory, spectrum(0.5, 0.3, 0.15, 0.05, 0, 0), 0.9)
+    torch.testing.assert_close(taken(after), torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 1])).double())
+
+
+@pytest.mark.parametrize("kind", ["remove", "retain"])
+def test_a_later_task_that_the_memory_already_covers_takes_nothing(kind):
+    axes = torch.eye(4)
+    memory = Memory("remove", axes[:, :2]) if kind == "remove" else Memory("retain", axes[:, 2:])
+    assert taken(update(memory, spectrum(0.6, 0.35, 0.05, 0), 0.9)).trace() == pytest.approx(2)
+
+
+def test_a_first_task_that_takes_more_than_half_the_width_is_remembered_by_its_complement():
+    memory = update(None, spectrum(0.4, 0.3, 0.2, 0.1), 0.95)
+    assert (memory.kind, memory.basis_DK.shape[1]) == ("retain", 1)
+    torch.testing.assert_close(taken(memory), torch.diag(torch.tensor([1.0, 1, 1, 0])).double())
+
+
+def test_the_two_measures_of_energy_differ():
+    cov_DD = covariance(inputs_of(4))
+    few, many = (update(None, cov_DD, 0.95, energy_of=e, may_flip=False) for e in ("covariance", "inputs"))
+    assert few.basis_DK.shape[1] < many.basis_DK.shape[1]
+
+
+@pytest.mark.parametrize("memory", [None, REMOVE, RETAIN])
+@ENERGIES
+def test_a_task_without_any_input_changes_no_memory(memory, energy_of):
+    after = update(memory, torch.zeros(WIDTH, WIDTH), 0.95, energy_of=energy_of)
+    before = torch.zeros(WIDTH, WIDTH, dtype=torch.float64) if memory is None else taken(memory)
+    torch.testing.assert_close(taken(after), before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("may_flip", [True, False])
+def test_a_basis_stays_orthonormal_over_many_updates(may_flip):
+    memory = None
+    for seed in range(300):
+        # One or two inputs a task, each nearly known already: the memory grows slowly and is rewritten each time.
+        memory = update(memory, covariance(inputs_of(seed, 64, rank=2, count=8)), 0.5, may_flip=may_flip)
+        gram = memory.basis_DK.double().T @ memory.basis_DK.double()
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_what_one_task_has_taken_stays_taken():
+    before, after = updated(None, range(2)), updated(None, range(5))
+    torch.testing.assert_close(taken(after) @ taken(before), taken(before), atol=1e-5, rtol=0)
+
+
+@MEMORIES
+def test_the_free_basis_is_orthonormal_and_orthogonal_to_the_taken_directions(memory):
+    free_DF = free_basis(memory, WIDTH)
+    torch.testing.assert_close(free_DF @ free_DF.T + taken(memory), torch.eye(WIDTH).double(), atol=1e-6, rtol=0)
+
+
+def test_without_memory_every_direction_is_free():
+    assert torch.equal(free_basis(None, 4), torch.eye(4, dtype=torch.float64))
+
+
+@given(columns=st.integers(0, WIDTH), seed=st.integers(0, 99))
+def test_a_basis_and_its_complement_make_up_the_whole_space(columns, seed):
+    basis_DK = orthonormal(seed, columns)
+    both = torch.cat([basis_DK, complement(basis_DK)], dim=1)
+    torch.testing.assert_close(both.T @ both, torch.eye(WIDTH, dtype=torch.float64))
+
+
+# The threshold.
+
+
+def test_the_threshold_rises_evenly_and_would_arrive_after_the_last_task():
+    assert threshold(0, 10, 0.95, 1.0) == 0.95
+    assert threshold(9, 10, 0.95, 1.0) == pytest.approx(0.995)
+    assert threshold(10, 10, 0.95, 1.0) == 1.0
+
+
+def test_a_stream_cut_short_keeps_the_thresholds_of_the_whole_one():
+    assert threshold(2, 20, 0.9, 1.0) < threshold(2, 5, 0.9, 1.0)

@@ -1,0 +1,245 @@
+"""One task's training: the schedule, what is trained and what is not, losses that break, and evaluation."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from inflora.backbone import build_backbone
+from inflora.config import DataSettings, OptimSettings, RunConfig, override
+from inflora.continual import run
+from inflora.data.loader import Batch, Input
+from inflora.data.store import Images
+from inflora.data.stream import Task
+from inflora.lora import adapted_layers
+from inflora.methods import METHODS, TaskData, make_method
+from inflora.metrics import TaskCounts
+from inflora.model import ContinualModel
+from inflora.training import evaluate, lr_factor, make_optimizer, train_task
+
+EVERY_METHOD = pytest.mark.parametrize("method", sorted(METHODS))
+IMAGES = torch.rand(24, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+TASK = Task(0, 0, ("a", "b"), torch.arange(24), torch.arange(0))
+
+
+def passes(purpose: str):
+    for rows in torch.arange(24).split(8):
+        yield Batch(IMAGES[rows], rows % 2, 1.0)
+
+
+def begun(tiny: RunConfig, method: str, heads: int = 1) -> tuple[ContinualModel, Any]:
+    """A model at the start of its first task; ``heads`` - 1 classifiers of earlier tasks are there already."""
+    learner = make_method(override(tiny, {"method": {"name": method}}).method)
+    model = ContinualModel(build_backbone(tiny.backbone), 32)
+    learner.prepare(model)
+    for _ in range(heads):
+        model.add_head(2, "uniform", torch.Generator().manual_seed(0))
+    learner.begin_task(model, TaskData(TASK, 2, 0, passes))
+    return model, learner
+
+
+def train(model: ContinualModel, learner: Any, **settings) -> list[float]:
+    return train_task(model, learner, TASK, OptimSettings(**settings), passes, lambda _: None)
+
+
+# The schedule.
+
+
+def test_adam_runs_its_first_two_epochs_at_the_full_rate_and_falls_nearly_to_nothing():
+    factors = [lr_factor("adam", epoch, 10) for epoch in range(10)]
+    assert factors[:2] == [1.0, 1.0]
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert factors[5] == pytest.approx(math.cos(99 * math.pi * 4 / (200 * 9)))
+    assert 0 < factors[-1] < 0.3
+
+
+def test_adam_with_a_single_epoch_runs_at_the_full_rate():
+    assert lr_factor("adam", 0, 1) == 1.0
+
+
+def test_sgd_follows_half_a_cosine():
+    assert [lr_factor("sgd", epoch, 4) for epoch in range(4)] == pytest.approx(
+        [1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]
+    )
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_every_epoch_runs_at_its_rate_of_the_schedule(name, tiny, monkeypatch):
+    rates = []
+    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+    step = optimizer.step
+    monkeypatch.setattr(
+        optimizer, "step", lambda self: (rates.append([g["lr"] for g in self.param_groups]), step(self))
+    )
+    train(*begun(tiny, "sequential"), name=name, lr=0.01, head_lr=0.1, epochs=3)
+    expected = [
+        [0.1 * lr_factor(name, epoch, 3), 0.01 * lr_factor(name, epoch, 3)] for epoch in range(3) for _ in "abc"
+    ]
+    np.testing.assert_allclose(rates, expected)
+
+
+def test_the_classifier_learns_at_its_own_rate_where_one_is_given(tiny):
+    model, _ = begun(tiny, "inflora")
+    head, adapters = make_optimizer(model, OptimSettings(lr=0.01, head_lr=0.1)).param_groups
+    assert (head["lr"], adapters["lr"]) == (0.1, 0.01)
+    head, adapters = make_optimizer(model, OptimSettings(lr=0.01)).param_groups
+    assert (head["lr"], adapters["lr"]) == (0.01, 0.01)
+
+
+def test_the_optimisers_are_those_of_the_paper(tiny):
+    model, _ = begun(tiny, "inflora")
+    adam = make_optimizer(model, OptimSettings(name="adam")).param_groups[0]
+    sgd = make_optimizer(model, OptimSettings(name="sgd", weight_decay=0.1)).param_groups[0]
+    assert (adam["betas"], adam["weight_decay"]) == ((0.9, 0.999), 0)
+    assert (sgd["momentum"], sgd["weight_decay"]) == (0.9, 0.1)
+
+
+def test_the_first_task_runs_with_its_own_settings(tiny):
+    epochs = []
+    config = override(tiny, {"optim.first_task.epochs": 3, "data.tasks": 2, "method": {"name": "frozen"}})
+    list(run(config, on_epoch=lambda done: epochs.append((done.task, done.epoch, done.epochs))))
+    assert epochs == [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 1)]
+
+
+# What is trained.
+
+TRAINED = {
+    "inflora": {"lora_B"},
+    "sequential": {"lora_A", "lora_B"},
+    "joint": {"lora_A", "lora_B"},
+    "frozen": set(),
+}
+
+
+@EVERY_METHOD
+def test_only_the_adapters_and_the_newest_classifier_are_given_gradients(method, tiny):
+    model, learner = begun(tiny, method, heads=3)
+    learner.loss(model, next(passes("")), TASK).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    adapters = {f"backbone.{n}.{p}" for n, _ in adapted_layers(model.backbone) for p in TRAINED[method]}
+    assert trained == adapters | {"heads.2.weight", "heads.2.bias"}
+
+
+@EVERY_METHOD
+def test_training_moves_what_has_gradients_and_nothing_else(method, tiny):
+    model, learner = begun(tiny, method, heads=2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, learner, lr=0.01, epochs=2)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    adapters = {f"backbone.{n}.{p}" for n, _ in adapted_layers(model.backbone) for p in TRAINED[method]}
+    assert moved == adapters | {"heads.1.weight", "heads.1.bias"}
+
+
+@EVERY_METHOD
+def test_after_a_task_the_backbone_is_unchanged_but_for_the_merged_rows_of_keys_and_values(method, tiny):
+    model, learner = begun(tiny, method)
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items() if "lora" not in name}
+    train(model, learner, lr=0.01, epochs=2)
+    learner.end_task(model, TaskData(TASK, 2, 0, passes))
+    after = model.backbone.state_dict()
+    assert after.keys() == before.keys()
+    merged = {f"{name}.weight" for name, _ in adapted_layers(model.backbone)}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == merged
+    assert all(torch.equal(after[name][:32], before[name][:32]) for name in merged)
+
+
+def test_weight_decay_does_not_reach_the_frozen_backbone_or_earlier_classifiers(tiny):
+    model, learner = begun(tiny, "inflora", heads=2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not n.endswith("lora_B")}
+    train(model, learner, name="sgd", weight_decay=0.5, lr=0.1, epochs=1)
+    assert {n for n in before if not torch.equal(before[n], model.get_parameter(n))} == {
+        "heads.1.weight",
+        "heads.1.bias",
+    }
+
+
+def test_the_loss_is_the_cross_entropy_over_the_current_tasks_classes(tiny):
+    model, learner = begun(tiny, "frozen", heads=2)
+    task = Task(1, 2, ("c", "d"), torch.arange(0), torch.arange(0))
+    batch = Batch(IMAGES[:8], 2 + torch.arange(8) % 2, 1.0)
+    scores = model.heads[1](model.features(IMAGES[:8])).log_softmax(1)
+    expected = -scores[torch.arange(8), torch.arange(8) % 2].mean()
+    torch.testing.assert_close(learner.loss(model, batch, task), expected)
+
+
+def test_training_lowers_the_loss_and_reports_its_mean_after_each_epoch(tiny):
+    reported = []
+    model, learner = begun(tiny, "sequential")
+    settings = OptimSettings(lr=5e-3, epochs=12)
+    losses = train_task(model, learner, TASK, settings, passes, reported.append)
+    assert losses[-1] < losses[0]
+    assert [(done.epoch, done.epochs, done.loss) for done in reported] == [(e + 1, 12, x) for e, x in enumerate(losses)]
+
+
+def test_nothing_is_dropped_at_random_while_training(tiny):
+    rates = {"drop_rate": 0.5, "attn_drop_rate": 0.5, "drop_path_rate": 0.5, "proj_drop_rate": 0.5}
+    config = override(tiny, {"backbone.options": tiny.backbone.options | rates})
+    assert next(run(config)).losses == next(run(tiny)).losses
+
+
+# Losses that break.
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tiny):
+    def broken(purpose: str):
+        for batch in passes(purpose):
+            yield batch._replace(images=batch.images * math.nan) if purpose == "train-2" else batch
+
+    model, learner = begun(tiny, "sequential")
+    with pytest.raises(FloatingPointError, match="the loss of task 0, epoch 2 is nan"):
+        train_task(model, learner, TASK, OptimSettings(epochs=4), broken, lambda _: None)
+
+
+# Evaluation.
+
+
+def counted_one_by_one(model: ContinualModel, images: Images, tasks: list[Task]) -> tuple[TaskCounts, ...]:
+    """The counts, one image at a time and in words."""
+    counts = []
+    owner = [task.index for task in tasks for _ in task.classes]
+    for task in tasks:
+        correct = aware = right_task = 0
+        for row in task.eval_rows.tolist():
+            logits = model.logits(model.features(images.pixels[row].permute(2, 0, 1)[None] / 255))[0].tolist()
+            best = max(range(len(logits)), key=logits.__getitem__)
+            own = max((c for c in range(len(logits)) if owner[c] == task.index), key=logits.__getitem__)
+            label = int(images.labels[row])
+            correct, aware = correct + (best == label), aware + (own == label)
+            right_task += owner[best] == task.index
+        counts.append(
+            TaskCounts(images=len(task.eval_rows), correct=correct, correct_in_task=aware, right_task=right_task)
+        )
+    return tuple(counts)
+
+
+def test_evaluation_counts_what_the_definitions_say():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 6
+    images = Images(torch.randint(0, 256, (600, 2, 2, 1), generator=generator, dtype=torch.uint8), labels)
+    model = ContinualModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)), 4)
+    nn.init.eye_(model.backbone[1].weight)
+    nn.init.zeros_(model.backbone[1].bias)
+    tasks = []
+    for index, size in enumerate((3, 2, 1)):
+        first = (0, 3, 5)[index]
+        rows = ((labels >= first) & (labels < first + size)).nonzero()[:, 0]
+        tasks.append(Task(index, first, tuple("abc"[:size]), rows[:0], rows))
+        model.add_head(size, "uniform", generator)
+    input = Input(DataSettings(), side=2, channels=1, device=torch.device("cpu"))
+    counts = evaluate(model, images, tasks, input)
+    assert counts == counted_one_by_one(model, images, tasks)
+    assert evaluate(model, images, tasks[:1], input)[0].images == 300
+    assert len({field for task in counts for field in (task.correct, task.correct_in_task, task.right_task)}) > 5
+
+
+def test_an_added_classifier_starts_as_asked():
+    model = ContinualModel(nn.Linear(4, 4), 4)
+    zero = model.add_head(3, "zero", torch.Generator())
+    uniform = model.add_head(1000, "uniform", torch.Generator().manual_seed(0))
+    assert not zero.weight.any()
+    assert not zero.bias.any()
+    assert 0.45 < uniform.weight.abs().max() <= 0.5
+    assert uniform.bias.any()
