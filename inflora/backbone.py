@@ -53,11 +53,30 @@ def build_backbone(settings: BackboneSettings) -> VisionTransformer:
     return _create(settings, pretrained=True)
 
 
-def backbone_shape(settings: BackboneSettings) -> BackboneShape:
-    """The backbone's measures, without weights or memory for them."""
+def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
+    """The model without weights or memory for them, to check settings against.
+
+    Raises:
+        ConfigError: As ``build_backbone``, but for the weights.
+    """
     with torch.device("meta"):
-        vit = _create(settings, pretrained=False)
-    return BackboneShape(vit.embed_dim, len(vit.blocks), vit.patch_embed.proj.in_channels, vit.patch_embed.img_size[0])
+        return _create(settings, pretrained=False)
+
+
+def shape_of(vit: VisionTransformer) -> BackboneShape:
+    """The measures of a vision transformer.
+
+    Raises:
+        ConfigError: It has no blocks, gives no pooled features, or its input is not square.
+    """
+    height, width = vit.patch_embed.img_size
+    if height != width or not len(vit.blocks) or not vit.global_pool:
+        raise ConfigError(
+            "backbone.options must leave a square input, at least one block and pooled features, got "
+            f"{height} x {width}, {len(vit.blocks)} blocks, global_pool {vit.global_pool!r}"
+        )
+    first = next(module for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    return BackboneShape(vit.embed_dim, len(vit.blocks), first.in_channels, height)
 
 
 def backbone_hash(vit: nn.Module) -> str:
@@ -87,10 +106,12 @@ def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransforme
                 f"unknown backbone.name {name!r}; known: glyph_vit and timm's, e.g. {', '.join(close[:5])}"
             )
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except TypeError as error:
-        raise ConfigError(f"backbone.options do not fit {name!r}: {error}") from None
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if not pretrained:
+            raise ConfigError(f"backbone.options {options} do not fit {name!r}: {reason}") from None
         raise ConfigError(
             f"cannot load the weights of backbone.name {name!r} ({reason}); "
             "download them once with network access, or set backbone.weights to a local .safetensors file"

@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """Base of every group of settings: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AugmentSettings(Settings):
@@ -180,7 +180,8 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
 
 def explain(error: ValidationError) -> str:
     """A pydantic error as one line: which setting, which rule, what was given; unknown names list the known ones."""
-    return "; ".join(_explain_one(RunConfig if error.title == "RunConfig" else None, e) for e in error.errors())
+    root = RunConfig if error.title == "RunConfig" else None
+    return " ".join("; ".join(_explain_one(root, e) for e in error.errors()).split())
 
 
 def _explain_one(root: type[BaseModel] | None, error: Any) -> str:
@@ -217,12 +218,14 @@ def _known_names(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """``config`` with dotted settings replaced, e.g. ``{"method.rank": 8}``; everything is checked again.
 
-    A path may name a whole group: ``{"method": {"name": "frozen"}}``.
+    A path may name a whole group: ``{"method": {"name": "frozen"}}``. Another ``method.name`` starts from that method's
+    own defaults. A config that came from elsewhere remembers what was changed in it.
 
     Raises:
         ConfigError: An unknown path or a value that breaks a rule.
     """
     settings = config.model_dump()
+    changed = set(settings["provenance"].get("changed", []))
     for path, value in changes.items():
         *groups, name = path.split(".")
         node = settings
@@ -230,7 +233,12 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             if not isinstance(node.get(group), dict):
                 raise ConfigError(f"unknown setting {path}; known here: {', '.join(node)}")
             node = node[group]
+        if path == "method.name" and value != node.get("name"):
+            node.clear()
+        changed |= {path} if node.get(name) != value else set()
         node[name] = value
+    if changed and settings["provenance"]:
+        settings["provenance"]["changed"] = sorted(changed)
     return parse_config(settings)
 
 
@@ -266,11 +274,13 @@ def load_config(path: Path) -> RunConfig:
         ConfigError: The file is missing, is not YAML, or breaks a rule.
     """
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        settings = {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(settings).__name__}")
     return parse_config(settings)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from inflora.backbone import backbone_hash, backbone_shape, build_backbone
+from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Input, seeded, training_batches
@@ -56,15 +56,17 @@ def run(
     device = pick_device(config.device)
     method = make_method(config.method)
     stream = method.arrange(make_stream(config.data, evaluate_on))
-    state = state or RunState(config_hash(config), evaluate_on, len(stream.tasks))
-    if (state.config_hash, state.evaluate_on) != (config_hash(config), evaluate_on):
+    backbone = build_backbone(config.backbone)
+    fresh = RunState(config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks))
+    state = state or fresh
+    if state[:3] != fresh[:3]:
         raise StateError(
-            f"the saved state belongs to run {state.config_hash} on {state.evaluate_on}, "
-            f"this is {config_hash(config)} on {evaluate_on}; start in an empty folder"
+            f"the saved state belongs to run {state.config_hash} on {state.evaluate_on}, this is {fresh.config_hash} "
+            f"on {evaluate_on} (backbones {state.backbone_hash} and {fresh.backbone_hash}); start in an empty folder"
         )
-    shape = backbone_shape(config.backbone)
+    shape = shape_of(backbone)
     input = Input(config.data, shape.image_size, shape.channels, device)
-    model = ContinualModel(build_backbone(config.backbone), shape.width)
+    model = ContinualModel(backbone, shape.width)
     method.prepare(model)
     model.load_learnt_state(state.model)
     method.load_state(state.method)
@@ -112,13 +114,15 @@ def _learn(
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError unless the settings fit each other, the dataset and the backbone; nothing heavy is loaded."""
-    shape = backbone_shape(config.backbone)
+    backbone = meta_backbone(config.backbone)
+    shape = shape_of(backbone)
     rank = getattr(config.method, "rank", 1)
     if rank > shape.width:
         raise ConfigError(f"method.rank must be at most the backbone's width {shape.width}, got {rank}")
-    blocks = getattr(config.method, "blocks", None)
-    if blocks is not None and blocks > shape.depth:
-        raise ConfigError(f"method.blocks must be at most the backbone's depth {shape.depth}, got {blocks}")
+    make_method(config.method).prepare(ContinualModel(backbone, shape.width))
+    total_tasks = getattr(config.method, "total_tasks", None)
+    if total_tasks is not None and total_tasks < config.data.tasks:
+        raise ConfigError(f"method.total_tasks must be at least data.tasks {config.data.tasks}, got {total_tasks}")
     manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     check_tasks(config.data, len(manifest.classes))
     if manifest.channels not in (1, shape.channels):

@@ -1,6 +1,7 @@
 """A run on disk: its config, its state after every task, and its result."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,17 +31,31 @@ def train_into(
     """
     check(config)
     folder = out / "state"
-    if has_state(folder) and not resume:
-        raise ConfigError(f"{out} already holds a run; go on with --resume or choose another --out")
-    state = load_state(folder) if has_state(folder) else None
+    state = _claim(out, resume=resume)
     for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
         save_state(result.state, folder)
-        write_atomically(out / "config.yaml", dump_config(config).encode())
         on_task(result)
         state = result.state
     assert state is not None and state.is_complete
+    write_atomically(out / "config.yaml", dump_config(config).encode())
     write_atomically(out / "result.json", json.dumps(summary(config, state), indent=2).encode())
     return state
+
+
+def _claim(out: Path, *, resume: bool) -> RunState | None:
+    """The state to go on from; refuses a folder with a run that is not to be resumed, or with somebody else's files."""
+    folder = out / "state"
+    if has_state(folder):
+        if not resume:
+            raise ConfigError(f"{out} already holds a run; go on with --resume or choose another --out")
+        return load_state(folder)
+    for name in ("config.yaml", "result.json"):
+        if (out / name).exists():
+            raise ConfigError(f"{out / name} exists and is of no run that could be resumed; choose another --out")
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"cannot write into {out}: {there} is not a folder that may be written to")
+    return None
 
 
 def summary(config: RunConfig, state: RunState) -> dict[str, object]:

@@ -26,6 +26,7 @@ class RunState(NamedTuple):
     """
 
     config_hash: str
+    backbone_hash: str
     evaluate_on: str
     tasks: int
     evaluations: tuple[Evaluation, ...] = ()
@@ -43,15 +44,28 @@ class RunState(NamedTuple):
         return self.tasks_done == self.tasks
 
 
-class _Manifest(BaseModel):
+class _Facts(BaseModel):
+    """What a state says besides its tensors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config_hash: str
+    backbone_hash: str
     evaluate_on: str
     tasks: int
     evaluations: tuple[Evaluation, ...]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    facts: _Facts
     tensors: str
     sha256: str
+
+
+def _sha256(facts: _Facts, tensors: bytes) -> str:
+    return hashlib.sha256(facts.model_dump_json().encode() + tensors).hexdigest()
 
 
 def save_state(state: RunState, folder: Path) -> None:
@@ -62,17 +76,11 @@ def save_state(state: RunState, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = {"model": state.model, "method": state.method}
     content = save({f"{group}/{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()})
-    sha256 = hashlib.sha256(content).hexdigest()
+    facts = _Facts.model_validate(state._asdict(), extra="ignore")
+    sha256 = _sha256(facts, content)
     tensors = f"tensors-{sha256[:16]}.safetensors"
     write_atomically(folder / tensors, content)
-    manifest = _Manifest(
-        config_hash=state.config_hash,
-        evaluate_on=state.evaluate_on,
-        tasks=state.tasks,
-        evaluations=state.evaluations,
-        tensors=tensors,
-        sha256=sha256,
-    )
+    manifest = _Manifest(facts=facts, tensors=tensors, sha256=sha256)
     write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2).encode())
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != tensors:
@@ -86,20 +94,20 @@ def load_state(folder: Path) -> RunState:
         StateError: Nothing is saved there, or not what its manifest says.
     """
     try:
-        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_text())
+        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
         content = (folder / Path(manifest.tensors).name).read_bytes()
     except OSError as error:
         raise StateError(f"no saved state in {folder}: {error.strerror}") from None
     except ValidationError as error:
         raise StateError(f"{folder / _MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
-    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+    if _sha256(manifest.facts, content) != manifest.sha256:
         raise StateError(f"{folder / manifest.tensors} is damaged: its content does not match its hash")
     tensors = load(content)
     model, method = (
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
         for group in ("model/", "method/")
     )
-    return RunState(manifest.config_hash, manifest.evaluate_on, manifest.tasks, manifest.evaluations, model, method)
+    return RunState(**dict(manifest.facts), model=model, method=method)
 
 
 def has_state(folder: Path) -> bool:

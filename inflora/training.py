@@ -106,12 +106,18 @@ def _step(
 
 @torch.no_grad()
 def evaluate(model: ContinualModel, images: Images, tasks: Sequence[Task], input: Input) -> Evaluation:
-    """Count right answers on the images of ``tasks``, all classes they have together competing."""
+    """Count right answers on the images of ``tasks``, all classes they have together competing.
+
+    Raises:
+        FloatingPointError: The model's answers are no longer finite numbers.
+    """
     counts = torch.zeros(len(tasks), 4, dtype=torch.int64, device=input.device)
     first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
     rows = torch.cat([task.eval_rows for task in tasks])
     for batch in evaluation_batches(images, rows, input, _EVALUATION_BATCH):
         logits = model.logits(model.features(batch.images))
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"the logits after task {tasks[-1].index} are not finite; try a smaller optim.lr")
         label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
         class_tasks = torch.bucketize(torch.arange(logits.shape[1], device=input.device), first_labels, right=True) - 1
         predicted = logits.argmax(1)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from inflora.backbone import backbone_hash, backbone_shape, build_backbone, gather_covariance
+from inflora.backbone import backbone_hash, build_backbone, gather_covariance, meta_backbone, shape_of
 from inflora.config import BackboneSettings, ConfigError, parse_config
 from inflora.continual import check
 from inflora.lora import adapted_layers, inject
@@ -167,7 +167,7 @@ def test_the_hash_tells_weights_apart():
     ids=lambda settings: f"{settings.name}-{settings.options.get('img_size')}",
 )
 def test_the_shape_known_beforehand_is_the_shape_that_is_built(settings):
-    shape, vit = backbone_shape(settings), build_backbone(settings).eval()
+    shape, vit = shape_of(meta_backbone(settings)), build_backbone(settings).eval()
     image = torch.rand(1, shape.channels, shape.image_size, shape.image_size)
     assert vit(image).shape == (1, shape.width)
     assert len(vit.blocks) == shape.depth
@@ -207,7 +207,7 @@ def test_weights_that_cannot_be_read_or_do_not_fit_are_refused_in_one_line(kind,
 )
 def test_a_name_that_is_no_vision_transformer_is_refused_in_one_line(name, message):
     with pytest.raises(ConfigError, match=message) as error:
-        backbone_shape(BackboneSettings(name=name, pretrained=False))
+        shape_of(meta_backbone(BackboneSettings(name=name, pretrained=False)))
     assert one_line(error)
 
 

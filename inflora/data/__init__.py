@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.data import digits
-from inflora.data.store import Manifest, default_root, read_manifest
+from inflora.data.store import DataError, Manifest, default_root, read_manifest
 
 DATASETS: dict[str, Callable[[Path], Manifest]] = {
     "digits": digits.prepare,
@@ -28,5 +28,8 @@ def ensure_store(dataset: str, root: Path | None = None) -> Path:
     if (folder / "manifest.json").exists():
         read_manifest(folder)
     else:
-        DATASETS[dataset](folder)
+        try:
+            DATASETS[dataset](folder)
+        except OSError as error:
+            raise DataError(f"cannot write the store {folder}: {error.strerror}") from None
     return folder

@@ -52,6 +52,12 @@ class Manifest(BaseModel):
     splits: dict[Split, SplitManifest]
 
 
+class _Format(BaseModel):
+    """The one field that every version's manifest has."""
+
+    format: int
+
+
 class Images(NamedTuple):
     """Images of one split: ``pixels`` uint8 (N, H, W, C) and ``labels`` int64 (N)."""
 
@@ -132,18 +138,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"no dataset store in {folder}: {path.name} is missing") from None
+        content = path.read_bytes()
+        written_by = _Format.model_validate_json(content).format
+        if written_by != FORMAT:
+            raise DataError(
+                f"{folder} has store format {written_by}, expected {FORMAT}; remove it and prepare it again"
+            )
+        return Manifest.model_validate_json(content)
+    except OSError as error:
+        raise DataError(f"no dataset store in {folder}: {path.name}: {error.strerror}") from None
     except ValidationError as error:
-        raise DataError(
-            f"{path} is damaged: {error.errors()[0]['msg']}; remove {folder} and prepare it again"
-        ) from None
-    if manifest.format != FORMAT:
-        raise DataError(
-            f"{folder} has store format {manifest.format}, expected {FORMAT}; remove it and prepare it again"
-        )
-    return manifest
+        reason = error.errors()[0]["msg"]
+        raise DataError(f"{path} is damaged: {reason}; remove {folder} and prepare it again") from None
 
 
 def open_split(folder: Path, split: Split) -> Images:
@@ -163,8 +169,8 @@ def open_split(folder: Path, split: Split) -> Images:
     expected = manifest.splits[split].images
     if table.num_rows != expected:
         raise DataError(f"{path} holds {table.num_rows} images, its manifest says {expected}; prepare it again")
-    image_column = table.column("image").combine_chunks()
-    image_column = image_column.chunk(0) if isinstance(image_column, pa.ChunkedArray) else image_column
+    # The split was written as one batch: its buffer is the mapping itself.
+    image_column = table.column("image").chunk(0)
     shape = (expected, manifest.height, manifest.width, manifest.channels)
     pixels = np.frombuffer(image_column.buffers()[1], dtype=np.uint8, count=int(np.prod(shape)))
     with warnings.catch_warnings():
@@ -179,7 +185,11 @@ def verify_split(folder: Path, split: Split) -> None:
     Raises:
         DataError: The file has changed since it was written.
     """
-    if _file_hash(folder / f"{split}.arrow") != read_manifest(folder).splits[split].sha256:
+    try:
+        found = _file_hash(folder / f"{split}.arrow")
+    except OSError as error:
+        raise DataError(f"cannot read {folder / split}.arrow: {error.strerror}; prepare it again") from None
+    if found != read_manifest(folder).splits[split].sha256:
         raise DataError(
             f"{folder / split}.arrow has changed since it was prepared; remove {folder} and prepare it again"
         )

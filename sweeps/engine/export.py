@@ -10,10 +10,8 @@ from pydantic import ValidationError
 from inflora.config import ConfigError, RunConfig, config_hash, override
 from sweeps.engine.ledger import read_records, study_url
 from sweeps.engine.records import TrialRecord, best_record
-from sweeps.engine.spec import Sweep
+from sweeps.engine.spec import SPEC_FILE, Sweep
 from sweeps.engine.tracking import Mirror
-
-SPEC_FILE = "sweep.json"
 
 
 def read_sweep(folder: Path) -> Sweep:

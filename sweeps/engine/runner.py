@@ -14,12 +14,11 @@ from ray import tune
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
-from sweeps.engine.export import SPEC_FILE
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mlflow_store import git_commit
 from sweeps.engine.records import Outcome, TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.spec import Resources, Sweep
+from sweeps.engine.spec import SPEC_FILE, Resources, Sweep
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, train_driver
 

@@ -10,6 +10,9 @@ from pydantic import Field, JsonValue, model_validator
 
 from inflora.config import ConfigError, RunConfig, Settings, config_hash, override
 
+SPEC_FILE = "sweep.json"
+"""A sweep as it was run, in its folder."""
+
 Scalar = int | float | str | bool | None
 
 
