@@ -28,14 +28,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 
-GLYPH_VIT: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "in_chans": 1,
-    "embed_dim": 128,
-    "depth": 5,
-    "num_heads": 4,
-}
+from inflora.backbone import GLYPH_VIT
 
 GLYPH_SIZE = 64  # rendered twice as large as seen, so that warping does not eat thin strokes
 IMAGE_SIZE = 32

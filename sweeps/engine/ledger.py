@@ -48,7 +48,9 @@ class Ledger:
         )
         # A sweep that goes on must not draw the random numbers of its first start again.
         seed = sweep.sampler_seed + len(self._trials(*_ENDED, TrialState.RUNNING))
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=min(10, sweep.trials // 3), multivariate=True, constant_liar=True
+        )
         self._interrupted = [trial.number for trial in self._trials(TrialState.RUNNING)]
         if not self.study.trials:
             for settings in sweep.first:

@@ -1,0 +1,48 @@
+"""The shipped backbone: letters only, the same weights for the same seed, and a file that says what made it."""
+
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+from safetensors import safe_open
+
+from inflora.backbone import build_backbone
+from inflora.config import BackboneSettings
+from inflora.glyphs import HELD_OUT_FONTS, classes, font_paths
+
+SHIPPED = Path(str(files("inflora") / "weights" / "glyph_vit.safetensors"))
+
+
+def pretrained(out: Path) -> bytes:
+    command = [sys.executable, "-m", "inflora.glyphs", "--seed", "3", "--epochs", "1", "--steps", "2", "--batch", "8"]
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+    return out.read_bytes()
+
+
+def test_no_digit_is_among_the_letters():
+    letters = "".join(classes())
+    assert len(letters) > 100
+    assert not any(letter.isdigit() for letter in letters)
+    assert not set("OolI") & set(letters), "letters that look like a digit are left out"
+
+
+def test_some_fonts_are_never_trained_on():
+    assert set(HELD_OUT_FONTS) < set(font_paths())
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path):
+    assert pretrained(tmp_path / "a.safetensors") == pretrained(tmp_path / "b.safetensors")
+
+
+def test_the_shipped_file_is_small_and_says_what_made_it():
+    assert SHIPPED.stat().st_size < 4_000_000
+    with safe_open(SHIPPED, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["command"].startswith("python -m inflora.glyphs --seed 0")
+    assert {"torch", "timm", "matplotlib", "PIL", "held_out_accuracy"} <= set(metadata)
+
+
+def test_the_shipped_file_is_the_default_backbone():
+    vit = build_backbone(BackboneSettings())
+    assert sum(parameter.numel() for parameter in vit.parameters()) < 1_300_000
