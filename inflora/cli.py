@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Datasets on this machine.")
 app.add_typer(data_app, name="data")
 
-UserError = (ConfigError, DataError, StateError, FloatingPointError)
+UserError = (ConfigError, DataError, StateError, FloatingPointError, OSError)
 
 
 @app.callback()

@@ -13,7 +13,7 @@ Shapes: B batch, S = 64 side of a rendered glyph, P = 32 side of an image the mo
 import time
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -198,7 +198,7 @@ def pretrain(
 def main(
     out: Annotated[Path, typer.Option(help="Where the weights go (safetensors).")],
     seed: int = 0,
-    epochs: int = 24,
+    epochs: int = 6,
     steps: Annotated[int, typer.Option(help="Steps per epoch.")] = 300,
     batch: int = 64,
     lr: float = 1e-3,

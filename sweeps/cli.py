@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import optuna
 import typer
+from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -17,13 +19,12 @@ from rich.table import Table
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
 from inflora.state import write_atomically
-from sweeps.engine.export import export_best, read_sweep, sweep_records
+from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import log_final, plan, summarise, train_all, write_report
-from sweeps.engine.mlflow_store import default_tracking_uri
+from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.records import TrialRecord, best_record
 from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
-from sweeps.engine.spec import Resources, Sweep
-from sweeps.engine.tracking import Mirror
+from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -66,10 +67,15 @@ def main(*sweeps: Sweep) -> None:
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
             result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout)
-        Console().print(trials_table(sweep, result.records))
+        print_table(trials_table(sweep, result.records))
         _print_what_next(sweep, folder, uri, result.records)
         if not result.delivered:
             print(f"MLflow at {uri} has not taken everything; the same command sends the rest", file=sys.stderr)
+        if not result.complete:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise typer.Exit(130)
+        if best_record(result.records) is None:
+            raise typer.Exit(1)
 
     typer.run(recipe)
 
@@ -100,11 +106,18 @@ def trials_table(sweep: Sweep, records: list[TrialRecord]) -> Table:
     for column in ("trial", "outcome", "tasks", *sweep.space, sweep.objective, "seconds"):
         table.add_column(column, justify="left" if column == "outcome" else "right")
     for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
-        settings = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in record.settings.values()]
+        values = [record.settings.get(path, "") for path in sweep.space]
+        settings = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
         seconds = sum(report.seconds for report in record.reports)
         value = f"{record.value:.4f}" if record.value is not None else ""
         table.add_row(str(record.number), record.outcome, str(len(record.reports)), *settings, value, f"{seconds:.0f}")
     return table
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; wide enough for every column where there is none."""
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord]) -> None:
@@ -114,8 +127,9 @@ def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRe
         return
     where = shlex.quote(os.path.relpath(folder))
     print(f"best: trial {best.number}  {describe(best.settings)}  {sweep.objective}={best.value:.4f}")
-    print("look at it:    mlflow ui --backend-store-uri " + shlex.quote(uri))
-    print(f"export it:     sweeps export {where} -o best.yaml")
+    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
+    print(f"look at it:    {how_to_look(uri)}")
+    print(f"export it:     sweeps export {where} -o best.yaml{elsewhere}")
     print("train with it: inflora train best.yaml   or   sweeps final best.yaml --seeds 0,1,2")
 
 
@@ -130,17 +144,28 @@ def export(
     with one_line_errors():
         folder = find_sweep(sweep, storage)
         spec = read_sweep(folder)
-        mirror = Mirror(spec, folder, tracking_uri or default_tracking_uri(folder), {})
-        config = export_best(spec, folder, mirror)
+        records = sweep_records(spec, folder)
+        best = find_best(spec, records)
+        uri = tracking_uri or default_tracking_uri(folder)
+        config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, dump_config(config).encode())
-    print(f"{output}: trial {config.provenance['trial']} of {spec.name}")
+    print(f"{output}: trial {best.number} of {spec.name}")
+
+
+def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
+    """The trial's MLflow run; the study alone is enough to export, so a server that is away only costs this line."""
+    try:
+        return find_trial_run(uri, sweep.base.data.dataset, sweep.study_name, number)
+    except MlflowException as error:
+        print(f"MLflow at {uri} did not tell the run id: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
 
 
 def find_sweep(sweep: str, storage: Path | None) -> Path:
     """A sweep's folder, given as such or by the sweep's name."""
     as_folder = Path(sweep)
-    return as_folder if (as_folder / "sweep.json").exists() else storage_root(storage) / sweep
+    return as_folder if (as_folder / SPEC_FILE).exists() else storage_root(storage) / sweep
 
 
 @app.command()
@@ -150,7 +175,7 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
         folder = find_sweep(sweep, storage)
         spec = read_sweep(folder)
         records = sweep_records(spec, folder)
-    Console().print(trials_table(spec, records))
+    print_table(trials_table(spec, records))
 
 
 @app.command()
@@ -173,25 +198,34 @@ def final(
         folder = (out or storage_root(storage) / "final").absolute()
         runs = plan(labelled(configs), parse_seeds(seeds), folder)
         resources = Resources(cpus_per_worker=cpus, gpus_per_worker=gpus)
+        uri = tracking_uri or default_tracking_uri(folder)
+        make_client(uri)
         connect(address)
         slots(resources)
         train_all(runs, resources, say_to_stdout)
         summary = summarise(runs)
         report = write_report(runs, summary, folder)
     print(report.read_text())
-    uri = tracking_uri or default_tracking_uri(folder)
-    log_final(runs, summary, folder, uri)
-    print(f"report: {report}\nlook at it: mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    try:
+        log_final(runs, summary, folder, uri)
+    except MlflowException as error:
+        print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"report:     {report}\nlook at it: {how_to_look(uri)}")
 
 
 def labelled(paths: list[Path]) -> dict[str, RunConfig]:
-    """Configs by their method's name, or by their file's where two share a method."""
-    configs = {path: load_config(path) for path in paths}
-    methods = [config.method.name for config in configs.values()]
-    return {
-        config.method.name if methods.count(config.method.name) == 1 else path.stem: config
-        for path, config in configs.items()
-    }
+    """Configs by their method's name, or by their file's where two share a method.
+
+    Raises:
+        ConfigError: Two configs would bear the same name, or one that MLflow does not take.
+    """
+    configs = [(path, load_config(path)) for path in paths]
+    methods = [config.method.name for _, config in configs]
+    labels = [config.method.name if methods.count(config.method.name) == 1 else path.stem for path, config in configs]
+    if len(set(labels)) < len(labels) or not all(re.fullmatch(r"[\w.-]+", label) for label in labels):
+        raise ConfigError(f"configs of one method need different file names of letters, digits, . _ -, got {labels}")
+    return {label: config for label, (_, config) in zip(labels, configs, strict=True)}
 
 
 def parse_seeds(text: str) -> list[int]:

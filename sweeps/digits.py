@@ -17,7 +17,7 @@ from inflora.config import (
 from sweeps.cli import main
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
 
-# 1993 is the field's usual seed for shuffled class orders; tasks that need telling apart, not only learning.
+# 1993 is the usual seed for shuffled class orders.
 data = DataSettings(
     dataset="digits", tasks=5, order_seed=1993, validation=0.2, augment=AugmentSettings(scale=(0.8, 1.0), flip=False)
 )

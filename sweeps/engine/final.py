@@ -4,6 +4,7 @@ Every run lies in a folder of its own with its state, so the same command after 
 is complete is not trained again.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
-from mlflow.entities import Metric
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
 
-from inflora.config import ConfigError, RunConfig, config_hash, dump_config, override
+from inflora.config import ConfigError, RunConfig, config_hash, dump_config
 from inflora.continual import check, identity
 from inflora.metrics import accuracy_row, metrics_after
 from inflora.runs import train_into
@@ -22,6 +24,7 @@ from inflora.state import RunState, load_state, write_atomically
 from sweeps.engine import plots
 from sweeps.engine.mlflow_store import (
     experiment_id,
+    experiment_name,
     git_commit,
     log_accuracy,
     log_params,
@@ -68,8 +71,14 @@ def plan(configs: Mapping[str, RunConfig], seeds: Sequence[int], out: Path) -> l
     for label, config in configs.items():
         check(config)
         for seed in seeds:
-            runs.append(FinalRun(label, seed, override(config, {"seed": seed}), out / label / f"seed-{seed}"))
+            folder = out / f"{label}-{_identity(config)}" / f"seed-{seed}"
+            runs.append(FinalRun(label, seed, config.model_copy(update={"seed": seed}), folder))
     return runs
+
+
+def _identity(config: RunConfig) -> str:
+    """A config's hash, whatever its seed."""
+    return config_hash(config.model_copy(update={"seed": 0}))
 
 
 def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str], None]) -> None:
@@ -88,14 +97,15 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
         try:
             final = ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise ConfigError(f"{run.label}, seed {run.seed}: {error.cause}") from None
+            if isinstance(error.cause, ValueError | FloatingPointError):
+                raise ConfigError(f"{run.label}, seed {run.seed} in {run.folder}: {error.cause}") from None
+            raise
         say(f"{run.label} seed {run.seed}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
 
 
 def _train_one(run: FinalRun, threads: int) -> float:
     torch.set_num_threads(threads)
-    state = train_into(run.folder, run.config, "test", resume=True)
-    return metrics_after(state.evaluations, state.tasks)["acc/final"]
+    return _final_metrics(train_into(run.folder, run.config, "test", resume=True))["acc/final"]
 
 
 def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
@@ -153,17 +163,23 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
     Runs that are there already, from an earlier call, are left as they are. Returns the parent's run id.
     """
     client = make_client(uri)
-    experiment = experiment_id(client, f"inflora-{runs[0].config.data.dataset}", out, "acc/final")
-    name = f"final-{config_hash(runs[0].config)}"
+    experiment = experiment_id(client, experiment_name(runs[0].config.data.dataset), "acc/final")
+    compared = sorted({f"{run.label}-{_identity(run.config)}" for run in runs})
+    name = f"final-{hashlib.sha256(' '.join(compared).encode()).hexdigest()[:16]}"
     there = {run.data.tags["inflora.run"]: run for run in tagged_runs(client, experiment, "inflora.final", name)}
     parent = there.get("parent")
     if parent is None:
         tags = {"inflora.final": name, "inflora.run": "parent"}
-        parent = client.create_run(experiment, tags=tags, run_name="final")
+        parent = client.create_run(experiment, tags=tags, run_name="final " + " ".join(compared))
     for run in runs:
         key = f"{run.label}-{config_hash(run.config)}"
-        if key not in there:
-            _log_run(client, experiment, parent.info.run_id, run, {"inflora.final": name, "inflora.run": key})
+        child = there.get(key)
+        if child is None:
+            child = _create_run(
+                client, experiment, parent.info.run_id, run, {"inflora.final": name, "inflora.run": key}
+            )
+        if child.info.status != "FINISHED":
+            _log_run(client, child.info.run_id, run)
     metrics = [
         Metric(f"{label}/{metric}_{kind}", value, now_ms(), 0)
         for label, spreads in summary.items()
@@ -177,26 +193,25 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
     return parent.info.run_id
 
 
-def _log_run(client: Any, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> None:
-    state = load_state(run.folder / "state")
+def _create_run(client: MlflowClient, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> Run:
     commit = git_commit()
-    tags = {
-        **identity(run.config),
-        **own_tags,
-        "mlflow.parentRunId": parent,
-        "inflora.evaluated_on": "test",
-        "inflora.outcome": "finished",
-    }
+    tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": "test"}
     tags |= {"mlflow.source.git.commit": commit} if commit else {}
-    child = client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
-    log_params(client, child.info.run_id, run.config)
+    return client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
+
+
+def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
+    """Everything about a finished run; doing it again after a broken connection changes nothing."""
+    state = load_state(run.folder / "state")
+    finished_ms = int((run.folder / "result.json").stat().st_mtime * 1000)
+    log_params(client, run_id, run.config)
     matrix, curve = [], []
     for done in range(1, state.tasks + 1):
         metrics = metrics_after(state.evaluations[:done], state.tasks)
         matrix.append(accuracy_row(state.evaluations[done - 1]))
         curve.append(metrics["acc/seen"])
-        log_task(client, child.info.run_id, done, metrics, matrix[-1], now_ms())
-    log_accuracy(client, child.info.run_id, matrix, curve)
-    client.log_text(child.info.run_id, dump_config(run.config), "model/config.yaml")
-    client.log_artifacts(child.info.run_id, str(run.folder / "state"), "model/state")
-    client.set_terminated(child.info.run_id, "FINISHED")
+        log_task(client, run_id, done, metrics, matrix[-1], finished_ms)
+    log_accuracy(client, run_id, matrix, curve)
+    client.log_text(run_id, dump_config(run.config), "model/config.yaml")
+    client.log_artifacts(run_id, str(run.folder / "state"), "model/state")
+    client.set_terminated(run_id, "FINISHED")

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
+from inflora.config import ConfigError
 from sweeps.engine.records import Outcome, TaskReport, TrialRecord
 from sweeps.engine.spec import Sweep
 
-_SAME_SETTINGS_TRIES = 20
+_SAME_SETTINGS_TRIES = 50
 RUNG_METRIC = "acc/seen"
 """What trials are compared by at equal numbers of tasks done."""
 
@@ -37,6 +39,7 @@ class Ledger:
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
+        self.exhausted = False
         self.study = optuna.create_study(
             study_name=sweep.study_name,
             storage=study_url(folder),
@@ -51,13 +54,18 @@ class Ledger:
         self.study.sampler = optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=min(10, sweep.trials // 3), multivariate=True, constant_liar=True
         )
+        self._by_chance = optuna.load_study(
+            study_name=sweep.study_name,
+            storage=self.study._storage,
+            sampler=optuna.samplers.RandomSampler(seed=seed),
+        )
+        for trial in self._trials(TrialState.RUNNING):
+            if "same_as" in trial.user_attrs:
+                self.study.tell(trial.number, state=TrialState.FAIL)
         self._interrupted = [trial.number for trial in self._trials(TrialState.RUNNING)]
-        if not self.study.trials:
-            for settings in sweep.first:
-                fixed = {
-                    k: v for path, value in settings.items() for k, v in sweep.space[path].fix(path, value).items()
-                }
-                self.study.enqueue_trial(fixed)
+        for settings in sweep.first:
+            fixed = {k: v for path, value in settings.items() for k, v in sweep.space[path].fix(path, value).items()}
+            self.study.enqueue_trial(fixed, skip_if_exists=True)
 
     def remaining(self) -> int:
         """How many trials are still to be started or finished."""
@@ -65,11 +73,14 @@ class Ledger:
         return max(0, self.sweep.trials - len(ended))
 
     def propose(self) -> Proposal | None:
-        """The next trial: an interrupted one before a new one; None when every setting of the space has been tried."""
+        """The next trial: an interrupted one before a new one; None when every setting of the space has been tried.
+
+        A sampler that has found what it likes proposes it again and again in a small space; then chance proposes.
+        """
         if self._interrupted:
             return self._propose_again(self._interrupted.pop(0))
-        for _ in range(_SAME_SETTINGS_TRIES):
-            trial = self.study.ask()
+        for attempt in range(_SAME_SETTINGS_TRIES):
+            trial = (self._by_chance if attempt else self.study).ask()
             settings = self.sweep.suggest(trial)
             tried = self._trials(TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
             twin = next((t for t in tried if t.user_attrs.get("settings") == settings), None)
@@ -78,6 +89,7 @@ class Ledger:
                 return Proposal(trial.number, settings, 0)
             trial.set_user_attr("same_as", twin.number)
             self.study.tell(trial, state=TrialState.FAIL)
+        self.exhausted = True
         return None
 
     def _propose_again(self, number: int) -> Proposal:
@@ -108,7 +120,8 @@ class Ledger:
         if self._open_trial(number) is None:
             return
         reports = self.record_of(number).reports
-        value = reports[-1].metrics.get(self.sweep.objective) if reports else None
+        is_done = bool(reports) and reports[-1].tasks_done == reports[-1].tasks
+        value = reports[-1].metrics.get(self.sweep.objective) if is_done else None
         if value is None:
             self.fail(number, f"ended without {self.sweep.objective}")
         elif not math.isfinite(value):
@@ -129,7 +142,7 @@ class Ledger:
 
     def record_of(self, number: int) -> TrialRecord:
         """One trial."""
-        return _record(self.study.trials[number])
+        return _record(self.study.get_trials(deepcopy=False)[number])
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -138,6 +151,19 @@ class Ledger:
         """The trial, for writing, unless it has ended."""
         frozen = self.study.get_trials(deepcopy=False)[number]
         return None if frozen.state.is_finished() else optuna.Trial(self.study, frozen._trial_id)
+
+
+def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
+    """A sweep's study, to read it.
+
+    Raises:
+        ConfigError: It is not there, or not a study of this version's.
+    """
+    try:
+        return optuna.load_study(study_name=sweep.study_name, storage=study_url(folder))
+    except (KeyError, SQLAlchemyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / 'study.db'}: {reason}") from None
 
 
 def study_url(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 
-from inflora.config import RunConfig
+from inflora.config import ConfigError, RunConfig
 from sweeps.engine import plots
 
 _PARAM_LENGTH = 6000
@@ -29,23 +30,48 @@ def default_tracking_uri(folder: Path) -> str:
 
 
 def make_client(uri: str) -> MlflowClient:
-    """A client that fails fast when the server is away."""
+    """A client that fails fast when the server is away.
+
+    Raises:
+        ConfigError: Not a store that MLflow knows.
+    """
     for name, value in _HTTP.items():
         os.environ.setdefault(name, value)
+    if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
+        raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
     return MlflowClient(uri)
 
 
-def experiment_id(client: MlflowClient, name: str, folder: Path, objective: str) -> str:
-    """The experiment called ``name``, made if need be; with a sqlite store its artifacts lie in ``folder``."""
+def experiment_name(dataset: str) -> str:
+    """All sweeps and final runs of a dataset are compared in one experiment."""
+    return f"inflora-{dataset}"
+
+
+def experiment_id(client: MlflowClient, name: str, objective: str) -> str:
+    """The experiment called ``name``, made if need be; a sqlite store keeps its artifacts beside its file."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    local = client.tracking_uri.startswith("sqlite:")
+    uri = client.tracking_uri
+    beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts" if uri.startswith("sqlite:") else None
     tags = {
         "mlflow.experiment.primaryMetric.name": objective,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
     }
-    return client.create_experiment(name, (folder / "artifacts").absolute().as_uri() if local else None, tags)
+    return client.create_experiment(name, beside.as_uri() if beside else None, tags)
+
+
+def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str | None:
+    """The run id of a sweep's trial, if MLflow has it; nothing is written."""
+    client = make_client(uri)
+    experiment = client.get_experiment_by_name(experiment_name(dataset))
+    runs = tagged_runs(client, experiment.experiment_id, "inflora.sweep", study_name) if experiment else []
+    return next((run.info.run_id for run in runs if run.data.tags.get("inflora.trial") == str(number)), None)
+
+
+def how_to_look(uri: str) -> str:
+    """What to type, or to open, to see the runs."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def flat_settings(config: RunConfig) -> dict[str, str]:
@@ -61,10 +87,14 @@ def flat_settings(config: RunConfig) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit that this code is at, where it is a checkout."""
+    """The commit that this code is at, where it is itself a checkout (and not installed inside another one)."""
+    here = Path(__file__)
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            done = subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=True, timeout=10
+            )
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

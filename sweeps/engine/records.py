@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 class TaskReport(BaseModel):
     """What a trial reports when it has learnt a task."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     tasks_done: int
     tasks: int
@@ -49,5 +49,5 @@ def now_ms() -> int:
 
 def best_record(records: list[TrialRecord]) -> TrialRecord | None:
     """The finished trial with the highest objective: stopped and failed trials do not count."""
-    finished = [r for r in records if r.outcome is Outcome.FINISHED and r.value is not None]
-    return max(finished, key=lambda record: record.value or 0.0, default=None)
+    finished = [(r.value, -r.number, r) for r in records if r.outcome is Outcome.FINISHED and r.value is not None]
+    return max(finished)[2] if finished else None

@@ -1,26 +1,29 @@
 """Start a sweep, or go on with one: the Tuner around the ledger."""
 
+import fcntl
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray import tune
+from ray.util.state import list_actors
 
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
 from sweeps.engine.ledger import Ledger
-from sweeps.engine.mlflow_store import git_commit
+from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.records import Outcome, TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.spec import SPEC_FILE, Resources, Sweep
+from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 from sweeps.engine.tracking import Tracker
-from sweeps.engine.trial import inline_trial, train_driver
+from sweeps.engine.trial import inline_trial, pick_backend, train_driver
 
 # Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
 _QUICK_TRAIN = {
@@ -30,16 +33,16 @@ _QUICK_TRAIN = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 _QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
 }
 
 
 class SweepResult(NamedTuple):
-    """What is there when a sweep stops."""
+    """What is there when a sweep stops: all trials, whether none is left to run, whether MLflow has everything."""
 
     records: list[TrialRecord]
+    complete: bool
     delivered: bool
 
 
@@ -49,29 +52,57 @@ def run_sweep(
     """Run what is left of a sweep's trials, on the cluster at ``address`` (None: the one found, else this machine).
 
     Raises:
-        ConfigError: Before anything is started: settings, data, backbone or resources that do not fit.
+        ConfigError: Before anything is started: settings, data, backbone, folder or resources that do not fit.
     """
-    sweep.check()
-    check(sweep.base)
-    for settings in sweep.first:
-        check(sweep.config(settings))
+    for config in sweep.corners():
+        check(config)
+    make_client(tracking_uri)
     folder = folder.absolute()
-    ledger = Ledger(sweep, folder)
-    write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
-    commit = git_commit()
-    tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
-    tracker = Tracker(sweep, folder, tracking_uri, tags)
-    tracker.start()
-    remaining = ledger.remaining()
-    done = sweep.trials - remaining
-    say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done else ""))
-    if remaining:
-        connect(address)
+    with claimed(sweep, folder):
+        ledger = Ledger(sweep, folder)
+        remaining = ledger.remaining()
+        done = sweep.trials - remaining
+        say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
+        commit = git_commit()
+        tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
+        if remaining:
+            connect(address)
+        tracker = Tracker(sweep, folder, tracking_uri, tags)
+        tracker.start()
         try:
-            _fit(sweep, folder, ledger, remaining, say)
+            if remaining:
+                _fit(sweep, folder, ledger, remaining, say)
         finally:
+            complete = ledger.remaining() == 0 or ledger.exhausted
             ray.shutdown()
-    return SweepResult(ledger.records(), tracker.close())
+            delivered = tracker.close(complete=complete)
+        return SweepResult(ledger.records(), complete, delivered)
+
+
+@contextmanager
+def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder: one driver at a time, one study per folder.
+
+    Raises:
+        ConfigError: Another driver is at work there, or another sweep was run there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"the sweep in {folder} is being run by another process") from None
+        spec = folder / SPEC_FILE
+        if spec.exists() and read_sweep(folder).study_name != sweep.study_name:
+            raise ConfigError(
+                f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
+            )
+        write_atomically(spec, sweep.model_dump_json(indent=2).encode())
+        yield
 
 
 def connect(address: str | None) -> None:
@@ -79,15 +110,26 @@ def connect(address: str | None) -> None:
 
     The dashboard stays on (loopback): without its state API a stopped trial's workers are never released.
     """
-    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     environment = {name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _QUIET).items()}
-    ray.init(
-        address=address,
-        runtime_env={"env_vars": environment},
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        ignore_reinit_error=True,
-    )
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": environment},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            ignore_reinit_error=True,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster at address {address!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_state_api() -> None:
+    """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
+    try:
+        list_actors(limit=1)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"the cluster's dashboard does not answer ({reason}); start Ray with its dashboard") from None
 
 
 def slots(resources: Resources) -> int:
@@ -96,15 +138,16 @@ def slots(resources: Resources) -> int:
     Raises:
         ConfigError: Not even one.
     """
-    total = ray.cluster_resources()
-    cpus, gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
-    count = int(min(total.get("CPU", 0) / cpus, total.get("GPU", 0) / gpus if gpus else float("inf")))
-    if count < 1:
+    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = sum(int(min(node.get(name, 0) / need for name, need in needs.items() if need)) for node in nodes)
+    if workers < resources.workers:
+        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
         raise ConfigError(
-            f"a trial needs {cpus} CPUs and {gpus:g} GPUs, "
-            f"the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}"
+            f"a trial needs {resources.workers} workers of {needs['CPU']} CPUs and {needs['GPU']:g} GPUs, the cluster "
+            f"has room for {workers}: {len(nodes)} nodes of at most {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
         )
-    return count
+    return workers // resources.workers
 
 
 def _fit(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
@@ -113,8 +156,10 @@ def _fit(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callab
         trainable = inline_trial(resources, folder / "trials", sweep.study_name)
         needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     else:
+        check_state_api()
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
-        trainable = train_driver(resources, folder / "trials", sweep.study_name)
+        backend = pick_backend(resources)
+        trainable = train_driver(resources, backend, folder / "trials", sweep.study_name)
         needs = {"node:__internal_head__": 0.001}
     tuner = tune.Tuner(
         tune.with_resources(trainable, needs),

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import optuna
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from inflora.config import ConfigError, RunConfig, Settings, config_hash, override
 
@@ -100,6 +101,14 @@ class Resources(Settings):
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _whole_gpus_for_many_workers(self) -> Self:
+        if self.workers > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"a fraction of a GPU is for one worker: NCCL refuses two on one card, got {self.workers} workers"
+            )
+        return self
+
 
 class Sweep(Settings):
     """One search over the settings of one base configuration.
@@ -111,7 +120,7 @@ class Sweep(Settings):
     base: RunConfig
     space: dict[str, Domain] = Field(min_length=1)
     first: tuple[dict[str, JsonValue], ...] = ()
-    objective: str = "acc/final"
+    objective: Literal["acc/final", "acc/avg_incremental", "bwt"] = "acc/final"
     trials: int = Field(default=16, ge=1)
     sampler_seed: int = Field(default=0, ge=0)
     grace_tasks: int = Field(default=2, ge=1, description="tasks that every trial may learn before it can be stopped")
@@ -152,13 +161,54 @@ class Sweep(Settings):
         """Dotted settings chosen by the sampler."""
         return {path: domain.suggest(trial, path) for path, domain in self.space.items()}
 
-    def check(self) -> None:
-        """Raise ConfigError unless the ends of every domain, and the first trials, are settings that a run accepts."""
+    def corners(self) -> list[RunConfig]:
+        """The configs whose acceptance means that every trial's is accepted: base, first trials, ends of each domain.
+
+        Raises:
+            ConfigError: A domain or a first trial that no sampler or run accepts.
+        """
+        settings: list[Mapping[str, Any]] = [{}, *self.first]
         for path, domain in self.space.items():
-            ends = domain.options if isinstance(domain, Choice) else (domain.low, domain.high)
-            if not isinstance(domain, Choice) and domain.low > domain.high:
-                raise ConfigError(f"space {path}: low must not exceed high, got {domain.low} and {domain.high}")
-            for value in ends:
-                self.config({path: value})
-        for settings in self.first:
-            self.config(settings)
+            if path.split(".")[0] not in ("method", "optim"):
+                raise ConfigError(f"space {path}: only method.* and optim.* are searched, data and seeds are fixed")
+            settings += [{path: value} for value in _ends(path, domain)]
+        for trial in self.first:
+            for path, value in trial.items():
+                if not _contains(self.space[path], value):
+                    raise ConfigError(f"first {path}={value} is outside its space: {self.space[path]}")
+        try:
+            self.suggest(optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).ask())
+        except ValueError as error:
+            raise ConfigError(f"the space cannot be sampled: {error}") from None
+        return [self.config(each) for each in settings]
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep that was run in ``folder``.
+
+    Raises:
+        ConfigError: No sweep is there, or one of another version.
+    """
+    path = folder / SPEC_FILE
+    try:
+        return Sweep.model_validate_json(path.read_text())
+    except OSError:
+        beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
+        known = f"; sweeps in {folder.parent}: {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"no sweep in {folder}: {SPEC_FILE} is missing{known}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{path} is of another version or damaged: {error.errors()[0]['msg']}") from None
+
+
+def _ends(path: str, domain: Domain) -> tuple[Scalar, ...]:
+    if isinstance(domain, Choice):
+        return domain.options
+    if domain.low > domain.high:
+        raise ConfigError(f"space {path}: low must not exceed high, got {domain.low} and {domain.high}")
+    return domain.low, domain.high
+
+
+def _contains(domain: Domain, value: Any) -> bool:
+    if isinstance(domain, Choice):
+        return value in domain.options
+    return bool(domain.low <= value <= domain.high)

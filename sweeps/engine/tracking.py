@@ -7,17 +7,24 @@ the time at which the trial reported it, which makes sending twice the same as s
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import optuna
 from mlflow.entities import Metric, Run, RunTag
 from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
 
-from inflora.config import dump_config
+from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine import plots
-from sweeps.engine.ledger import read_records, study_url
-from sweeps.engine.mlflow_store import experiment_id, log_accuracy, log_params, log_task, make_client, tagged_runs
+from sweeps.engine.ledger import load_study, read_records
+from sweeps.engine.mlflow_store import (
+    experiment_id,
+    experiment_name,
+    log_accuracy,
+    log_params,
+    log_task,
+    make_client,
+    tagged_runs,
+)
 from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
 
@@ -30,9 +37,10 @@ class Mirror:
     """Makes MLflow show what the study holds: a parent run for the sweep, a child for every trial."""
 
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
-        self.sweep, self.folder, self.tags = sweep, folder, dict(tags)
+        self.sweep, self.tags = sweep, dict(tags)
         self.client = make_client(uri)
-        self.study = optuna.load_study(study_name=sweep.study_name, storage=study_url(folder))
+        self.study = load_study(sweep, folder)
+        self._experiment = ""
         self.parent: str | None = None
         self._children: dict[int, Run] = {}
         self._sent: dict[int, tuple[int, Outcome]] = {}
@@ -47,15 +55,8 @@ class Mirror:
                 self._sync_trial(record)
                 self._sent[record.number] = state
 
-    def run_of(self, number: int) -> str | None:
-        """The MLflow run of a trial."""
-        if self.parent is None:
-            self.parent = self._find_or_create_parent()
-        run = self._children.get(number)
-        return run.info.run_id if run else None
-
-    def finish(self) -> None:
-        """Send the rest and the sweep's own results, and close the parent run."""
+    def finish(self, *, complete: bool) -> None:
+        """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has."""
         self.sync()
         assert self.parent is not None
         best = best_record(read_records(self.study))
@@ -66,56 +67,54 @@ class Mirror:
         page = plots.sweep_page(self.study)
         if page is not None:
             self.client.log_text(self.parent, page, "plots.html")
-        self.client.set_terminated(self.parent, "FINISHED")
+        self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
 
     def _find_or_create_parent(self) -> str:
-        experiment = experiment_id(
-            self.client, f"inflora-{self.sweep.base.data.dataset}", self.folder, self.sweep.objective
+        self._experiment = experiment_id(
+            self.client, experiment_name(self.sweep.base.data.dataset), self.sweep.objective
         )
-        parent = None
-        for run in tagged_runs(self.client, experiment, "inflora.sweep", self.sweep.study_name):
+        parents = []
+        for run in tagged_runs(self.client, self._experiment, "inflora.sweep", self.sweep.study_name):
             number = run.data.tags.get("inflora.trial")
             if number is None:
-                parent = run.info.run_id
+                parents.append(run)
             else:
                 self._children[int(number)] = run
-        if parent is not None:
-            self.client.update_run(parent, status="RUNNING")
-            return parent
-        run = self.client.create_run(
-            experiment, start_time=now_ms(), run_name=self.sweep.name, tags={**self.tags, **self._own_tags()}
-        )
-        log_params(self.client, run.info.run_id, self.sweep.base)
-        self.client.log_text(run.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
-        return run.info.run_id
+        if parents:
+            parent = parents[0]
+            self.client.update_run(parent.info.run_id, status="RUNNING")
+        else:
+            tags = {**self.tags, **self._own_tags()}
+            parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
+        if not parent.data.params:
+            log_params(self.client, parent.info.run_id, self.sweep.base)
+            self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
+        return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:
         return {"inflora.sweep": self.sweep.study_name, "inflora.objective": self.sweep.objective}
 
     def _sync_trial(self, record: TrialRecord) -> None:
-        run = self._children.get(record.number) or self._create_child(record)
+        config = self.sweep.config(record.settings)
+        run = self._children.get(record.number) or self._create_child(record, config)
         if run.info.status in _STATUS.values():
             return  # sent to its end by an earlier start of this sweep
+        if not run.data.params:
+            log_params(self.client, run.info.run_id, config)
         for report in record.reports:
             metrics = {**report.metrics, "seconds": report.seconds}
             log_task(self.client, run.info.run_id, report.tasks_done, metrics, report.accuracies, report.time_ms)
         if record.outcome in _STATUS:
             self._end_child(run.info.run_id, record)
+        # Read again only when something is to be sent: by now its parameters are there.
+        self._children[record.number] = self.client.get_run(run.info.run_id)
 
-    def _create_child(self, record: TrialRecord) -> Run:
+    def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
         assert self.parent is not None
-        experiment = self.client.get_run(self.parent).info.experiment_id
-        tags = {
-            **self.tags,
-            **self._own_tags(),
-            "inflora.trial": str(record.number),
-            "mlflow.parentRunId": self.parent,
-        }
+        own = {"inflora.trial": str(record.number), "mlflow.parentRunId": self.parent}
+        tags = {**self.tags, "config_hash": config_hash(config), **self._own_tags(), **own}
         name = f"{self.sweep.name}-{record.number:04d}"
-        run = self.client.create_run(experiment, start_time=record.start_ms, run_name=name, tags=tags)
-        self._children[record.number] = run
-        log_params(self.client, run.info.run_id, self.sweep.config(record.settings))
-        return run
+        return self.client.create_run(self._experiment, start_time=record.start_ms, run_name=name, tags=tags)
 
     def _end_child(self, run_id: str, record: TrialRecord) -> None:
         if record.reports:
@@ -140,13 +139,14 @@ class Tracker(threading.Thread):
         self._closing = threading.Event()
         self._delivered = threading.Event()
         self._patience_s = 0.0
+        self._complete = False
 
     def run(self) -> None:
         """Send differences until closed, then everything that is left; a failure is only a later try."""
         wait_s = self._every_s
         while not self._closing.wait(wait_s):
             try:
-                self._ready().sync()
+                self._with_mirror(Mirror.sync)
                 wait_s = self._every_s
             except Exception as error:  # a server may fail in any way; the study still holds what it missed
                 wait_s = min(2 * wait_s, 30.0)
@@ -158,18 +158,20 @@ class Tracker(threading.Thread):
             reraise=True,
         )
         try:
-            retry(lambda: self._ready().finish())
+            retry(self._with_mirror, lambda mirror: mirror.finish(complete=self._complete))
             self._delivered.set()
         except Exception as error:
             logger.warning("MLflow has not taken everything: %s", error)
 
-    def close(self, patience_s: float = 60.0) -> bool:
+    def close(self, *, complete: bool = True, patience_s: float = 60.0) -> bool:
         """Send what is left; whether MLflow has taken all of it within ``patience_s``."""
-        self._patience_s = patience_s
+        self._patience_s, self._complete = patience_s, complete
         self._closing.set()
         self.join(patience_s + 30)
         return self._delivered.is_set()
 
-    def _ready(self) -> Mirror:
-        self._mirror = self._mirror or self._make_mirror()
-        return self._mirror
+    def _with_mirror(self, do: Callable[[Mirror], None]) -> None:
+        """A failed request may have arrived all the same: the next try looks at what is there with new eyes."""
+        mirror, self._mirror = self._mirror or self._make_mirror(), None
+        do(mirror)
+        self._mirror = mirror

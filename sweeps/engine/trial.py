@@ -51,6 +51,8 @@ def learn(settings: dict[str, Any], session: Session) -> None:
         for result in run(parse_config(settings["config"]), state):
             session.report(_metrics(result.state, result.state.tasks_done, result.seconds), result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
+        if distributed.world_size() > 1:
+            raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(error).__name__}: {error}"}, None)
 
 
@@ -118,18 +120,19 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
     return trial
 
 
-def train_driver(resources: Resources, storage: Path, study_name: str) -> Callable[[dict[str, Any]], None]:
+def train_driver(
+    resources: Resources, backend: str, storage: Path, study_name: str
+) -> Callable[[dict[str, Any]], None]:
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
 
     def trial(settings: dict[str, Any]) -> None:
-        uses_gpu = resources.gpus_per_worker > 0
         TorchTrainer(
             _train_worker,
             train_loop_config={**settings, "threads": resources.cpus_per_worker},
-            torch_config=TorchConfig(backend="nccl" if uses_gpu and _workers_have_cuda(resources) else "gloo"),
+            torch_config=TorchConfig(backend=backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
-                use_gpu=uses_gpu,
+                use_gpu=resources.gpus_per_worker > 0,
                 resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
             ),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
@@ -146,10 +149,15 @@ def train_driver(resources: Resources, storage: Path, study_name: str) -> Callab
     return trial
 
 
-def _workers_have_cuda(resources: Resources) -> bool:
-    """Asked where the workers will be: the head may have no GPU, and a GPU may be one in name only."""
+def pick_backend(resources: Resources) -> str:
+    """What the workers talk through; asked where they will be: a GPU of the cluster's may be one in name only.
+
+    It must be right at once: a backend that fails to start leaks its workers.
+    """
+    if not resources.gpus_per_worker:
+        return "gloo"
     probe = ray.remote(torch.cuda.is_available).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
-    return ray.get(probe.remote())
+    return "nccl" if ray.get(probe.remote()) else "gloo"
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Sweeps on real Ray clusters on this machine: real trials, real worker processes, real kills."""
 
+import json
 import signal
 
 import psutil
@@ -7,9 +8,10 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from sweeps.engine.records import Outcome
-from sweeps.engine.runner import connect, run_sweep, slots
-from sweeps.engine.spec import Real, Resources
+from inflora.config import ConfigError
+from sweeps.engine.records import Outcome, TaskReport
+from sweeps.engine.runner import check_state_api, claimed, run_sweep, slots
+from sweeps.engine.spec import Real, Resources, read_sweep
 
 from .conftest import PAPER, undisturbed
 
@@ -26,6 +28,17 @@ def local_cluster(data_root, monkeypatch):
 
     yield start
     ray.shutdown()
+
+
+def sqlite(folder):
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def told(recipe, number):
+    """Everything that Tune heard of a trial, over all starts and retries, oldest first."""
+    files = sorted(recipe.results.glob("tune/*/result.json"), key=lambda file: file.stat().st_mtime)
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [TaskReport.model_validate_json(line["report"]) for line in lines if line["config"]["number"] == number]
 
 
 def assert_every_finished_trial_is_undisturbed(sweep, records):
@@ -78,7 +91,9 @@ def test_a_killed_driver_started_again_goes_on_where_it_was(recipe):
         if record.number in before:
             assert record.settings == before[record.number].settings
             reported = before[record.number].reports
-            assert record.reports[: len(reported)] == reported, "tasks already learnt are not learnt again"
+            assert record.reports[: len(reported)] == reported
+            learnt = [report.tasks_done for report in told(recipe, record.number) if report.seconds > 0]
+            assert len(learnt) == len(set(learnt)), "no task is learnt twice"
     assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
     assert_mlflow_agrees(recipe.results, records)
 
@@ -90,13 +105,16 @@ def test_a_killed_worker_goes_on_from_its_last_task(recipe):
     driver = recipe.start("--num-trials", "1", "optim.epochs=6")
     recipe.sweep = recipe.sweep.model_copy(update={"base": recipe.sweep.config({"optim.epochs": 6})})
     recipe.wait_for(r"task 1 ", driver)
-    workers = [p for p in psutil.process_iter() if any("RayTrainWorker" in part for part in p.cmdline())]
+    family = psutil.Process(driver.pid).children(recursive=True)
+    workers = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
     assert workers
     for worker in workers:
         worker.send_signal(signal.SIGKILL)
     assert driver.wait(timeout=200) == 0, recipe.log.read_text()
     records = recipe.records()
     assert [record.outcome for record in records] == [Outcome.FINISHED]
+    learnt = [report.tasks_done for report in told(recipe, 0) if report.seconds > 0]
+    assert learnt == [1, 2, 3, 4, 5], "no task is learnt twice"
     assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
 
 
@@ -111,8 +129,7 @@ def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tm
             "trials": 3,
         }
     )
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
     assert records[1].outcome is Outcome.PRUNED
     assert records[2].reports, "the trial after the stopped one got the worker's place"
     assert records[2].start_ms >= records[1].end_ms
@@ -122,8 +139,7 @@ def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tm
 def test_two_workers_learn_what_one_does(tiny_sweep, local_cluster, tmp_path):
     local_cluster(num_cpus=2)
     sweep = tiny_sweep.model_copy(update={"trials": 1, "resources": Resources(workers=2)})
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    (record,) = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
     assert record.outcome is Outcome.FINISHED
     for ours, alone in zip([r.accuracies for r in record.reports], undisturbed(sweep, PAPER), strict=True):
         assert ours == pytest.approx(alone, abs=0.05)  # an image or two may fall on the other side by rounding
@@ -134,15 +150,14 @@ def test_gpus_in_name_only_are_shared_in_fractions_and_nothing_asks_for_nccl(tin
     resources = Resources(gpus_per_worker=0.5)
     assert slots(resources) == 2
     sweep = tiny_sweep.model_copy(update={"trials": 2, "resources": resources})
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
     assert len(records) == 2
     assert_every_finished_trial_is_undisturbed(sweep, records)
 
 
 def test_a_trial_that_cannot_fit_is_refused_before_it_waits_for_ever(tiny_sweep, local_cluster, tmp_path):
     local_cluster(num_cpus=1)
-    with pytest.raises(ValueError, match="a trial needs 8 CPUs and 0 GPUs, the cluster has 1 and 0"):
+    with pytest.raises(ValueError, match="a trial needs 1 workers of 8 CPUs and 0 GPUs, the cluster has room for 0"):
         slots(Resources(cpus_per_worker=8))
 
 
@@ -153,28 +168,42 @@ def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_sweep_goes_on
     sweep = tiny_sweep.model_copy(
         update={"trials": 2, "first": (hopeless, PAPER), "space": space, "executor": "inline"}
     )
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    records = run_sweep(sweep, tmp_path, uri, address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
     assert [record.outcome for record in records] == [Outcome.FAILED, Outcome.FINISHED]
     assert "FloatingPointError" in records[0].reason
     assert_mlflow_agrees(tmp_path, records)
 
 
 def test_the_dashboard_listens_on_this_machine_only(local_cluster):
-    connect("local")
-    address = ray.nodes()[0]["NodeManagerAddress"]
-    listening = [
-        c.laddr.ip for p in psutil.process_iter() if "dashboard" in " ".join(p.cmdline()) for c in connections(p)
-    ]
-    assert address
-    assert "0.0.0.0" not in listening
+    local_cluster(num_cpus=1)
+    port = int(ray.worker.global_worker.node.webui_url.rsplit(":", 1)[1])
+    listening = {
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
 
 
-def connections(process):
-    try:
-        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == 8265]
-    except psutil.Error:
-        return []
+def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_its_workers(local_cluster):
+    local_cluster(num_cpus=1, include_dashboard=False)
+    with pytest.raises(ConfigError, match="dashboard does not answer"):
+        check_state_api()
+
+
+def test_two_drivers_do_not_run_one_sweep(tiny_sweep, tmp_path):
+    with claimed(tiny_sweep, tmp_path), pytest.raises(ConfigError, match="is being run by another process"):
+        run_sweep(tiny_sweep, tmp_path, sqlite(tmp_path), address=None, say=print)
+
+
+def test_another_base_does_not_take_over_a_sweeps_folder(tiny_sweep, tmp_path):
+    with claimed(tiny_sweep, tmp_path):
+        pass
+    other = tiny_sweep.model_copy(update={"base": tiny_sweep.config({"optim.epochs": 7})})
+    with pytest.raises(ConfigError, match="holds a sweep with another base or space"):
+        run_sweep(other, tmp_path, sqlite(tmp_path), address=None, say=print)
+    assert read_sweep(tmp_path) == tiny_sweep
 
 
 def test_nothing_learns_on_when_the_driver_is_killed(recipe):

@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from sweeps.engine.ledger import Ledger, read_records, study_url
-from sweeps.engine.records import Outcome, best_record
+from sweeps.engine.records import Outcome, TaskReport, best_record
 from sweeps.engine.spec import Choice, Sweep
 
 from .conftest import PAPER, learn_all, report
@@ -53,7 +53,8 @@ def test_no_trial_is_stopped_before_its_grace_or_after_its_last_task(ledger):
 def test_a_trial_without_a_number_to_show_fails_and_leaves_no_ghost(ledger, last, reason):
     number = ledger.propose().number
     if last is not None:
-        ledger.report(number, report(5, 0.5).model_copy(update={"metrics": {"acc/seen": 0.5, "acc/final": last}}))
+        told = report(5, 0.5).model_copy(update={"metrics": {"acc/seen": 0.5, "acc/final": last}})
+        ledger.report(number, TaskReport.model_validate_json(told.model_dump_json()))
     ledger.close(number)
     record = ledger.record_of(number)
     assert (record.outcome, record.reason) == (Outcome.FAILED, reason)
@@ -99,6 +100,21 @@ def test_a_driver_that_died_while_proposing_leaves_a_trial_that_can_still_be_run
     Ledger(tiny_sweep, tmp_path).study.ask()
     again = Ledger(tiny_sweep, tmp_path).propose()
     assert (again.number, again.settings) == (0, PAPER)
+
+
+def test_a_proposal_dropped_by_a_driver_that_died_is_not_run_after_all(tiny_sweep, tmp_path):
+    first = Ledger(tiny_sweep, tmp_path)
+    first.study.ask().set_user_attr("same_as", 0)
+    second = Ledger(tiny_sweep, tmp_path)
+    assert second.propose().number == 1
+    assert [record.number for record in second.records()] == [1]
+
+
+def test_a_trial_that_ends_before_its_last_task_has_failed(ledger):
+    number = ledger.propose().number
+    ledger.report(number, report(1, 0.9))
+    ledger.close(number)
+    assert ledger.record_of(number).outcome is Outcome.FAILED
 
 
 def test_early_stopping_remembers_the_trials_of_earlier_starts(tiny_sweep, tmp_path):

@@ -68,6 +68,8 @@ def test_more_trials_and_another_executor_go_on_with_the_same_study(tiny_sweep):
         ({"name": "../elsewhere"}, "name"),
         ({"space": {}}, "space"),
         ({"trails": 3}, "trails"),
+        ({"objective": "acc/fnal"}, "objective"),
+        ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "a fraction of a GPU is for one worker"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_when_it_is_written(tiny_sweep, change, rule):
@@ -81,12 +83,26 @@ def test_a_sweep_that_cannot_run_is_refused_when_it_is_written(tiny_sweep, chang
         ({"method.rnk": Integer(low=1, high=2)}, "unknown setting method.rnk; known here: name, rank"),
         ({"method.energy": Real(low=0.5, high=1.5)}, "method.energy.*1.5"),
         ({"optim.lr": Real(low=1e-2, high=1e-4)}, "low must not exceed high"),
+        ({"optim.weight_decay": Real(low=0, high=1, log=True)}, "the space cannot be sampled"),
+        ({"data.train_on": Choice(options=("train", "train+validation"))}, "only method.* and optim.* are searched"),
+        ({"seed": Integer(low=0, high=9)}, "only method.* and optim.* are searched"),
     ],
 )
 def test_a_space_with_settings_no_run_accepts_is_refused_before_any_trial(tiny_sweep, space, rule):
     sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"space": space, "first": ()})
     with pytest.raises(ConfigError, match=rule):
-        sweep.check()
+        sweep.corners()
+
+
+def test_a_first_trial_outside_its_space_is_refused(tiny_sweep):
+    first = (PAPER | {"method.rank": 999},)
+    with pytest.raises(ConfigError, match=r"first method\.rank=999 is outside its space"):
+        Sweep.model_validate(tiny_sweep.model_dump() | {"first": first}).corners()
+
+
+def test_a_trial_has_no_harder_settings_than_the_corners_that_are_checked_before(tiny_sweep):
+    ranks = {config.method.rank for config in tiny_sweep.corners()}
+    assert {1, 16, PAPER["method.rank"]} <= ranks
 
 
 def test_trials_cannot_be_told_to_train_on_what_they_are_judged_by(tiny_sweep):

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweeps.engine.ledger import Ledger
+from sweeps.engine.mlflow_store import find_trial_run
 from sweeps.engine.tracking import Mirror, Tracker
 
 from .conftest import PAPER, learn_all, report
@@ -53,7 +54,7 @@ def three_trials(ledger):
 
 def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sweep, tmp_path):
     three_trials(ledger)
-    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish()
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
     client, (parent,), children = all_runs(sqlite_uri(tmp_path))
 
     assert parent.info.status == "FINISHED"
@@ -80,6 +81,43 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
     assert "acc/final" not in children[1].data.metrics, "a stopped trial has no final value"
 
 
+def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(ledger, tiny_sweep, tmp_path):
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    mirror = Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+    create = mirror.client.create_run
+
+    def create_and_lose_the_answer(*args, **kwargs):
+        create(*args, **kwargs)
+        if "inflora.trial" in kwargs["tags"]:
+            raise ConnectionError
+
+    mirror.client.create_run = create_and_lose_the_answer
+    with pytest.raises(ConnectionError):
+        mirror.sync()
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
+    _, (parent,), children = all_runs(sqlite_uri(tmp_path))
+    assert len(children) == 1
+    assert children[0].data.params["method.rank"] == "10"
+    assert parent.data.params["method.name"] == "inflora"
+
+
+def test_a_sweep_that_was_interrupted_is_not_shown_as_finished(ledger, tiny_sweep, tmp_path):
+    ledger.propose()
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=False)
+    _, (parent,), children = all_runs(sqlite_uri(tmp_path))
+    assert (parent.info.status, children[0].info.status) == ("KILLED", "RUNNING")
+
+
+def test_looking_a_run_up_changes_nothing(ledger, tiny_sweep, tmp_path):
+    three_trials(ledger)
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
+    _, (parent,), children = all_runs(sqlite_uri(tmp_path))
+    found = find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, 0)
+    assert found == children[0].info.run_id
+    assert find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, 99) is None
+    assert all_runs(sqlite_uri(tmp_path))[1][0].info.status == parent.info.status == "FINISHED"
+
+
 def test_sending_twice_is_sending_once_also_for_a_second_driver(ledger, tiny_sweep, tmp_path):
     running = ledger.propose().number
     ledger.report(running, report(1, 0.9))
@@ -90,7 +128,7 @@ def test_sending_twice_is_sending_once_also_for_a_second_driver(ledger, tiny_swe
     for done in range(2, 6):
         ledger.report(running, report(done, 0.9))
     ledger.close(running)
-    second.finish()
+    second.finish(complete=True)
     client, parents, children = all_runs(sqlite_uri(tmp_path))
     assert (len(parents), len(children)) == (1, 1)
     assert history(client, children[running], "acc/seen") == [(done, 0.9) for done in range(1, 6)]
