@@ -87,9 +87,10 @@ def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(
     create = mirror.client.create_run
 
     def create_and_lose_the_answer(*args, **kwargs):
-        create(*args, **kwargs)
+        run = create(*args, **kwargs)
         if "inflora.trial" in kwargs["tags"]:
             raise ConnectionError
+        return run
 
     mirror.client.create_run = create_and_lose_the_answer
     with pytest.raises(ConnectionError):
