@@ -34,6 +34,7 @@ def train_into(
     state = _claim(out, resume=resume)
     for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
         save_state(result.state, folder)
+        write_atomically(out / "config.yaml", dump_config(config).encode())
         on_task(result)
         state = result.state
     assert state is not None and state.is_complete

@@ -110,6 +110,8 @@ def connect(address: str | None) -> None:
 
     The dashboard stays on (loopback): without its state API a stopped trial's workers are never released.
     """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     environment = {name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _QUIET).items()}
     try:
         ray.init(
