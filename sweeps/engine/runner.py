@@ -131,7 +131,10 @@ def check_state_api() -> None:
         list_actors(limit=1)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the cluster's dashboard does not answer ({reason}); start Ray with its dashboard") from None
+        raise ConfigError(
+            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, one cluster per machine, "
+            "or use --executor inline"
+        ) from None
 
 
 def slots(resources: Resources) -> int:
