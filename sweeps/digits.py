@@ -36,7 +36,8 @@ inflora = Sweep(
 sequential = Sweep(
     name="digits-sequential",
     base=RunConfig(data=data, optim=optim, method=SequentialSettings()),
-    space={"method.rank": rank, "optim.lr": lr},
+    # As slow as it likes: the slower plain LoRA learns, the less it forgets.
+    space={"method.rank": rank, "optim.lr": Real(low=1e-5, high=1e-2, log=True)},
     first=({"method.rank": 10, "optim.lr": 5e-4},),
     trials=12,
 )
