@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inflora.config import ConfigError, RunConfig, dump_config
-from inflora.continual import TaskResult, check, identity, run
+from inflora.continual import TaskResult, identity, run
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_matrix, metrics_after
 from inflora.state import RunState, has_state, load_state, save_state, write_atomically
@@ -29,7 +29,6 @@ def train_into(
     Raises:
         ConfigError, DataError, StateError: Before anything is trained or overwritten.
     """
-    check(config)
     folder = out / "state"
     state = _claim(out, resume=resume)
     for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):

@@ -162,9 +162,9 @@ def _fit(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callab
         needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     else:
         check_state_api()
-        # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         backend = pick_backend(resources)
         trainable = train_driver(resources, backend, folder / "trials", sweep.study_name)
+        # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {"node:__internal_head__": 0.001}
     tuner = tune.Tuner(
         tune.with_resources(trainable, needs),

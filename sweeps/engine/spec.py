@@ -17,7 +17,15 @@ SPEC_FILE = "sweep.json"
 Scalar = int | float | str | bool | None
 
 
-class Integer(Settings):
+class SearchedByName(Settings):
+    """What the sampler searches under the setting's own name, as the setting's own value."""
+
+    def fix(self, path: str, value: Any) -> dict[str, Any]:
+        """The sampler's parameters that make the setting ``value``."""
+        return {path: value}
+
+
+class Integer(SearchedByName):
     """A whole number between two bounds, both possible."""
 
     kind: Literal["integer"] = "integer"
@@ -29,12 +37,8 @@ class Integer(Settings):
         """Let the sampler choose a value for the setting ``path``."""
         return trial.suggest_int(path, self.low, self.high, log=self.log)
 
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {path: value}
 
-
-class Real(Settings):
+class Real(SearchedByName):
     """A number between two bounds."""
 
     kind: Literal["real"] = "real"
@@ -45,10 +49,6 @@ class Real(Settings):
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
         return trial.suggest_float(path, self.low, self.high, log=self.log)
-
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {path: value}
 
 
 class NearOne(Settings):
@@ -76,7 +76,7 @@ def _missing(share: float) -> float:
     return round(1 - share, 10)
 
 
-class Choice(Settings):
+class Choice(SearchedByName):
     """One of some values."""
 
     kind: Literal["choice"] = "choice"
@@ -85,10 +85,6 @@ class Choice(Settings):
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
         return trial.suggest_categorical(path, self.options)
-
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {path: value}
 
 
 Domain = Annotated[Integer | Real | NearOne | Choice, Field(discriminator="kind")]
