@@ -1,6 +1,7 @@
 """Vision transformers from timm: build, load weights, identify, and watch what their ``qkv`` layers read."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from inflora.config import BackboneSettings, ConfigError
@@ -26,6 +28,9 @@ GLYPH_VIT: dict[str, Any] = {
     "num_heads": 4,
 }
 """The shipped backbone, pre-trained on rendered letters by ``python -m inflora.glyphs``."""
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 
 class BackboneShape(NamedTuple):
@@ -105,7 +110,8 @@ def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransforme
             raise ConfigError(
                 f"unknown backbone.name {name!r}; known: glyph_vit and timm's, e.g. {', '.join(close[:5])}"
             )
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        overlay = _from_cache(name) if pretrained else None
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options)
     except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -113,22 +119,71 @@ def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransforme
         if not pretrained:
             raise ConfigError(f"backbone.options {options} do not fit {name!r}: {reason}") from None
         raise ConfigError(
-            f"cannot load the weights of backbone.name {name!r} ({reason}); "
-            "download them once with network access, or set backbone.weights to a local .safetensors file"
+            f"cannot load the weights of backbone.name {name!r}: they are not in the hub's cache and cannot be had "
+            f"from here ({reason}); {_where_to_get(name)}"
         ) from error
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"backbone.name {name!r} is a {type(model).__name__}; only a VisionTransformer is adapted")
     return model
 
 
+def _from_cache(name: str) -> dict[str, str] | None:
+    """What tells timm to read the hub's cached file, without asking the hub whether there is a newer one."""
+    source = timm.get_pretrained_cfg(name)
+    path = source and source.hf_hub_id and try_to_load_from_cache(source.hf_hub_id, "model.safetensors")
+    return {"file": path} if isinstance(path, str) else None
+
+
+def _where_to_get(name: str) -> str:
+    """What to download and where to put it."""
+    source = timm.get_pretrained_cfg(name)
+    hub_id = source.hf_hub_id if source else None
+    ways = "load the model once where there is a network and take its cache along ($HF_HOME)"
+    if hub_id:
+        ways = f"download model.safetensors of {hub_id} where there is a network"
+    return f"{ways} and set backbone.weights=PATH ({', '.join(WEIGHT_SUFFIXES)})"
+
+
 def _loaded(vit: VisionTransformer, path: Path) -> VisionTransformer:
+    """Load a local file; position embeddings are resized where the input's size differs, classifiers are left out."""
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise ConfigError(f"backbone.weights must be one of {', '.join(WEIGHT_SUFFIXES)}, got {path.name}")
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights {path} does not exist")
     try:
-        weights = load_file(path)
-        vit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
+        if path.suffix == ".npz":  # the original JAX release
+            vit.load_pretrained(str(path))
+            return vit
+        tensors = _backbone_tensors(load_file(path) if path.suffix == ".safetensors" else _load_pickled(path))
+        fitted = checkpoint_filter_fn({name: tensor.float() for name, tensor in tensors.items()}, vit)
+        foreign = [name for name in fitted if name.split(".")[0] in ("head", "head_dist")]
+        vit.load_state_dict({name: tensor for name, tensor in fitted.items() if name not in foreign})
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"cannot load backbone.weights {path}: {reason}") from None
     return vit
+
+
+def _load_pickled(path: Path) -> dict[str, Any]:
+    """A PyTorch checkpoint; tensors and plain values only, nothing that could run code."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The backbone's tensors in a checkpoint of a training run: the (teacher's) model, without what wraps it.
+
+    Self-supervised releases (DINO, iBOT) keep the weights under "teacher" or "state_dict", with "module.backbone."
+    before every name and a projection head beside them.
+    """
+    for key in ("teacher", "state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            return _backbone_tensors(checkpoint[key])
+    tensors = {name.removeprefix("module."): value for name, value in checkpoint.items() if torch.is_tensor(value)}
+    if any(name.startswith("backbone.") for name in tensors):
+        tensors = {name[9:]: value for name, value in tensors.items() if name.startswith("backbone.")}
+    if "masked_embed" in tensors:  # iBOT's mask token, used in its pre-training only
+        del tensors["masked_embed"]
+    return tensors
 
 
 class InputCovariance:

@@ -4,11 +4,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from inflora.config import (
@@ -18,8 +19,11 @@ from inflora.config import (
     parse_assignments,
 )
 from inflora.continual import TaskResult
-from inflora.data import ensure_store
-from inflora.data.store import DataError, read_manifest
+from inflora.data import ensure_store, known_dataset, prepare_store
+from inflora.data.preparation import Progress as Preparing
+from inflora.data.sheet import contact_sheet
+from inflora.data.source import Options
+from inflora.data.store import DataError, Manifest, open_split, read_manifest
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import Evaluation, accuracy_matrix, metrics_after, seen
 from inflora.runs import train_into
@@ -70,19 +74,90 @@ def train(
 
 
 @data_app.command()
-def info(name: str, root: Annotated[Path | None, typer.Option(help="Where the stores are.")] = None) -> None:
-    """Counts, sizes and hashes of a dataset's store (prepared first where that needs no download)."""
+def prepare(
+    name: Annotated[str, typer.Argument(help="A known dataset, or a name of your own with --format.")],
+    source: Annotated[Path, typer.Option(help="What its authors distribute: an archive or a folder.")],
+    root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) for stores.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="The known dataset it is laid out as.")] = None,
+    shorter_side: Annotated[int | None, typer.Option(min=1, help="Decode once, shrunk to this.")] = None,
+    split_seed: Annotated[int | None, typer.Option(min=0, help="Draws test images of unsplit datasets.")] = None,
+    test_list: Annotated[Path | None, typer.Option(help="File with the names of the test images.")] = None,
+    domains: Annotated[str | None, typer.Option(help="Some of the domains: clipart,real")] = None,
+    subset: Annotated[bool, typer.Option("--subset", help="Accept other numbers of images than the official.")] = False,
+) -> None:
+    """Read a dataset once and write its store; verifies one that is there, goes on where it was interrupted."""
+    with one_line_errors():
+        dataset = known_dataset(format_ or name)
+        chosen = {"split_seed": split_seed, "test_list": test_list, "domains": domains and tuple(domains.split(","))}
+        given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
+        if foreign := sorted(given.keys() - dataset.options):
+            knows = ", ".join(map(_flag, sorted(dataset.options))) or "none"
+            raise ConfigError(f"{_flag(foreign[0])} is no option of {format_ or name}; its options: {knows}")
+        with _preparing() as on_progress:
+            folder = prepare_store(
+                name, dataset, source, Options(**given), root, shorter_side, subset=subset, on_progress=on_progress
+            )
+        _print_manifest(folder)
+    print(f"verified; use it with data.dataset={name}" + (f" data.root={root}" if root else ""))
+
+
+@data_app.command()
+def info(
+    name: str,
+    root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) of the stores.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of training images (PNG).")] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="List the counts of every class.")] = False,
+) -> None:
+    """Counts, hashes and a look at a dataset's store (prepared first where that needs no download)."""
     with one_line_errors():
         folder = ensure_store(name, root)
-        manifest = read_manifest(folder)
-    print(
-        f"{name}: {len(manifest.classes)} classes, {manifest.height} x {manifest.width} x {manifest.channels}, {folder}"
-    )
+        manifest = _print_manifest(folder)
+        if classes:
+            for label, class_name in enumerate(manifest.classes):
+                counts = ", ".join(f"{facts.per_class[label]} {split}" for split, facts in manifest.splits.items())
+                print(f"{label:4} {class_name}: {counts}")
+        if sheet:
+            contact_sheet(open_split(folder, "train"), len(manifest.classes)).save(sheet)
+            print(f"contact sheet: {sheet}")
+
+
+def _print_manifest(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    shown = f"{len(manifest.classes)} classes" + (f", {len(manifest.domains)} domains" if manifest.domains else "")
+    pixels = open_split(folder, "train").pixels
+    sizes = pixels.sizes(torch.arange(len(pixels)))
+    low, high = sizes.amin(0).tolist(), sizes.amax(0).tolist()
+    size = " x ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True))
+    print(f"{manifest.dataset}: {shown}, {size} pixels x {manifest.channels}, stored {manifest.form}, {folder}")
     print(f"made from {manifest.source}")
+    print(f"content {manifest.content_hash}")
     for split, facts in manifest.splits.items():
-        print(
-            f"{split:6} {facts.images} images, {min(facts.per_class)} to {max(facts.per_class)} a class, {facts.sha256}"
-        )
+        few, many = min(facts.per_class), max(facts.per_class)
+        print(f"{split:6} {facts.images} images, {few} to {many} a class, {len(facts.shards)} file(s)")
+    return manifest
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+@contextmanager
+def _preparing() -> Iterator[Callable[[Preparing], None]]:
+    """A bar over a split's images on a terminal, some lines elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda at: print(f"{at.split}: {at.done} of {at.images} images", file=sys.stderr, flush=True)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def on_progress(at: Preparing) -> None:
+            if at.split not in bars:
+                bars[at.split] = progress.add_task(at.split)
+            progress.update(bars[at.split], completed=at.done, total=at.images)
+
+        yield on_progress
 
 
 def accuracy_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -127,12 +202,13 @@ def _progress() -> Iterator[Callable[[EpochDone], None]]:
         TextColumn("task {task.fields[number]}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]:.3f}, waiting for data {task.fields[data_wait]:.0%}"),
     )
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("epochs", number=1, loss=0.0)
+        bar = progress.add_task("epochs", number=1, loss=0.0, data_wait=0.0)
 
         def on_epoch(done: EpochDone) -> None:
-            progress.update(bar, completed=done.epoch, total=done.epochs, number=done.task + 1, loss=done.loss)
+            shown: dict[str, Any] = {"number": done.task + 1, "loss": done.loss, "data_wait": done.data_wait}
+            progress.update(bar, completed=done.epoch, total=done.epochs, **shown)
 
         yield on_epoch

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -51,22 +61,51 @@ class DataSettings(Settings):
     """Which images, cut into which tasks, seen through which augmentation."""
 
     dataset: str = "digits"
-    root: Path | None = Field(default=None, description="where the stores are; default: $INFLORA_DATA or ~/.cache")
-    tasks: int = Field(default=5, ge=1)
-    order_seed: int | None = Field(default=None, ge=0, description="None keeps the natural class order")
+    root: str | None = Field(
+        default=None, description="folder or URI (s3://...) of the stores; default: $INFLORA_DATA or ~/.cache"
+    )
+    scenario: Literal["class", "domain"] = Field(
+        default="class", description="what arrives: new classes, or new domains"
+    )
+    tasks: PositiveInt | tuple[PositiveInt, ...] = Field(
+        default=5, description="how many tasks of equal size, or the number of classes of each"
+    )
+    order_seed: int | None = Field(default=None, ge=0, description="None keeps the natural order of classes or domains")
     validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training images held out, per class")
     split_seed: int = Field(default=0, ge=0)
     train_on: Literal["train", "train+validation"] = "train"
     augment: AugmentSettings | Literal["none"] = AugmentSettings()
-    mean: float = 0.0
-    std: float = Field(default=1.0, gt=0)
+    eval_resize: int | None = Field(
+        default=None, ge=1, description="shorter side before the central crop of evaluation; None: the input's side"
+    )
+    mean: float | tuple[float, float, float] = Field(default=0.0, description="subtracted, of pixels in [0, 1]")
+    std: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] = 1.0
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _plain_text(cls, root: Any) -> Any:
+        return str(root) if isinstance(root, Path) else root
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_tasks(cls, tasks: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if not tasks:
+            raise ValueError("must list at least one task")
+        return tasks
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks the stream has."""
+        return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
 
 
 class BackboneSettings(Settings):
     """The frozen vision transformer: ``glyph_vit`` (shipped), or any timm ``VisionTransformer`` by its name."""
 
     name: str = "glyph_vit"
-    weights: Path | None = Field(default=None, description="a local .safetensors file instead of the named weights")
+    weights: Path | None = Field(
+        default=None, description="a local file (.safetensors, .npz, .pth) instead of the named weights"
+    )
     pretrained: bool = Field(default=True, description="False: seeded random weights, for tests and timings")
     options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's VisionTransformer")
 

@@ -13,7 +13,7 @@ from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Input, seeded, training_batches
 from inflora.data.store import read_manifest
-from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream
+from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row, metrics_after
 from inflora.model import ContinualModel
@@ -55,7 +55,7 @@ def run(
     check(config)
     device = pick_device(config.device)
     method = make_method(config.method)
-    stream = method.arrange(make_stream(config.data, evaluate_on))
+    stream = method.arrange(make_stream(config.data, evaluate_on)).at_home_on(device)
     backbone = build_backbone(config.backbone)
     fresh = RunState(config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks))
     state = state or fresh
@@ -74,7 +74,7 @@ def run(
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
         losses = _learn(model, method, stream, index, config, input, on_epoch)
-        evaluation = evaluate(model, stream.evaluate, stream.tasks[: index + 1], input)
+        evaluation = evaluate(model, stream, stream.tasks[: index + 1], input)
         evaluations = (*state.evaluations, evaluation)
         state = state._replace(evaluations=evaluations, model=model.learnt_state(), method=method.state())
         yield TaskResult(
@@ -121,10 +121,14 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"method.rank must be at most the backbone's width {shape.width}, got {rank}")
     make_method(config.method).prepare(ContinualModel(backbone, shape.width))
     total_tasks = getattr(config.method, "total_tasks", None)
-    if total_tasks is not None and total_tasks < config.data.tasks:
-        raise ConfigError(f"method.total_tasks must be at least data.tasks {config.data.tasks}, got {total_tasks}")
+    tasks = config.data.task_count
+    if total_tasks is not None and total_tasks < tasks:
+        raise ConfigError(f"method.total_tasks must be at least the {tasks} tasks of data.tasks, got {total_tasks}")
+    resize = config.data.eval_resize
+    if resize is not None and resize < shape.image_size:
+        raise ConfigError(f"data.eval_resize must be at least the input's side {shape.image_size}, got {resize}")
     manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
-    check_tasks(config.data, len(manifest.classes))
+    task_sizes(config.data, manifest)
     if manifest.channels not in (1, shape.channels):
         raise ConfigError(
             f"{config.data.dataset} has {manifest.channels} channels, "
@@ -147,10 +151,12 @@ def pick_device(name: str) -> torch.device:
 def identity(config: RunConfig) -> dict[str, str]:
     """What a run's numbers depend on besides its settings: recorded with every result."""
     stream = make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
+    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     packages = ("torch", "timm", "inflora-sweeps")
     return {
         "config_hash": config_hash(config),
         "dataset": config.data.dataset,
+        "dataset_hash": manifest.content_hash,
         "class_order": ",".join(map(str, stream.class_order)),
         "split_hash": stream.split_hash,
         "backbone_hash": backbone_hash(build_backbone(config.backbone)),

@@ -1,6 +1,7 @@
 """The epochs of one task, and evaluation on every class seen."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +11,7 @@ from torch import Tensor
 from inflora import distributed
 from inflora.config import OptimSettings
 from inflora.data.loader import Batch, Input, evaluation_batches
-from inflora.data.store import Images
-from inflora.data.stream import Task
+from inflora.data.stream import Stream, Task
 from inflora.lora import adapted_layers
 from inflora.methods import Method
 from inflora.metrics import Evaluation, TaskCounts
@@ -27,6 +27,7 @@ class EpochDone(NamedTuple):
     epoch: int
     epochs: int
     loss: float
+    data_wait: float  # share of the epoch's time in which nothing could be computed for want of images
 
 
 def lr_factor(name: Literal["adam", "sgd"], epoch: int, epochs: int) -> float:
@@ -75,12 +76,16 @@ def train_task(
     for epoch in range(settings.epochs):
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
             group["lr"] = full_lr * lr_factor(settings.name, epoch, settings.epochs)
-        losses = [_step(model, method, task, optimizer, trained, batch) for batch in passes(f"train-{epoch}")]
+        start, losses, waited = time.perf_counter(), [], 0.0
+        for batch in passes(f"train-{epoch}"):
+            losses.append(_step(model, method, task, optimizer, trained, batch))
+            waited += batch.waited
         loss = float(distributed.all_sum(torch.stack(losses)).mean())
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of task {task.index}, epoch {epoch} is {loss}; try a smaller optim.lr")
         epoch_losses.append(loss)
-        on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss))
+        data_wait = waited / (time.perf_counter() - start)
+        on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss, data_wait))
     return epoch_losses
 
 
@@ -105,16 +110,17 @@ def _step(
 
 
 @torch.no_grad()
-def evaluate(model: ContinualModel, images: Images, tasks: Sequence[Task], input: Input) -> Evaluation:
-    """Count right answers on the images of ``tasks``, all classes they have together competing.
+def evaluate(model: ContinualModel, stream: Stream, tasks: Sequence[Task], input: Input) -> Evaluation:
+    """Count right answers on the images of the stream's first ``tasks``, all classes they have together competing.
 
     Raises:
         FloatingPointError: The model's answers are no longer finite numbers.
     """
     counts = torch.zeros(len(tasks), 4, dtype=torch.int64, device=input.device)
     first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
+    class_of = stream.class_of.to(input.device)
     rows = torch.cat([task.eval_rows for task in tasks])
-    for batch in evaluation_batches(images, rows, input, _EVALUATION_BATCH):
+    for batch in evaluation_batches(stream.evaluate, rows, input, _EVALUATION_BATCH):
         logits = model.logits(model.features(batch.images))
         if not torch.isfinite(logits).all():
             raise FloatingPointError(f"the logits after task {tasks[-1].index} are not finite; try a smaller optim.lr")
@@ -125,7 +131,7 @@ def evaluate(model: ContinualModel, images: Images, tasks: Sequence[Task], input
         hits = torch.stack(
             [
                 torch.ones_like(predicted),
-                (predicted == batch.labels).long(),
+                (class_of[predicted] == class_of[batch.labels]).long(),
                 (own == batch.labels).long(),
                 (class_tasks[predicted] == label_tasks).long(),
             ],

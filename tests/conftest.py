@@ -27,7 +27,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def digits(data_root: Path) -> Path:
     """The store of the digits; read it, do not write to it."""
-    return ensure_store("digits", data_root)
+    return ensure_store("digits", str(data_root))
 
 
 @pytest.fixture(scope="session")

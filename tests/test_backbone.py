@@ -1,5 +1,6 @@
 """timm's vision transformers: which are built and adapted, which are refused, and the covariance of what they read."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -191,7 +192,7 @@ def test_weights_that_cannot_be_read_or_do_not_fit_are_refused_in_one_line(kind,
         path.write_bytes(b"\x80\x04 pickled?")
     if kind == "another model":
         save_file(build_backbone(tiny_settings(depth=1)).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"cannot load backbone\.weights") as error:
+    with pytest.raises(ConfigError, match=r"backbone\.weights") as error:
         build_backbone(tiny_settings().model_copy(update={"weights": path}))
     assert one_line(error)
 
@@ -240,4 +241,112 @@ def test_options_that_make_no_usable_model_are_refused_in_one_line_before_anythi
     backbone = tiny.backbone.model_dump() | {"options": tiny.backbone.options | options}
     with pytest.raises(ConfigError, match=r"backbone\.options") as error:
         check(parse_config(tiny.model_dump() | {"backbone": backbone}))
+    assert one_line(error)
+
+
+# Weights from local files.
+
+
+def jax_release(vit: VisionTransformer) -> dict[str, np.ndarray]:
+    """A model's tensors under the names and in the layouts of the original JAX release."""
+    width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
+    t = {name: tensor.detach().numpy() for name, tensor in vit.state_dict().items()}
+    out = {
+        "cls": t["cls_token"],
+        "embedding/kernel": t["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": t["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": t["pos_embed"],
+        "Transformer/encoder_norm/scale": t["norm.weight"],
+        "Transformer/encoder_norm/bias": t["norm.bias"],
+    }
+    for index in range(len(vit.blocks)):
+        block, to = f"blocks.{index}", f"Transformer/encoderblock_{index}"
+        for norm, name in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out[f"{to}/{name}/scale"], out[f"{to}/{name}/bias"] = t[f"{block}.{norm}.weight"], t[f"{block}.{norm}.bias"]
+        attention = f"{to}/MultiHeadDotProductAttention_1"
+        weights, biases = t[f"{block}.attn.qkv.weight"].reshape(3, width, width), t[f"{block}.attn.qkv.bias"]
+        for weight, bias, name in zip(weights, biases.reshape(3, width), ("query", "key", "value"), strict=True):
+            out[f"{attention}/{name}/kernel"] = weight.T.reshape(width, heads, -1)
+            out[f"{attention}/{name}/bias"] = bias.reshape(heads, -1)
+        out[f"{attention}/out/kernel"] = t[f"{block}.attn.proj.weight"].T.reshape(heads, -1, width)
+        out[f"{attention}/out/bias"] = t[f"{block}.attn.proj.bias"]
+        for layer, name in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            out[f"{to}/MlpBlock_3/{name}/kernel"] = t[f"{block}.mlp.{layer}.weight"].T
+            out[f"{to}/MlpBlock_3/{name}/bias"] = t[f"{block}.mlp.{layer}.bias"]
+    return out
+
+
+def teacher(vit: VisionTransformer) -> dict[str, dict[str, torch.Tensor]]:
+    """A checkpoint of self-supervised training, as DINO and iBOT release theirs."""
+    wrapped = {f"module.backbone.{name}": tensor for name, tensor in vit.state_dict().items()}
+    return {"student": {}, "teacher": wrapped | {"module.head.mlp.0.weight": torch.zeros(2, 2)}}
+
+
+WRITERS = {
+    "plain.safetensors": lambda vit, path: save_file(vit.state_dict(), path),
+    "classifier.safetensors": lambda vit, path: save_file(vit.state_dict() | {"head.weight": torch.zeros(9, 12)}, path),
+    "jax.npz": lambda vit, path: np.savez(path, **jax_release(vit)),
+    "plain.pth": lambda vit, path: torch.save(vit.state_dict(), path),
+    "teacher.pth": lambda vit, path: torch.save(teacher(vit), path),
+}
+
+
+def settings_for(path, **options) -> BackboneSettings:
+    options = {key: value for key, value in SMALL.items() if key != "num_classes"} | options
+    return BackboneSettings(name="glyph_vit", weights=path, options=options)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_weights_come_from_every_kind_of_file(name, tmp_path):
+    vit = vit_of({})
+    torch.nn.init.normal_(vit.cls_token)
+    WRITERS[name](vit, tmp_path / name)
+    assert backbone_hash(build_backbone(settings_for(tmp_path / name))) == backbone_hash(vit)
+
+
+@pytest.mark.parametrize("name", ["plain.safetensors", "jax.npz"])
+def test_position_embeddings_are_resized_to_a_larger_input(name, tmp_path):
+    vit = vit_of({})
+    WRITERS[name](vit, tmp_path / name)
+    larger = build_backbone(settings_for(tmp_path / name, img_size=32))
+    assert larger.pos_embed.shape[1] == 1 + 16
+    torch.testing.assert_close(larger.pos_embed[:, :1], vit.pos_embed[:, :1])
+    assert torch.equal(larger.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    torch.save({"model": Malicious()}, tmp_path / "bad.pth")
+    with pytest.raises(ConfigError, match=r"bad\.pth") as error:
+        build_backbone(settings_for(tmp_path / "bad.pth"))
+    assert one_line(error)
+    assert "this code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.safetensors", None, "does not exist"),
+        ("weights.bin", b"", "must be one of .safetensors, .npz, .pth"),
+        ("cut.safetensors", b"\x08", "cannot load"),
+        ("cut.npz", b"PK", "cannot load"),
+        ("cut.pth", b"PK", "cannot load"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_one_line_that_names_the_file(name, content, says, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as error:
+        build_backbone(settings_for(tmp_path / name))
+    assert one_line(error) and name in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    save_file(vit_of({"embed_dim": 24}).state_dict(), tmp_path / "wide.safetensors")
+    with pytest.raises(ConfigError, match=r"wide\.safetensors") as error:
+        build_backbone(settings_for(tmp_path / "wide.safetensors"))
     assert one_line(error)

@@ -361,12 +361,12 @@ def test_a_file_that_this_run_did_not_write_is_not_overwritten(name, tiny, tmp_p
 @pytest.mark.parametrize("damage", ["deleted", "garbage"])
 def test_a_whole_trial_runs_without_the_test_images(damage, tiny, results, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "digits")
-    file = tmp_path / "digits" / "test.arrow"
+    file = tmp_path / "digits" / "test-00000.arrow"
     file.unlink() if damage == "deleted" else file.write_bytes(b"garbage")
     config = override(tiny, {"data.root": tmp_path})
     assert same_state(list(run(config))[-1].state, results[-1].state)
     assert identity(config) == identity(tiny)
-    with pytest.raises(DataError, match=r"test\.arrow"):
+    with pytest.raises(DataError, match=r"test-00000\.arrow"):
         next(run(config, evaluate_on="test"))
 
 

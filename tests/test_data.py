@@ -1,22 +1,26 @@
 """The store, the stream of tasks, and augmented batches."""
 
+import hashlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, functional
 
 from inflora.config import AugmentSettings, ConfigError, DataSettings
-from inflora.data import DATASETS, ensure_store
-from inflora.data.augment import Crops, crop_and_resize, sample_crops, whole_image
+from inflora.data import ensure_store
+from inflora.data.augment import Crops, central_views, crop_and_resize, sample_crops
 from inflora.data.loader import Input, evaluation_batches, seeded, training_batches
-from inflora.data.store import DataError, open_split, read_manifest, verify_split, write_store
+from inflora.data.preparation import prepare
+from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.data.store import DataError, Manifest, open_split, read_manifest, verify_split
 from inflora.data.stream import class_order, make_stream, rows_hash, split_validation
 
 
@@ -24,14 +28,23 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def some_images(count: int = 9, seed: int = 0, size: tuple[int, int, int] = (4, 5, 3)) -> tuple[np.ndarray, np.ndarray]:
+def some_images(count: int = 9, seed: int = 0, size: tuple[int, int, int] = (4, 5, 3)) -> Arrays:
     random = np.random.default_rng(seed)
-    return random.integers(0, 256, (count, *size), dtype=np.uint8), np.arange(count) % 3
+    return Arrays(random.integers(0, 256, (count, *size), dtype=np.uint8), np.arange(count) % 3)
 
 
-def a_store(folder, seed: int = 0):
-    splits = {"train": some_images(9, seed), "test": some_images(6, seed + 1)}
-    return write_store(folder, "made-up", "this test", ["a", "b", "c"], splits)
+def store_of(folder: Path, train: Arrays, test: Arrays | None = None, classes: int = 3) -> Manifest:
+    """Prepare ``folder`` from arrays; the name of the source is that of its content."""
+    origin = hashlib.sha256(train.pixels.tobytes()).hexdigest()
+    source = Source(origin, tuple("abcdef"[:classes]), {"train": train, "test": test or train})
+    return prepare(folder, "made-up", Dataset(lambda *_: source, needs=None), Path(), Options())
+
+
+def a_store(folder: Path, seed: int = 0) -> Manifest:
+    return store_of(folder, some_images(9, seed), some_images(6, seed + 1))
+
+
+TRAIN = "train-00000.arrow"
 
 
 # The store.
@@ -39,15 +52,15 @@ def a_store(folder, seed: int = 0):
 
 @given(
     pixels=st_numpy.arrays(
-        np.uint8, st_numpy.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=5), elements=st.integers(0, 255)
+        np.uint8, st_numpy.array_shapes(min_dims=4, max_dims=4, min_side=2, max_side=5), elements=st.integers(0, 255)
     )
 )
 def test_a_store_gives_back_the_images_and_labels_written_into_it(pixels, tmp_path_factory):
     folder = tmp_path_factory.mktemp("round") / "store"
     labels = np.arange(len(pixels)) % 2
-    write_store(folder, "made-up", "this test", ["a", "b"], {"train": (pixels, labels)})
+    store_of(folder, Arrays(pixels, labels), classes=2)
     images = open_split(folder, "train")
-    assert np.array_equal(images.pixels.numpy(), pixels)
+    assert np.array_equal(images.pixels.tensor.numpy(), pixels)
     assert images.labels.tolist() == labels.tolist()
 
 
@@ -55,30 +68,26 @@ def test_a_store_says_what_is_in_it(tmp_path):
     written = a_store(tmp_path / "store")
     read = read_manifest(tmp_path / "store")
     assert read == written
-    assert (read.height, read.width, read.channels, read.classes) == (4, 5, 3, ["a", "b", "c"])
+    assert (read.form, read.channels, read.classes) == ("raw", 3, ["a", "b", "c"])
     assert (read.splits["train"].images, read.splits["test"].per_class) == (9, [2, 2, 2])
     verify_split(tmp_path / "store", "train")
 
 
-def test_images_are_mapped_from_the_file_not_copied(tmp_path):
+def test_the_content_hash_is_that_of_the_images_whatever_the_store_is_called(tmp_path):
+    hashes = [a_store(tmp_path / name, seed).content_hash for name, seed in (("one", 0), ("two", 0), ("three", 1))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_raw_images_are_mapped_from_the_file_not_copied(tmp_path):
     pixels = np.zeros((2000, 32, 32, 3), dtype=np.uint8)
-    write_store(tmp_path / "store", "made-up", "this test", ["a"], {"train": (pixels, np.zeros(2000, dtype=int))})
+    store_of(tmp_path / "store", Arrays(pixels, np.zeros(2000, dtype=int)), classes=1)
     before = pa.total_allocated_bytes()
     images = open_split(tmp_path / "store", "train")
     assert pa.total_allocated_bytes() - before < pixels.nbytes / 10
-    with (tmp_path / "store" / "train.arrow").open("r+b") as file:
+    with (tmp_path / "store" / TRAIN).open("r+b") as file:
         file.seek(-pixels.nbytes // 2, 2)
         file.write(b"\xff")
-    assert int(images.pixels.sum()) == 255
-
-
-def test_a_store_that_could_not_be_finished_leaves_nothing_behind(tmp_path):
-    pixels, labels = some_images()
-    with pytest.raises(ValueError, match="not all the same length"):
-        write_store(
-            tmp_path / "store", "made-up", "this test", ["a"], {"train": (pixels, labels), "test": (pixels, labels[1:])}
-        )
-    assert list(tmp_path.iterdir()) == []
+    assert int(images.pixels.tensor.sum()) == 255
 
 
 def test_a_folder_without_a_manifest_is_not_a_store(tmp_path):
@@ -87,46 +96,48 @@ def test_a_folder_without_a_manifest_is_not_a_store(tmp_path):
     with pytest.raises(DataError, match="no dataset store in"):
         read_manifest(tmp_path / "digits")
     with pytest.raises(DataError):
-        ensure_store("digits", tmp_path)
+        ensure_store("digits", str(tmp_path))
 
 
-def test_writing_the_same_store_twice_is_harmless_and_another_one_is_refused(tmp_path):
+def test_preparing_the_same_store_twice_verifies_it_and_another_one_is_refused(tmp_path):
     assert a_store(tmp_path / "store") == a_store(tmp_path / "store")
     with pytest.raises(DataError, match="holds another store"):
         a_store(tmp_path / "store", seed=5)
     verify_split(tmp_path / "store", "train")
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    (tmp_path / "store" / TRAIN).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="has changed since it was prepared"):
+        a_store(tmp_path / "store")
 
 
-def test_a_missing_split_file_is_an_error_that_names_it(tmp_path):
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     a_store(tmp_path / "store")
-    (tmp_path / "store" / "test.arrow").unlink()
+    (tmp_path / "store" / "test-00000.arrow").unlink()
     for read in (open_split, verify_split):
-        with pytest.raises(DataError, match=r"test\.arrow"):
+        with pytest.raises(DataError, match=r"test-00000\.arrow"):
             read(tmp_path / "store", "test")
     assert len(open_split(tmp_path / "store", "train").labels) == 9
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_split_file_is_an_error_that_names_it(share, tmp_path_factory):
+def test_a_truncated_file_is_an_error_that_names_it(share, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut") / "store"
     a_store(folder)
-    file = folder / "train.arrow"
+    file = folder / TRAIN
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(DataError, match=r"train\.arrow"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow"):
         open_split(folder, "train")
 
 
-def test_a_split_of_another_length_than_the_manifest_says_is_refused(tmp_path):
+def test_a_file_of_another_length_than_the_manifest_says_is_refused(tmp_path):
     a_store(tmp_path / "store")
-    shutil.copy(tmp_path / "store" / "test.arrow", tmp_path / "store" / "train.arrow")
+    shutil.copy(tmp_path / "store" / "test-00000.arrow", tmp_path / "store" / TRAIN)
     with pytest.raises(DataError, match="holds 6 images, its manifest says 9"):
         open_split(tmp_path / "store", "train")
 
 
 def test_a_changed_pixel_is_noticed(tmp_path):
     a_store(tmp_path / "store")
-    file = tmp_path / "store" / "train.arrow"
+    file = tmp_path / "store" / TRAIN
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -138,12 +149,12 @@ def test_a_changed_pixel_is_noticed(tmp_path):
 def test_a_store_of_another_format_is_refused_by_its_number(more, tmp_path):
     a_store(tmp_path / "store")
     file = tmp_path / "store" / "manifest.json"
-    file.write_text(file.read_text().replace('"format": 1,', f'"format": 2, {more}'))
-    with pytest.raises(DataError, match="store format 2, expected 1"):
+    file.write_text(file.read_text().replace('"format": 2,', f'"format": 1, {more}'))
+    with pytest.raises(DataError, match="store format 1, expected 2; remove it and prepare it again"):
         read_manifest(tmp_path / "store")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 2}', b"\xff\xfe"])
 def test_a_damaged_manifest_is_an_error_that_names_it(content, tmp_path):
     a_store(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_bytes(content)
@@ -152,23 +163,29 @@ def test_a_damaged_manifest_is_an_error_that_names_it(content, tmp_path):
 
 
 def test_an_unknown_dataset_is_refused_and_the_known_ones_are_listed(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown data\.dataset 'mnist'; known: .*digits"):
-        ensure_store("mnist", tmp_path)
+    a_store(tmp_path / "flowers")
+    with pytest.raises(ConfigError, match=r"unknown data\.dataset 'mnist'; known: .*digits.*flowers"):
+        ensure_store("mnist", str(tmp_path))
+
+
+def test_a_dataset_that_needs_its_files_says_how_to_prepare_it(tmp_path):
+    with pytest.raises(ConfigError, match=rf"prepare cifar100 --source PATH --root {tmp_path} \(PATH: cifar"):
+        ensure_store("cifar100", str(tmp_path))
 
 
 def test_a_store_that_is_there_is_not_prepared_again(digits, data_root):
-    before = (digits / "train.arrow").stat()
-    assert ensure_store("digits", data_root) == digits
-    assert (digits / "train.arrow").stat() == before
+    before = (digits / TRAIN).stat()
+    assert ensure_store("digits", str(data_root)) == digits
+    assert (digits / TRAIN).stat() == before
 
 
 def test_the_digits_are_the_1797_scans_with_every_class_in_both_splits(digits):
     manifest = read_manifest(digits)
     assert sum(split.images for split in manifest.splits.values()) == 1797
     assert all(len(split.per_class) == 10 and min(split.per_class) > 0 for split in manifest.splits.values())
-    assert (manifest.height, manifest.width, manifest.channels) == (8, 8, 1)
-    assert int(open_split(digits, "train").pixels.max()) == 255
-    assert "digits" in DATASETS
+    images = open_split(digits, "train")
+    assert images.pixels.tensor.shape[1:] == (8, 8, 1)
+    assert int(images.pixels.tensor.max()) == 255
 
 
 # The split and the stream.
@@ -250,7 +267,7 @@ def test_final_training_sees_the_whole_test_split_and_if_asked_the_validation_im
     stream = make_stream(DataSettings(train_on="train+validation"), "test")
     assert sum(len(task.train_rows) for task in stream.tasks) == manifest.splits["train"].images
     assert sum(len(task.eval_rows) for task in stream.tasks) == manifest.splits["test"].images
-    assert torch.equal(stream.evaluate.pixels, open_split(digits, "test").pixels)
+    assert torch.equal(stream.evaluate.pixels.tensor, open_split(digits, "test").pixels.tensor)
 
 
 def test_the_split_hash_does_not_depend_on_what_is_evaluated(digits):
@@ -267,11 +284,11 @@ def test_training_on_the_validation_images_leaves_nothing_to_validate_on(digits)
 @pytest.mark.parametrize("damage", ["deleted", "garbage"])
 def test_the_test_split_is_not_opened_for_validation(damage, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "digits")
-    file = tmp_path / "digits" / "test.arrow"
+    file = tmp_path / "digits" / "test-00000.arrow"
     file.unlink() if damage == "deleted" else file.write_bytes(b"garbage")
-    assert len(make_stream(DataSettings(root=tmp_path), "validation").tasks) == 5
-    with pytest.raises(DataError, match=r"test\.arrow"):
-        make_stream(DataSettings(root=tmp_path), "test")
+    assert len(make_stream(DataSettings(root=str(tmp_path)), "validation").tasks) == 5
+    with pytest.raises(DataError, match=r"test-00000\.arrow"):
+        make_stream(DataSettings(root=str(tmp_path)), "test")
 
 
 @pytest.mark.parametrize("tasks", [3, 4, 11])
@@ -301,8 +318,7 @@ def torchvision_boxes(count: int, height: int, width: int, settings: AugmentSett
 
 
 def our_boxes(count: int, height: int, width: int, settings: AugmentSettings) -> torch.Tensor:
-    crops = sample_crops(count, height, width, settings, generator())
-    return torch.stack([crops.top, crops.left, crops.height, crops.width], dim=1).double()
+    return sample_crops(torch.tensor([[height, width]]).expand(count, 2), settings, generator()).boxes.double()
 
 
 @pytest.mark.parametrize(
@@ -337,8 +353,8 @@ def test_boxes_are_distributed_as_torchvisions(height, width, settings):
 )
 def test_every_box_is_made_of_whole_pixels_inside_the_image(height, width, low, ratio, seed):
     settings = AugmentSettings(scale=(low, 1.0), ratio=tuple(ratio))
-    crops = sample_crops(50, height, width, settings, generator(seed))
-    for start, length, size in ((crops.top, crops.height, height), (crops.left, crops.width, width)):
+    boxes = sample_crops(torch.tensor([[height, width]]).expand(50, 2), settings, generator(seed)).boxes
+    for start, length, size in ((boxes[:, 0], boxes[:, 2], height), (boxes[:, 1], boxes[:, 3], width)):
         assert torch.equal(start, start.round())
         assert torch.equal(length, length.round())
         assert start.min() >= 0
@@ -347,27 +363,51 @@ def test_every_box_is_made_of_whole_pixels_inside_the_image(height, width, low, 
 
 
 def test_half_of_the_images_are_flipped_or_none():
-    flips = sample_crops(4000, 8, 8, AugmentSettings(), generator()).flip
+    sizes = torch.full((4000, 2), 8)
+    flips = sample_crops(sizes, AugmentSettings(), generator()).flip
     assert set(flips.tolist()) == {0.0, 1.0}
     assert abs(float(flips.mean()) - 0.5) < 4 * 0.5 / 4000**0.5
-    assert not sample_crops(4000, 8, 8, AugmentSettings(flip=False), generator()).flip.any()
+    assert not sample_crops(sizes, AugmentSettings(flip=False), generator()).flip.any()
 
 
-@given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 9), flip=st.booleans())
-def test_pixels_are_those_of_cropping_then_enlarging_bilinearly(data, height, width, flip):
-    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-    tall, wide = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
-    pixels = torch.from_numpy(some_images(1, size=(height, width, 2))[0])
-    box = Crops(*(torch.tensor([float(value)]) for value in (top, left, tall, wide, flip)))
-    cropped = pixels.permute(0, 3, 1, 2)[:, :, top : top + tall, left : left + wide].float() / 255
-    expected = F.interpolate(cropped, size=(16, 16), mode="bilinear", align_corners=False)
-    expected = expected.flip(-1) if flip else expected
-    torch.testing.assert_close(crop_and_resize(pixels, box, 16), expected, atol=1e-5, rtol=0)
+def torchvision_view(pixels: np.ndarray, box: tuple[int, int, int, int], side: int, flip: bool) -> torch.Tensor:
+    """One image (H, W, 3), its box resized by torchvision's own transform of PIL images: (3, S, S) in 0..255."""
+    view = functional.resized_crop(Image.fromarray(pixels), *box, [side, side])
+    return torch.from_numpy(np.asarray(functional.hflip(view) if flip else view).copy()).permute(2, 0, 1).float()
+
+
+boxes_in_images = st.tuples(st.integers(6, 60), st.integers(6, 60)).flatmap(
+    lambda size: st.tuples(
+        st.just(size),
+        st.tuples(st.integers(0, size[0] - 3), st.integers(0, size[1] - 3)).flatmap(
+            lambda at: st.tuples(*map(st.just, at), st.integers(3, size[0] - at[0]), st.integers(3, size[1] - at[1]))
+        ),
+    )
+)
+
+
+@given(size_and_box=boxes_in_images, side=st.sampled_from([8, 24, 40]), flip=st.booleans(), seed=st.integers(0, 9))
+def test_pixels_are_those_of_torchvisions_own_transform(size_and_box, side, flip, seed):
+    size, box = size_and_box
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)  # noise: the hardest to resize
+    crops = Crops(torch.tensor([box]).float(), torch.tensor([float(flip)]), cut=True)
+    ours = 255 * crop_and_resize(torch.from_numpy(pixels)[None], crops, side)[0]
+    assert (ours - torchvision_view(pixels, box, side, flip)).abs().mean() < 1  # both round to whole grey levels
+
+
+@given(height=st.integers(20, 90), width=st.integers(20, 90), resize=st.integers(16, 40), seed=st.integers(0, 9))
+def test_evaluation_sees_what_torchvisions_resize_and_central_crop_give(height, width, resize, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = functional.center_crop(functional.resize(Image.fromarray(pixels), resize), [16, 16])
+    crops = central_views(torch.tensor([[height, width]]), 16, resize)
+    ours = 255 * crop_and_resize(torch.from_numpy(pixels)[None], crops, 16)[0]
+    theirs = torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1)
+    assert (ours - theirs).abs().mean() < 1
 
 
 def test_the_whole_image_at_its_own_size_is_the_image():
-    pixels = torch.from_numpy(some_images(3, size=(6, 6, 2))[0])
-    view = crop_and_resize(pixels, whole_image(3, 6, 6), 6)
+    pixels = torch.from_numpy(some_images(3, size=(6, 6, 2)).pixels)
+    view = crop_and_resize(pixels, central_views(torch.full((3, 2), 6), 6, 6), 6)
     torch.testing.assert_close(view, pixels.permute(0, 3, 1, 2) / 255, atol=1e-6, rtol=0)
 
 
@@ -400,7 +440,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(digits):
 def test_without_augmentation_the_images_are_the_stored_ones(digits):
     images = open_split(digits, "train")
     (batch,) = one_pass(digits, rows=range(5, 6), augment="none")
-    torch.testing.assert_close(batch.images[0, 0], images.pixels[5, :, :, 0] / 255, atol=1e-6, rtol=0)
+    torch.testing.assert_close(batch.images[0, 0], images.pixels.tensor[5, :, :, 0] / 255, atol=1e-6, rtol=0)
 
 
 def test_augmentation_changes_the_images_from_pass_to_pass(digits):
@@ -427,7 +467,7 @@ def test_evaluation_shows_the_rows_in_order_without_augmentation(digits):
     batches = list(evaluation_batches(images, torch.arange(20, 60), input_of(), 16))
     assert torch.equal(torch.cat([b.labels for b in batches]), images.labels[20:60])
     shown = torch.cat([b.images for b in batches])[:, 0]
-    torch.testing.assert_close(shown, images.pixels[20:60, :, :, 0] / 255, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shown, images.pixels.tensor[20:60, :, :, 0] / 255, atol=1e-6, rtol=0)
 
 
 def test_every_purpose_draws_from_a_generator_of_its_own():

@@ -185,7 +185,7 @@ def test_the_kept_config_runs_as_it_is(config_file, tmp_path):
 def test_a_datasets_store_is_described(digits, data_root):
     done = inflora("data", "info", "digits", "--root", data_root)
     assert done.exit_code == 0
-    assert "10 classes, 8 x 8 x 1" in done.stdout
+    assert "10 classes, 8 x 8 pixels x 1, stored raw" in done.stdout
     assert "train  1347 images" in done.stdout
 
 

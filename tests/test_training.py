@@ -12,8 +12,9 @@ from inflora.backbone import build_backbone
 from inflora.config import DataSettings, OptimSettings, RunConfig, override
 from inflora.continual import run
 from inflora.data.loader import Batch, Input
+from inflora.data.pixels import RawPixels
 from inflora.data.store import Images
-from inflora.data.stream import Task
+from inflora.data.stream import Stream, Task
 from inflora.lora import adapted_layers
 from inflora.methods import METHODS, TaskData, make_method
 from inflora.metrics import TaskCounts
@@ -203,7 +204,7 @@ def counted_one_by_one(model: ContinualModel, images: Images, tasks: list[Task])
     for task in tasks:
         correct = aware = right_task = 0
         for row in task.eval_rows.tolist():
-            logits = model.logits(model.features(images.pixels[row].permute(2, 0, 1)[None] / 255))[0].tolist()
+            logits = model.logits(model.features(images.pixels.tensor[row].permute(2, 0, 1)[None] / 255))[0].tolist()
             best = max(range(len(logits)), key=logits.__getitem__)
             own = max((c for c in range(len(logits)) if owner[c] == task.index), key=logits.__getitem__)
             label = int(images.labels[row])
@@ -218,7 +219,8 @@ def counted_one_by_one(model: ContinualModel, images: Images, tasks: list[Task])
 def test_evaluation_counts_what_the_definitions_say():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 6
-    images = Images(torch.randint(0, 256, (600, 2, 2, 1), generator=generator, dtype=torch.uint8), labels)
+    pixels = RawPixels(torch.randint(0, 256, (600, 2, 2, 1), generator=generator, dtype=torch.uint8))
+    images = Images(pixels, labels, torch.zeros_like(labels))
     model = ContinualModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)), 4)
     nn.init.eye_(model.backbone[1].weight)
     nn.init.zeros_(model.backbone[1].bias)
@@ -229,9 +231,10 @@ def test_evaluation_counts_what_the_definitions_say():
         tasks.append(Task(index, first, tuple("abc"[:size]), rows[:0], rows))
         model.add_head(size, "uniform", generator)
     input = Input(DataSettings(), side=2, channels=1, device=torch.device("cpu"))
-    counts = evaluate(model, images, tasks, input)
+    stream = Stream(tuple(tasks), images, images, torch.arange(6), tuple(range(6)), "")
+    counts = evaluate(model, stream, tasks, input)
     assert counts == counted_one_by_one(model, images, tasks)
-    assert evaluate(model, images, tasks[:1], input)[0].images == 300
+    assert evaluate(model, stream, tasks[:1], input)[0].images == 300
     assert len({field for task in counts for field in (task.correct, task.correct_in_task, task.right_task)}) > 5
 
 

@@ -1,35 +1,89 @@
 """Datasets: stores on disk, streams of tasks, augmentation on the device.
 
-A dataset is one short file with a ``prepare(folder)`` and one line in ``DATASETS``.
+A dataset is one short file that reads what its authors give away, and one line in ``DATASETS``.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 from inflora.config import ConfigError
-from inflora.data import digits
-from inflora.data.store import DataError, Manifest, default_root, read_manifest
+from inflora.data import cifar100, cub200, digits, domainnet, image_folder, imagenet_variants, remote
+from inflora.data.preparation import Progress, prepare
+from inflora.data.source import Dataset, Options
+from inflora.data.store import default_root, read_manifest
 
-DATASETS: dict[str, Callable[[Path], Manifest]] = {
-    "digits": digits.prepare,
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(digits.read, needs=None),
+    "cifar100": Dataset(cifar100.read, "cifar-100-python.tar.gz, the folder in it, or a folder with the parquet files"),
+    "imagenet_r": Dataset(
+        imagenet_variants.read_r, "imagenet-r.tar or the folder in it", frozenset({"test_list", "split_seed"})
+    ),
+    "imagenet_a": Dataset(
+        imagenet_variants.read_a, "imagenet-a.tar or the folder in it", frozenset({"test_list", "split_seed"})
+    ),
+    "domainnet": Dataset(domainnet.read, "a folder with DomainNet's zips and list files", frozenset({"domains"})),
+    "cub200": Dataset(cub200.read, "CUB_200_2011.tgz or the folder in it"),
+    "image_folder": Dataset(image_folder.read, "a folder, tar or zip with train/<class>/* and test/<class>/*"),
 }
 
 
-def ensure_store(dataset: str, root: Path | None = None) -> Path:
-    """The folder of a dataset's store, prepared now if it is not there yet.
+def known_dataset(name: str) -> Dataset:
+    """A line of ``DATASETS``.
 
     Raises:
-        ConfigError: An unknown dataset.
+        ConfigError: There is none of that name.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)} (any other name with --format)")
+    return DATASETS[name]
+
+
+def prepare_store(
+    name: str,
+    dataset: Dataset,
+    source: Path,
+    options: Options,
+    root: str | None = None,
+    shorter_side: int | None = None,
+    *,
+    subset: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Path:
+    """``prepare`` below ``root``, or in this machine's cache and then copied to ``root`` where that is a URI.
+
+    Raises:
+        ConfigError, DataError: As ``prepare`` and ``remote.upload``.
+    """
+    elsewhere = root if root is not None and remote.is_remote(root) else None
+    folder = remote.cached(elsewhere, name) if elsewhere else (Path(root) if root else default_root()) / name
+    prepare(folder, name, dataset, source, options, shorter_side=shorter_side, subset=subset, on_progress=on_progress)
+    if elsewhere:
+        remote.upload(folder, elsewhere, name)
+    return folder
+
+
+def ensure_store(dataset: str, root: str | None = None) -> Path:
+    """The folder of a dataset's store, on this machine; fetched or, where nothing is needed for it, prepared now.
+
+    Raises:
+        ConfigError: No such store, nor a dataset that could be prepared without its files.
         DataError: What is there cannot be read.
     """
-    if dataset not in DATASETS:
-        raise ConfigError(f"unknown data.dataset {dataset!r}; known: {', '.join(DATASETS)}")
-    folder = (root or default_root()) / dataset
-    if (folder / "manifest.json").exists():
+    if root is not None and remote.is_remote(root):
+        return remote.fetch(root, dataset)
+    folder = (Path(root) if root else default_root()) / dataset
+    if folder.exists():
         read_manifest(folder)
-    else:
-        try:
-            DATASETS[dataset](folder)
-        except OSError as error:
-            raise DataError(f"cannot write the store {folder}: {error.strerror}") from None
+        return folder
+    if dataset not in DATASETS:
+        there = [path.parent.name for path in sorted(folder.parent.glob("*/manifest.json"))]
+        known = ", ".join(dict.fromkeys([*DATASETS, *there]))
+        raise ConfigError(f"unknown data.dataset {dataset!r}; known: {known}")
+    needs = DATASETS[dataset].needs
+    if needs is not None:
+        raise ConfigError(
+            f"{dataset} is not in {folder.parent}; prepare it once: inflora data prepare {dataset} --source PATH "
+            f"--root {folder.parent} (PATH: {needs})"
+        )
+    prepare(folder, dataset, DATASETS[dataset], Path(), Options())
     return folder

@@ -18,75 +18,98 @@ _ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
 class Crops(NamedTuple):
-    """One box per image, in pixels, and whether to mirror it; each field is float (B)."""
+    """One box per image and whether to mirror it.
 
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
+    ``boxes`` (B, 4) are top, left, height and width in pixels, ``flip`` (B) is 1 where the image is mirrored.
+    ``cut``: the box is cut out before it is resized (RandomResizedCrop), so nothing beyond its border shines in;
+    otherwise it is a window on the resized whole image (Resize and CenterCrop).
+    """
+
+    boxes: Tensor
     flip: Tensor
+    cut: bool
 
     def take(self, rows: slice) -> "Crops":
         """The boxes of some of the images."""
-        return Crops(*(field[rows] for field in self))
+        return Crops(self.boxes[rows], self.flip[rows], self.cut)
 
     def to(self, device: torch.device) -> "Crops":
         """The same boxes on ``device``."""
-        return Crops(*(field.to(device) for field in self))
+        return Crops(self.boxes.to(device), self.flip.to(device), self.cut)
 
 
-def whole_image(count: int, height: int, width: int) -> Crops:
-    """No augmentation: each box is the image."""
-    zero = torch.zeros(count)
-    return Crops(zero, zero, zero + height, zero + width, zero)
+def central_views(sizes: Tensor, side: int, resize: int) -> Crops:
+    """Windows as of torchvision's Resize(``resize``) then CenterCrop(``side``), in pixels of the image before them."""
+    height, width = sizes.double().T
+    short = torch.minimum(height, width)
+    resized = [(resize * length / short).floor() for length in (height, width)]  # the shorter one exactly ``resize``
+    # Half-way cases go to the even number, as Python's round in CenterCrop does.
+    starts = [((length - side) / 2).round() for length in resized]
+    scales = [length / after for length, after in zip((height, width), resized, strict=True)]
+    boxes = [start * scale for start, scale in zip(starts, scales, strict=True)] + [side * scale for scale in scales]
+    return Crops(torch.stack(boxes, 1).float(), torch.zeros(len(sizes)), cut=False)
 
 
-def sample_crops(count: int, height: int, width: int, settings: AugmentSettings, generator: torch.Generator) -> Crops:
-    """Boxes distributed as those of torchvision's RandomResizedCrop and RandomHorizontalFlip."""
+def sample_crops(sizes: Tensor, settings: AugmentSettings, generator: torch.Generator) -> Crops:
+    """Boxes distributed as those of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+
+    ``sizes`` (B, 2) are the images' heights and widths.
+    """
+    count = len(sizes)
+    height, width = sizes.float().T[:, :, None]
     uniform = torch.rand(5, count, _ATTEMPTS, generator=generator)
     area = height * width * (settings.scale[0] + (settings.scale[1] - settings.scale[0]) * uniform[0])
     log_ratio = [math.log(bound) for bound in settings.ratio]
     ratio = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * uniform[1])
     box_width, box_height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
-    first = torch.where(fits.any(1), fits.int().argmax(1), 0)[:, None]
-    central_height, central_width = _central_box(height, width, settings.ratio)
-    box_height = torch.where(fits.any(1), box_height.gather(1, first)[:, 0], central_height)
-    box_width = torch.where(fits.any(1), box_width.gather(1, first)[:, 0], central_width)
-    top = torch.where(
-        fits.any(1), (uniform[2, :, 0] * (height - box_height + 1)).floor(), (height - central_height) // 2
-    )
-    left = torch.where(fits.any(1), (uniform[3, :, 0] * (width - box_width + 1)).floor(), (width - central_width) // 2)
+    found, first = fits.any(1), fits.int().argmax(1)[:, None]
+    height, width = height[:, 0], width[:, 0]
+    central_height, central_width = _central_boxes(height, width, settings.ratio)
+    box_height = torch.where(found, box_height.gather(1, first)[:, 0], central_height)
+    box_width = torch.where(found, box_width.gather(1, first)[:, 0], central_width)
+    random_top = (uniform[2, :, 0] * (height - box_height + 1)).floor()
+    random_left = (uniform[3, :, 0] * (width - box_width + 1)).floor()
+    top = torch.where(found, random_top, ((height - central_height) / 2).floor())
+    left = torch.where(found, random_left, ((width - central_width) / 2).floor())
     flip = (uniform[4, :, 0] < 0.5).float() if settings.flip else torch.zeros(count)
-    return Crops(top, left, box_height, box_width, flip)
+    return Crops(torch.stack([top, left, box_height, box_width], 1), flip, cut=True)
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[float, float]:
+def _central_boxes(height: Tensor, width: Tensor, ratio: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """torchvision's answer when no attempt fits: the largest central box within the ratio's bounds."""
-    if width / height < ratio[0]:
-        return round(width / ratio[0]), width
-    if width / height > ratio[1]:
-        return height, round(height * ratio[1])
-    return height, width
+    too_narrow, too_wide = width / height < ratio[0], width / height > ratio[1]
+    return (
+        torch.where(too_narrow, (width / ratio[0]).round(), height),
+        torch.where(too_wide, (height * ratio[1]).round(), width),
+    )
 
 
 def crop_and_resize(pixels_BHWC: Tensor, crops: Crops, side: int) -> Tensor:
-    """Each image's box, resized bilinearly to (B, C, S, S) and scaled to [0, 1]."""
-    images = pixels_BHWC.permute(0, 3, 1, 2).float() / 255
-    _, _, height, width = images.shape
-    y = _sample_points(crops.top, crops.height, side, height)
-    x = _sample_points(crops.left, crops.width, side, width)
-    x = torch.where(crops.flip[:, None] > 0, x.flip(1), x)
-    grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], dim=-1)
-    return torch.nn.functional.grid_sample(images, grid, mode="bilinear", align_corners=True)
+    """Each image's box, resized bilinearly with antialiasing to (B, C, S, S) and scaled to [0, 1].
 
-
-def _sample_points(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Where the S output pixels of each box lie (B x S), in grid_sample's [-1, 1] over pixel centres.
-
-    Kept inside the box, so that nothing beyond its border shines in: the same as cropping before resizing.
+    Resizing is linear in rows and in columns: two batched matrix products, the same for boxes of all sizes.
     """
-    centres = (torch.arange(side, device=start.device) + 0.5) / side
-    points = start[:, None] + (centres * length[:, None] - 0.5).clamp_min(0)
-    points = torch.minimum(points, (start + length - 1)[:, None])
-    return points * (2 / max(size - 1, 1)) - 1
+    _, height, width, _ = pixels_BHWC.shape
+    top, left, box_height, box_width = crops.boxes.T
+    rows_BSH = _resize_weights(top, box_height, side, height, cut=crops.cut)
+    columns_BSW = _resize_weights(left, box_width, side, width, cut=crops.cut)
+    columns_BSW = torch.where(crops.flip[:, None, None] > 0, columns_BSW.flip(1), columns_BSW)
+    images = pixels_BHWC.float() / 255
+    return torch.einsum("bsh,bhwc,btw->bcst", rows_BSH, images, columns_BSW)
+
+
+def _resize_weights(start: Tensor, length: Tensor, side: int, size: int, *, cut: bool) -> Tensor:
+    """What each of the ``size`` stored pixels along one axis gives to each of the S new ones (B, S, size).
+
+    The triangle filter of PyTorch's and Pillow's antialiased bilinear resize: as wide as a new pixel, at least as
+    wide as an old one.
+    """
+    scale = (length / side)[:, None, None]
+    old = torch.arange(size, device=start.device) + 0.5
+    new = start[:, None, None] + (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
+    weights = (1 - (old - new).abs() / scale.clamp_min(1)).clamp_min(0)
+    if cut:
+        first, end = start[:, None, None], (start + length)[:, None, None]
+        weights = weights * ((old > first) & (old < end))
+    return weights / weights.sum(2, keepdim=True)

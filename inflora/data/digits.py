@@ -7,18 +7,16 @@ import sklearn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from inflora.data.store import Manifest, write_store
+from inflora.data.source import Arrays, Options, Source
 
 
-def prepare(folder: Path) -> Manifest:
-    """Write the store; a stratified quarter, drawn once for everyone, is the test split."""
+def read(source: Path, options: Options, scratch: Path) -> Source:
+    """A stratified quarter, drawn once for everyone, is the test split; nothing but scikit-learn is read."""
     scans = load_digits()
     pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)[..., None]
     train, test = train_test_split(np.arange(len(pixels)), test_size=0.25, random_state=0, stratify=scans.target)
-    return write_store(
-        folder,
-        dataset="digits",
-        source=f"sklearn.datasets.load_digits {sklearn.__version__}",
-        classes=[str(digit) for digit in range(10)],
-        splits={"train": (pixels[train], scans.target[train]), "test": (pixels[test], scans.target[test])},
+    return Source(
+        origin=f"sklearn.datasets.load_digits {sklearn.__version__}",
+        classes=tuple(str(digit) for digit in range(10)),
+        splits={"train": Arrays(pixels[train], scans.target[train]), "test": Arrays(pixels[test], scans.target[test])},
     )

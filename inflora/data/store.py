@@ -1,15 +1,12 @@
-"""Images on disk: one Arrow IPC file per split, memory-mapped, with a manifest that says what must be in it.
+"""Images on disk: Arrow IPC files, memory-mapped, with a manifest that says what must be in them.
 
-A store is a folder ``<root>/<dataset>`` with ``train.arrow``, ``test.arrow`` and ``manifest.json``. Each split is
-opened by itself: whoever opens "train" never touches the test images.
+A store is a folder ``<root>/<dataset>`` with ``manifest.json`` and shards ``train-00000.arrow``, ``test-00000.arrow`` …
+Each split is opened by itself: whoever opens "train" never touches the test images.
 """
 
 import hashlib
 import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,12 +16,31 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from inflora.data.pixels import FilePixels, Pixels, RawPixels
+
 Split = Literal["train", "test"]
-FORMAT = 1
+Form = Literal["raw", "encoded", "decoded"]
+"""How a store keeps images.
+
+raw: uint8 arrays, all of one size, one shard per split: mapped as one tensor, nothing is decoded (CIFAR, digits).
+encoded: the dataset's own JPEG or PNG files: small, exact, decoded at every use.
+decoded: uint8 arrays with a bounded shorter side: decoded once, several times larger on disk, faster to read.
+"""
+FORMAT = 2
 
 
 class DataError(ValueError):
     """A store or its source is missing, damaged or of another version; the message says what to do."""
+
+
+class Shard(BaseModel):
+    """One file of a split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    images: int
+    sha256: str
 
 
 class SplitManifest(BaseModel):
@@ -32,9 +48,13 @@ class SplitManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    images: int
     per_class: list[int]
-    sha256: str
+    shards: list[Shard]
+
+    @property
+    def images(self) -> int:
+        """How many images the split has."""
+        return sum(shard.images for shard in self.shards)
 
 
 class Manifest(BaseModel):
@@ -46,10 +66,16 @@ class Manifest(BaseModel):
     dataset: str
     source: str
     classes: list[str]
-    height: int
-    width: int
+    domains: list[str]
+    form: Form
     channels: int
     splits: dict[Split, SplitManifest]
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of the images and labels, whatever the store is called and wherever it lies."""
+        shards = [shard.sha256 for split in sorted(self.splits) for shard in self.splits[split].shards]
+        return hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
 
 
 class _Format(BaseModel):
@@ -59,10 +85,20 @@ class _Format(BaseModel):
 
 
 class Images(NamedTuple):
-    """Images of one split: ``pixels`` uint8 (N, H, W, C) and ``labels`` int64 (N)."""
+    """Images of one split: where their pixels come from, ``labels`` int64 (N) and ``domains`` int64 (N)."""
 
-    pixels: Tensor
+    pixels: Pixels
     labels: Tensor
+    domains: Tensor
+
+
+class Rows(NamedTuple):
+    """Images about to be written as one shard."""
+
+    images: Sequence[bytes | np.ndarray]
+    sizes: np.ndarray  # (N, 2) height and width
+    labels: np.ndarray  # (N)
+    domains: np.ndarray  # (N)
 
 
 def default_root() -> Path:
@@ -70,59 +106,24 @@ def default_root() -> Path:
     return Path(os.environ.get("INFLORA_DATA", Path.home() / ".cache" / "inflora" / "data"))
 
 
-def write_store(
-    folder: Path,
-    dataset: str,
-    source: str,
-    classes: Sequence[str],
-    splits: Mapping[Split, tuple[np.ndarray, np.ndarray]],
-) -> Manifest:
-    """Write a store whole or not at all.
-
-    Args:
-        folder: Becomes the store; must not be one yet.
-        dataset: Its name.
-        source: What the images were made from, with its version or hash.
-        classes: Class names; a label is a place in this list.
-        splits: Split name -> pixels uint8 (N, H, W, C) and labels (N).
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        manifests = {
-            name: _write_split(staging / f"{name}.arrow", *data, len(classes)) for name, data in splits.items()
-        }
-        _, height, width, channels = splits["train"][0].shape
-        manifest = Manifest(
-            dataset=dataset,
-            source=source,
-            classes=list(classes),
-            height=height,
-            width=width,
-            channels=channels,
-            splits=manifests,
-        )
-        (staging / "manifest.json").write_text(manifest.model_dump_json(indent=2))
-        try:
-            staging.rename(folder)
-        except OSError:
-            # Another process has just finished the same store: theirs stands, if it is the same.
-            if read_manifest(folder) != manifest:
-                raise DataError(f"{folder} holds another store; remove it to prepare {dataset} again") from None
-        return manifest
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_split(path: Path, pixels: np.ndarray, labels: np.ndarray, classes: int) -> SplitManifest:
-    flat = np.ascontiguousarray(pixels, dtype=np.uint8).reshape(len(pixels), -1)
-    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
-    batch = pa.record_batch({"image": images, "label": pa.array(labels, pa.int64())})
+def write_shard(path: Path, rows: Rows, form: Form) -> Shard:
+    """Write one Arrow file; the same rows give the same bytes."""
+    if form == "raw":
+        flat = np.ascontiguousarray(rows.images, dtype=np.uint8).reshape(len(rows.labels), -1)
+        images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
+    else:
+        images = pa.array(map(bytes, rows.images), pa.large_binary())
+    columns = {
+        "image": images,
+        "height": pa.array(rows.sizes[:, 0], pa.int32()),
+        "width": pa.array(rows.sizes[:, 1], pa.int32()),
+        "label": pa.array(rows.labels, pa.int64()),
+        "domain": pa.array(rows.domains, pa.int64()),
+    }
+    batch = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return SplitManifest(
-        images=len(flat), per_class=np.bincount(labels, minlength=classes).tolist(), sha256=_file_hash(path)
-    )
+    return Shard(file=path.name, images=len(rows.labels), sha256=_file_hash(path))
 
 
 def _file_hash(path: Path) -> str:
@@ -153,43 +154,50 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_split(folder: Path, split: Split) -> Images:
-    """The images of one split, memory-mapped: nothing is read before it is used, nothing is copied.
+    """The images of one split, memory-mapped: nothing is read before it is used.
 
     Raises:
         DataError: The split is missing or does not hold what the manifest says.
     """
     manifest = read_manifest(folder)
-    path = folder / f"{split}.arrow"
+    tables = [_open_shard(folder, shard) for shard in manifest.splits[split].shards]
+    labels, domains, heights, widths = (
+        torch.from_numpy(np.concatenate([table.column(name).to_numpy() for table in tables]))
+        for name in ("label", "domain", "height", "width")
+    )
+    columns = [table.column("image").chunk(0) for table in tables]
+    pixels: Pixels
+    if manifest.form == "raw":
+        pixels = RawPixels.mapped(columns[0], int(heights[0]), int(widths[0]), manifest.channels)
+    else:
+        pixels = FilePixels(columns, torch.stack([heights, widths], 1), encoded=manifest.form == "encoded")
+    return Images(pixels, labels, domains)
+
+
+def _open_shard(folder: Path, shard: Shard) -> pa.Table:
+    path = folder / shard.file
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"cannot read {path}: {' '.join(str(error).split())}; remove {folder} and prepare again"
         ) from None
-    expected = manifest.splits[split].images
-    if table.num_rows != expected:
-        raise DataError(f"{path} holds {table.num_rows} images, its manifest says {expected}; prepare it again")
-    # The split was written as one batch: its buffer is the mapping itself.
-    image_column = table.column("image").chunk(0)
-    shape = (expected, manifest.height, manifest.width, manifest.channels)
-    pixels = np.frombuffer(image_column.buffers()[1], dtype=np.uint8, count=int(np.prod(shape)))
-    with warnings.catch_warnings():
-        # The mapping is read-only and torch has no such tensors; nothing here writes to one.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return Images(torch.from_numpy(pixels.reshape(shape)), torch.from_numpy(table.column("label").to_numpy()))
+    if table.num_rows != shard.images:
+        raise DataError(f"{path} holds {table.num_rows} images, its manifest says {shard.images}; prepare it again")
+    return table
 
 
 def verify_split(folder: Path, split: Split) -> None:
-    """Check a split's file against the hash in its manifest.
+    """Check a split's files against the hashes in the manifest.
 
     Raises:
-        DataError: The file has changed since it was written.
+        DataError: A file has changed since it was written.
     """
-    try:
-        found = _file_hash(folder / f"{split}.arrow")
-    except OSError as error:
-        raise DataError(f"cannot read {folder / split}.arrow: {error.strerror}; prepare it again") from None
-    if found != read_manifest(folder).splits[split].sha256:
-        raise DataError(
-            f"{folder / split}.arrow has changed since it was prepared; remove {folder} and prepare it again"
-        )
+    for shard in read_manifest(folder).splits[split].shards:
+        path = folder / shard.file
+        try:
+            found = _file_hash(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; remove {folder} and prepare it again") from None
+        if found != shard.sha256:
+            raise DataError(f"{path} has changed since it was prepared; remove {folder} and prepare it again")

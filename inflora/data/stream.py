@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor
 
 from inflora.config import ConfigError, DataSettings
 from inflora.data import ensure_store
-from inflora.data.store import Images, open_split, read_manifest
+from inflora.data.store import Images, Manifest, open_split, read_manifest
 
 EvaluateOn = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its classes (new labels ``first_label``...) and its rows in the stream's images."""
+    """One task: its labels (``first_label``...) with their class names, and its rows in the stream's images."""
 
     index: int
     first_label: int
@@ -26,8 +27,10 @@ class Task:
 
 
 class Stream(NamedTuple):
-    """Tasks in order, with labels renumbered in class order.
+    """Tasks in order, with labels renumbered in the order they are learnt.
 
+    Every task has labels, and so classifier outputs, of its own; ``class_of`` (labels) says which class each means:
+    another one for every label when classes arrive, the same ones again in every task when domains do.
     ``split_hash`` identifies the division into training and validation images.
     ``train`` and ``evaluate`` hold all tasks' images (memory-mapped, uint8); tasks name rows of them.
     """
@@ -35,19 +38,31 @@ class Stream(NamedTuple):
     tasks: tuple[Task, ...]
     train: Images
     evaluate: Images
+    class_of: Tensor
     class_order: tuple[int, ...]
     split_hash: str
 
     def merged(self) -> "Stream":
         """The same images as one single task: what joint training sees."""
+        classes = dict(zip(self.class_of.tolist(), [name for task in self.tasks for name in task.classes], strict=True))
         whole = Task(
             index=0,
             first_label=0,
-            classes=tuple(name for task in self.tasks for name in task.classes),
+            classes=tuple(classes[label] for label in range(len(classes))),
             train_rows=torch.cat([task.train_rows for task in self.tasks]),
             eval_rows=torch.cat([task.eval_rows for task in self.tasks]),
         )
-        return self._replace(tasks=(whole,))
+        train, evaluate = (
+            images._replace(labels=self.class_of[images.labels]) for images in (self.train, self.evaluate)
+        )
+        return self._replace(tasks=(whole,), train=train, evaluate=evaluate, class_of=torch.arange(len(classes)))
+
+    def at_home_on(self, device: torch.device) -> "Stream":
+        """The same stream with its images resident on the device, where they fit there easily."""
+        train = self.train._replace(pixels=self.train.pixels.at_home_on(device))
+        same = self.evaluate.pixels is self.train.pixels
+        evaluate = train.pixels if same else self.evaluate.pixels.at_home_on(device)
+        return self._replace(train=train, evaluate=self.evaluate._replace(pixels=evaluate))
 
 
 def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
@@ -60,10 +75,11 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
         DataError: The store cannot be read.
     """
     folder = ensure_store(settings.dataset, settings.root)
-    classes = read_manifest(folder).classes
-    check_tasks(settings, len(classes))
+    manifest = read_manifest(folder)
+    sizes = task_sizes(settings, manifest)
     train = open_split(folder, "train")
-    train_rows, held_out_rows = split_validation(train.labels, settings.validation, settings.split_seed)
+    kinds = train.labels if settings.scenario == "class" else train.domains * len(manifest.classes) + train.labels
+    train_rows, held_out_rows = split_validation(kinds, settings.validation, settings.split_seed)
     split_hash = rows_hash(train_rows, held_out_rows)
     if evaluate_on == "validation":
         if settings.train_on != "train":
@@ -77,36 +93,71 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
         eval_rows = torch.arange(len(evaluate.labels))
     if settings.train_on == "train+validation":
         train_rows = torch.arange(len(train.labels))
-    order = class_order(len(classes), settings.order_seed)
-    rank_of = torch.empty(len(order), dtype=torch.int64)
-    rank_of[torch.tensor(order)] = torch.arange(len(order))
-    train, evaluate = (Images(images.pixels, rank_of[images.labels]) for images in (train, evaluate))
-    size = len(order) // settings.tasks
+    # What arrives task by task, classes or domains, arrives in this order.
+    order = class_order(
+        len(manifest.domains if settings.scenario == "domain" else manifest.classes), settings.order_seed
+    )
+    place = torch.empty(len(order), dtype=torch.int64)
+    place[torch.tensor(order)] = torch.arange(len(order))
+    classes = len(manifest.classes)
+
+    def renumbered(images: Images) -> Images:
+        if settings.scenario == "domain":
+            return images._replace(labels=place[images.domains] * classes + images.labels)
+        return images._replace(labels=place[images.labels])
+
+    if settings.scenario == "domain":
+        names = manifest.classes * len(order)
+        class_of = torch.arange(classes).repeat(len(order))
+    else:
+        names = [manifest.classes[label] for label in order]
+        class_of = torch.arange(classes)
+    train, evaluate = renumbered(train), renumbered(evaluate)
+    starts = [0, *accumulate(sizes)]
     tasks = tuple(
         Task(
             index=index,
-            first_label=index * size,
-            classes=tuple(classes[order[label]] for label in range(index * size, (index + 1) * size)),
-            train_rows=_rows_of_labels(train.labels, train_rows, index * size, size),
-            eval_rows=_rows_of_labels(evaluate.labels, eval_rows, index * size, size),
+            first_label=first,
+            classes=tuple(names[first : first + size]),
+            train_rows=_rows_of_labels(train.labels, train_rows, first, size),
+            eval_rows=_rows_of_labels(evaluate.labels, eval_rows, first, size),
         )
-        for index in range(settings.tasks)
+        for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
     )
-    return Stream(tasks, train, evaluate, order, split_hash)
+    return Stream(tasks, train, evaluate, class_of, order, split_hash)
 
 
-def check_tasks(settings: DataSettings, classes: int) -> None:
-    """Raise ConfigError unless ``classes`` classes can be cut into ``data.tasks`` equal tasks."""
-    if classes % settings.tasks:
+def task_sizes(settings: DataSettings, manifest: Manifest) -> tuple[int, ...]:
+    """How many labels each task brings.
+
+    Raises:
+        ConfigError: The dataset's classes or domains cannot be cut into the tasks that ``data.tasks`` asks for.
+    """
+    classes, domains, tasks = len(manifest.classes), len(manifest.domains), settings.tasks
+    if settings.scenario == "domain":
+        if tasks != domains or domains < 2:
+            has = f"has {domains} ({', '.join(manifest.domains)})" if domains else "has none"
+            raise ConfigError(
+                f"data.scenario=domain takes one task per domain and {settings.dataset} {has}, got {tasks}"
+            )
+        return (classes,) * domains
+    if isinstance(tasks, tuple):
+        if sum(tasks) != classes:
+            raise ConfigError(
+                f"data.tasks must add up to the {classes} classes of {settings.dataset}, got {sum(tasks)}"
+            )
+        return tasks
+    if classes % tasks:
         divisors = [n for n in range(1, classes + 1) if classes % n == 0]
         raise ConfigError(
             f"data.tasks must divide the {classes} classes of {settings.dataset} "
-            f"({', '.join(map(str, divisors))}), got {settings.tasks}"
+            f"({', '.join(map(str, divisors))}), got {tasks}; for tasks of unequal size list their numbers of classes"
         )
+    return (classes // tasks,) * tasks
 
 
 def class_order(classes: int, seed: int | None) -> tuple[int, ...]:
-    """Original labels in the order they are learnt; natural when ``seed`` is None."""
+    """Classes (or domains) in the order they are learnt; natural when ``seed`` is None."""
     if seed is None:
         return tuple(range(classes))
     return tuple(torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).tolist())

@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_a_number_is_told_as_the_trials_failure(tiny_sweep):
 def test_a_trial_works_where_no_test_image_can_be_read(tiny_sweep, tmp_path):
     config = override(tiny_sweep.base, {"data.root": tmp_path})
     learn(settings_of(config), MemorySession())
-    (tmp_path / "digits" / "test.arrow").unlink()
+    (tmp_path / "digits" / "test-00000.arrow").unlink()
     session = MemorySession()
     learn(settings_of(config), session)
     assert len(session.reports) == 5

@@ -1,0 +1,89 @@
+"""DomainNet (Peng et al. 2019): 345 classes in six domains; a zip and two list files (``path label``) each."""
+
+from pathlib import Path, PurePosixPath
+
+from inflora.data.archives import FolderTree, JoinedTree, Tree, ZipTree, file_origin
+from inflora.data.source import Entry, Files, Options, Source, read_list, readable
+from inflora.data.store import DataError, Split
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+CLASSES = 345
+
+
+def read(source: Path, options: Options, scratch: Path) -> Source:
+    """A folder with ``<domain>.zip`` (or the folder it unpacks to), ``<domain>_train.txt`` and ``<domain>_test.txt``.
+
+    Raises:
+        DataError: A domain, a list or a listed image is missing, or a label belongs to two classes.
+    """
+    domains = options.domains or DOMAINS
+    if unknown := [name for name in domains if name not in DOMAINS]:
+        raise DataError(f"--domains {', '.join(unknown)} unknown; known: {', '.join(DOMAINS)}")
+    if not source.is_dir():
+        raise DataError(f"--source {source} must be the folder with DomainNet's zips and list files")
+    trees, origins = zip(*(_open_domain(source, domain) for domain in domains), strict=True)
+    tree = JoinedTree(trees)
+    names: tuple[Split, ...] = ("train", "test")
+    listed = {split: [_listed(source, domain, split) for domain in domains] for split in names}
+    class_of = _classes(listed["train"] + listed["test"])
+    splits: dict[Split, Files] = {}
+    for split in names:
+        entries = tuple(
+            Entry(path, label, index) for index, lines in enumerate(listed[split]) for path, label in sorted(lines)
+        )
+        if missing := [entry.name for entry in entries if entry.name not in tree.names]:
+            raise DataError(f"{len(missing)} of the {split} lists' images are not there: {missing[0]} ...")
+        splits[split] = Files(tree, entries)
+    classes = tuple(class_of.get(label, f"class {label}") for label in range(max(class_of) + 1))
+    if len(class_of) < len(classes):
+        absent = next(label for label in range(len(classes)) if label not in class_of)
+        raise DataError(f"no image of class {absent} is in the lists, but of class {max(class_of)}: a short list file")
+    return Source("; ".join(origins), classes, splits, domains, official={"classes": CLASSES})
+
+
+def _open_domain(source: Path, domain: str) -> tuple[Tree, str]:
+    archive, folder = source / f"{domain}.zip", source / domain
+    lists = ", ".join(file_origin(_list_file(source, domain, split)) for split in ("train", "test"))
+    if archive.is_file():
+        return ZipTree(archive), f"{file_origin(archive)}, {lists}"
+    if folder.is_dir():
+        return _Prefixed(FolderTree(folder), domain), f"{domain}/, {lists}"
+    raise DataError(
+        f"{source} holds neither {domain}.zip nor a folder {domain}; download it, or choose other --domains"
+    )
+
+
+def _list_file(source: Path, domain: str, split: str) -> Path:
+    path = source / f"{domain}_{split}.txt"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: the official list of {domain}'s {split} images")
+    return path
+
+
+def _listed(source: Path, domain: str, split: Split) -> list[tuple[str, int]]:
+    path = _list_file(source, domain, split)
+    lines = read_list(path.read_text(), str(path))
+    if bad := next((line for line in lines if len(line) != 2 or not line[1].isdigit()), None):
+        raise DataError(f"{path}: expected lines of `path label`, got {' '.join(bad)!r}")
+    return [(name, int(label)) for name, label in lines]
+
+
+def _classes(lists: list[list[tuple[str, int]]]) -> dict[int, str]:
+    """Label -> class name, from the folders of the listed images."""
+    class_of: dict[int, str] = {}
+    for path, label in (entry for lines in lists for entry in lines):
+        name = readable(PurePosixPath(path).parts[-2])
+        if class_of.setdefault(label, name) != name:
+            raise DataError(f"label {label} is {class_of[label]} in one line of the lists and {name} in another")
+    return class_of
+
+
+class _Prefixed:
+    """A tree whose names begin with a folder."""
+
+    def __init__(self, tree: Tree, folder: str) -> None:
+        self._tree, self._prefix = tree, f"{folder}/"
+        self.names = frozenset(self._prefix + name for name in tree.names)
+
+    def read(self, name: str) -> bytes:
+        return self._tree.read(name.removeprefix(self._prefix))

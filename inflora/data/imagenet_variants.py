@@ -1,0 +1,79 @@
+"""ImageNet-R (Hendrycks et al. 2021a) and ImageNet-A (2021b): 200 WordNet-id folders each, no official split.
+
+Two splits of ImageNet-R are in use: a published list of file names (``--test-list``), and a fifth drawn by a seed, as
+the InfLoRA authors' code does (``--split-seed``; here the same share of every class, there of all images together).
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import yaml
+
+from inflora.data.archives import Tree, open_tree
+from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
+from inflora.data.store import DataError
+
+TEST_SHARE = 0.2
+IMAGENET_R = {"classes": 200, "train": 24_000, "test": 6_000}
+IMAGENET_A = {"classes": 200, "train": 6_000, "test": 1_500}
+_WORDNET_ID = re.compile(r"^n\d{8}$")
+
+
+def read_r(source: Path, options: Options, scratch: Path) -> Source:
+    """``imagenet-r.tar`` or the folder it unpacks to."""
+    return _read(source, options, scratch, IMAGENET_R)
+
+
+def read_a(source: Path, options: Options, scratch: Path) -> Source:
+    """``imagenet-a.tar`` or the folder it unpacks to."""
+    return _read(source, options, scratch, IMAGENET_A)
+
+
+def _read(source: Path, options: Options, scratch: Path, official: dict[str, int]) -> Source:
+    tree, origin = open_tree(source, scratch)
+    in_folders = {"/".join(PurePosixPath(name).parts[-2:]): name for name in tree.names}
+    classes, images = images_in_class_folders(
+        {path: name for path, name in in_folders.items() if _WORDNET_ID.match(path.split("/")[0])}
+    )
+    paths = sorted(images)
+    if options.test_list is not None:
+        listed = _listed(options.test_list)
+        if missing := sorted(listed - images.keys()):
+            raise DataError(f"{options.test_list} names {len(missing)} files that are not there: {missing[0]} ...")
+        is_test = [path in listed for path in paths]
+        origin += f", test images by {options.test_list.name}"
+    else:
+        labels = np.array([path.split("/")[0] for path in paths])
+        is_test = seeded_split(labels, TEST_SHARE, options.split_seed).tolist()
+        origin += f", test images drawn by seed {options.split_seed}"
+
+    def part(test: bool) -> Files:
+        chosen = {path: images[path] for path, yes in zip(paths, is_test, strict=True) if yes == test}
+        return Files(tree, labelled(classes, chosen))
+
+    return Source(origin, _class_names(tree, classes), {"train": part(False), "test": part(True)}, official=official)
+
+
+def _listed(path: Path) -> set[str]:
+    """``class/file`` of every image in a list: a path per line, or YAML whose ``data`` is a list of paths."""
+    try:
+        content = path.read_text()
+    except OSError as error:
+        raise DataError(f"cannot read --test-list {path}: {error.strerror}") from None
+    if path.suffix in (".yaml", ".yml"):
+        loaded = yaml.safe_load(content)
+        names = loaded.get("data") if isinstance(loaded, dict) else None
+        if not names:
+            raise DataError(f"--test-list {path} has no list `data` of file names")
+    else:
+        names = [line[0] for line in read_list(content, str(path))]
+    return {"/".join(PurePosixPath(name).parts[-2:]) for name in names}
+
+
+def _class_names(tree: Tree, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Words for the WordNet ids where the archive's README lists them; the ids themselves elsewhere."""
+    readmes = [name for name in tree.names if PurePosixPath(name).name == "README.txt"]
+    lines = tree.read(readmes[0]).decode(errors="replace").splitlines() if readmes else []
+    words = dict(line.split(maxsplit=1) for line in lines if re.match(r"^n\d{8}\s+\S", line))
+    return tuple(words.get(wordnet_id, wordnet_id).strip() for wordnet_id in classes)

@@ -1,0 +1,141 @@
+"""From stored pixels to views: the boxes of some images, resized to the model's input.
+
+Shapes: N images of a split, B of a batch, C channels, H x W stored image, S side of the model's input.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inflora.data.augment import Crops, crop_and_resize
+
+Pending = Callable[[], Tensor]
+"""A view on its way: call it to wait for images (B, C, S, S) in [0, 1], on the device that was asked for."""
+
+
+class Pixels(Protocol):
+    """The images of one split."""
+
+    def __len__(self) -> int: ...
+
+    def sizes(self, rows: Tensor) -> Tensor:
+        """Height and width (B, 2) of some images."""
+        ...
+
+    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
+        """Begin to make the views of some images."""
+        ...
+
+    def at_home_on(self, device: torch.device) -> "Pixels":
+        """The same images, resident on the device if they fit there easily."""
+        ...
+
+    def array(self, row: int) -> np.ndarray:
+        """One whole image (H, W, C) uint8."""
+        ...
+
+
+class RawPixels:
+    """Images of one size as one uint8 tensor (N, H, W, C): in memory-mapped host memory or on the device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def mapped(cls, column: Any, height: int, width: int, channels: int) -> "RawPixels":
+        """The mapping of an Arrow column of fixed-size binaries, not a copy."""
+        shape = (len(column), height, width, channels)
+        pixels = np.frombuffer(column.buffers()[1], dtype=np.uint8, count=int(np.prod(shape)))
+        with warnings.catch_warnings():
+            # The mapping is read-only and torch has no such tensors; nothing here writes to one.
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            return cls(torch.from_numpy(pixels.reshape(shape)))
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def sizes(self, rows: Tensor) -> Tensor:
+        return torch.tensor(self.tensor.shape[1:3]).expand(len(rows), 2)
+
+    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
+        def finish() -> Tensor:
+            pixels = self.tensor[rows.to(self.tensor.device)].to(device)
+            return crop_and_resize(pixels, crops.to(device), side)
+
+        return finish
+
+    def at_home_on(self, device: torch.device) -> "RawPixels":
+        if device.type != "cuda" or self.tensor.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+            return self
+        return RawPixels(self.tensor.to(device))
+
+    def array(self, row: int) -> np.ndarray:
+        return self.tensor[row].cpu().numpy()
+
+
+class FilePixels:
+    """Images of any size, RGB, one entry each in Arrow columns: encoded files, or arrays decoded once.
+
+    Decoding, cropping and resizing let go of Python's lock: a pool of threads does them for many images at a time.
+    """
+
+    def __init__(self, columns: Sequence[Any], sizes: Tensor, *, encoded: bool) -> None:
+        self._columns = columns
+        self._starts = np.cumsum([0, *map(len, columns)])
+        self._sizes = sizes
+        self._encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def sizes(self, rows: Tensor) -> Tensor:
+        return self._sizes[rows]
+
+    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
+        chosen = zip(rows.tolist(), crops.boxes.tolist(), strict=True)
+        views = [_pool().submit(self._view, row, box, crops.cut, side) for row, box in chosen]
+
+        def finish() -> Tensor:
+            pixels = torch.from_numpy(np.stack([view.result() for view in views]))
+            if device.type == "cuda":
+                pixels = pixels.pin_memory()
+            images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+            mirrored = crops.flip.to(device)[:, None, None, None] > 0
+            return torch.where(mirrored, images.flip(-1), images)
+
+        return finish
+
+    def at_home_on(self, device: torch.device) -> "FilePixels":
+        return self
+
+    def array(self, row: int) -> np.ndarray:
+        return np.asarray(self._image(row))
+
+    def _image(self, row: int) -> Image.Image:
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        content = self._columns[shard][row - int(self._starts[shard])].as_buffer()
+        if self._encoded:
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        height, width = self._sizes[row].tolist()
+        return Image.frombuffer("RGB", (width, height), content)
+
+    def _view(self, row: int, box: Sequence[float], cut: bool, side: int) -> np.ndarray:
+        top, left, height, width = box
+        image, edges = self._image(row), (left, top, left + width, top + height)
+        if cut:
+            image, edges = image.crop(edges), (0, 0, width, height)
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=edges))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="inflora-images")

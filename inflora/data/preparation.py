@@ -1,0 +1,244 @@
+"""From a dataset's own distribution to a store: read once, checked, decoded in parallel, resumable."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from inflora.data.source import Arrays, Dataset, Files, Options, Source
+from inflora.data.store import (
+    DataError,
+    Form,
+    Manifest,
+    Rows,
+    Shard,
+    Split,
+    SplitManifest,
+    read_manifest,
+    verify_split,
+    write_shard,
+)
+
+SHARD_IMAGES = 1024
+"""Image files per shard: what is held in memory at a time, and what is done again after an interruption."""
+
+_WAIT_S = 60  # for another process that prepares the same store
+
+
+class Progress(NamedTuple):
+    """Where preparation is: for progress displays."""
+
+    split: Split
+    done: int
+    images: int
+
+
+def prepare(
+    folder: Path,
+    name: str,
+    dataset: Dataset,
+    source: Path,
+    options: Options,
+    *,
+    shorter_side: int | None = None,
+    subset: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Manifest:
+    """Write the store ``folder`` whole or not at all; what an interrupted call has done is not done again.
+
+    Args:
+        folder: Becomes the store. One that is there already is verified against the source and left as it is.
+        name: What the store is called.
+        dataset: How to read the source.
+        source: The distribution: file or folder.
+        options: The dataset's own choices.
+        shorter_side: Decode image files once, shrunk to this shorter side in pixels; None keeps them encoded.
+        subset: Accept other numbers of images and classes than the official dataset's.
+        on_progress: Told after every shard.
+
+    Raises:
+        DataError: What the source holds is not the dataset, or damaged; or another store is in the way.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(partial.with_suffix(".lock"), timeout=_WAIT_S):
+            partial.mkdir(exist_ok=True)
+            try:
+                return _prepare(folder, name, dataset, source, options, shorter_side, subset, partial, on_progress)
+            finally:
+                if not any(partial.glob("*.arrow")):  # nothing worth going on from
+                    shutil.rmtree(partial, ignore_errors=True)
+    except Timeout:
+        raise DataError(f"another process is preparing {folder} right now") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"cannot write the store {folder}: {reason}; the same command goes on from here once that is mended"
+        ) from None
+
+
+def _prepare(
+    folder: Path,
+    name: str,
+    dataset: Dataset,
+    source: Path,
+    options: Options,
+    shorter_side: int | None,
+    subset: bool,
+    partial: Path,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
+    content = dataset.read(source, options, partial)
+    _check(content, name, subset=subset)
+    form = _form(content, shorter_side)
+    origin = content.origin + (f", shrunk to a shorter side of {shorter_side}" if form == "decoded" else "")
+    if folder.exists():
+        return _verified(folder, name, origin)
+    _forget_other_plans(partial, content, origin)
+    manifest = Manifest(
+        dataset=name,
+        source=origin,
+        classes=list(content.classes),
+        domains=list(content.domains),
+        form=form,
+        channels=_channels(content),
+        splits={
+            split: SplitManifest(
+                per_class=_per_class(images, len(content.classes)),
+                shards=list(_shards(split, images, form, shorter_side, partial, on_progress)),
+            )
+            for split, images in content.splits.items()
+        },
+    )
+    keep = {shard.file for split in manifest.splits.values() for shard in split.shards}
+    for file in partial.iterdir():
+        if file.name not in keep:
+            file.unlink()
+    (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2))
+    partial.rename(folder)
+    return manifest
+
+
+def _check(source: Source, name: str, *, subset: bool) -> None:
+    """Raise DataError unless every class has images in each split, as many as officially where that is known."""
+    for split, images in source.splits.items():
+        counts = _per_class(images, len(source.classes))
+        if 0 in counts:
+            raise DataError(f"class {source.classes[counts.index(0)]!r} has no {split} images: an incomplete source")
+    found = {"classes": len(source.classes)} | {split: _count(images) for split, images in source.splits.items()}
+    wrong = {what: expected for what, expected in source.official.items() if found[what] != expected}
+    if wrong and not subset:
+        shown = ", ".join(f"{found[what]} {what} (expected {expected})" for what, expected in wrong.items())
+        raise DataError(f"{name} is not the whole dataset: {shown}; --subset accepts what is there")
+
+
+def _verified(folder: Path, name: str, origin: str) -> Manifest:
+    manifest = read_manifest(folder)
+    if (manifest.dataset, manifest.source) != (name, origin):
+        raise DataError(
+            f"{folder} holds another store ({manifest.dataset} from {manifest.source}, not {name} from {origin}); "
+            "remove it or choose another --root"
+        )
+    for split in manifest.splits:
+        verify_split(folder, split)
+    return manifest
+
+
+def _forget_other_plans(partial: Path, content: Source, origin: str) -> None:
+    """Remove what was begun from another source or with other options."""
+    digest = hashlib.sha256(f"{origin} {SHARD_IMAGES}".encode())
+    for split, images in content.splits.items():
+        digest.update(repr((split, _count(images), images.entries if isinstance(images, Files) else ())).encode())
+    plan = partial / "plan"
+    if not plan.exists() or plan.read_text() != digest.hexdigest():
+        for file in [*partial.glob("*.arrow"), *partial.glob("*.json")]:
+            file.unlink()
+        plan.write_text(digest.hexdigest())
+
+
+def _shards(
+    split: Split,
+    images: Arrays | Files,
+    form: Form,
+    shorter_side: int | None,
+    partial: Path,
+    on_progress: Callable[[Progress], None],
+) -> Iterator[Shard]:
+    total, size = _count(images), _count(images) if form == "raw" else SHARD_IMAGES
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for number, first in enumerate(range(0, total, size)):
+            path = partial / f"{split}-{number:05}.arrow"
+            note = path.with_suffix(".json")  # written last: a shard without it is done again
+            if not note.exists():
+                rows = _rows(images, slice(first, first + size), shorter_side, pool)
+                shard = write_shard(path, rows, form)
+                note.write_text(shard.model_dump_json())
+            yield Shard(**json.loads(note.read_text()))
+            on_progress(Progress(split, min(first + size, total), total))
+
+
+def _rows(images: Arrays | Files, chosen: slice, shorter_side: int | None, pool: ThreadPoolExecutor) -> Rows:
+    if isinstance(images, Arrays):
+        pixels, labels = images.pixels[chosen], images.labels[chosen]
+        sizes = np.broadcast_to(np.array(pixels.shape[1:3]), (len(labels), 2))
+        return Rows(pixels, sizes, labels, np.zeros(len(labels), np.int64))  # type: ignore[arg-type]
+    entries = images.entries[chosen]
+    tree = images.tree
+
+    def load(name: str) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+        return _loaded(tree.read(name), name, shorter_side)
+
+    contents, sizes_list = zip(*pool.map(load, [entry.name for entry in entries]), strict=True)
+    labels_list, domains_list = zip(*((entry.label, entry.domain) for entry in entries), strict=True)
+    return Rows(contents, np.array(sizes_list), np.array(labels_list), np.array(domains_list))
+
+
+def _loaded(content: bytes, name: str, shorter_side: int | None) -> tuple[bytes | np.ndarray, tuple[int, int]]:
+    """What is stored of one image file, and its height and width; the file is decoded here, whole, in either form.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            size, image = (file.height, file.width), file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise DataError(f"image {name} is damaged ({error}); replace it in the source and start again") from None
+    if shorter_side is None:
+        return content, size
+    share = shorter_side / min(image.size)
+    if share < 1:
+        image = image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.BILINEAR)
+    return np.asarray(image), (image.height, image.width)
+
+
+def _form(source: Source, shorter_side: int | None) -> Form:
+    if isinstance(source.splits["train"], Arrays):
+        if shorter_side is not None:
+            raise DataError("--shorter-side is for datasets of image files; this one is stored as arrays already")
+        return "raw"
+    return "encoded" if shorter_side is None else "decoded"
+
+
+def _channels(source: Source) -> int:
+    train = source.splits["train"]
+    return int(train.pixels.shape[3]) if isinstance(train, Arrays) else 3
+
+
+def _count(images: Arrays | Files) -> int:
+    return len(images.labels) if isinstance(images, Arrays) else len(images.entries)
+
+
+def _per_class(images: Arrays | Files, classes: int) -> list[int]:
+    labels = images.labels if isinstance(images, Arrays) else [entry.label for entry in images.entries]
+    return np.bincount(labels, minlength=classes).tolist()
