@@ -7,6 +7,7 @@ the time at which the trial reported it, which makes sending twice the same as s
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponent
 
 from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine import plots
-from sweeps.engine.ledger import load_study, read_records
+from sweeps.engine.ledger import Reader, load_study
 from sweeps.engine.mlflow_store import (
     experiment_id,
     experiment_name,
@@ -40,6 +41,7 @@ class Mirror:
         self.sweep, self.tags = sweep, dict(tags)
         self.client = make_client(uri)
         self.study = load_study(sweep, folder)
+        self._reader = Reader(self.study)
         self._experiment = ""
         self.parent: str | None = None
         self._children: dict[int, Run] = {}
@@ -49,7 +51,7 @@ class Mirror:
         """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
         if self.parent is None:
             self.parent = self._find_or_create_parent()
-        for record in read_records(self.study):
+        for record in self._reader.records():
             state = (len(record.reports), record.outcome)
             if self._sent.get(record.number) != state and record.settings:
                 self._sync_trial(record)
@@ -59,7 +61,7 @@ class Mirror:
         """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has."""
         self.sync()
         assert self.parent is not None
-        best = best_record(read_records(self.study))
+        best = best_record(self._reader.records())
         if best is not None:
             last = best.reports[-1]
             metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
@@ -140,6 +142,7 @@ class Tracker(threading.Thread):
         self._delivered = threading.Event()
         self._patience_s = 0.0
         self._complete = False
+        self.cpu_s = 0.0
 
     def run(self) -> None:
         """Send differences until closed, then everything that is left; a failure is only a later try."""
@@ -162,6 +165,7 @@ class Tracker(threading.Thread):
             self._delivered.set()
         except Exception as error:
             logger.warning("MLflow has not taken everything: %s", error)
+        self.cpu_s = time.thread_time()
 
     def close(self, *, complete: bool = True, patience_s: float = 60.0) -> bool:
         """Send what is left; whether MLflow has taken all of it within ``patience_s``."""
