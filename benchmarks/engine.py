@@ -49,7 +49,7 @@ def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
 def make_report(done: int, tasks: int, lr: float) -> TaskReport:
     """What a trial says after ``done`` tasks: less with every task, and less the further its rate is from 1e-3."""
     accuracy = max(0.0, 1.0 - 0.03 * done - abs(lr - 1e-3) * 5)
-    metrics = {name: accuracy for name in ("acc/seen", "acc/seen_macro", "acc/new", "acc/task_aware")}
+    metrics = dict.fromkeys(("acc/seen", "acc/seen_macro", "acc/new", "acc/task_aware"), accuracy)
     if done == tasks:
         metrics |= {"acc/final": accuracy, "acc/avg_incremental": accuracy, "forgetting": 0.1, "bwt": -0.1}
     return TaskReport(
@@ -97,7 +97,8 @@ def measure(sweep: Sweep, *, with_mlflow: bool, with_ray: bool) -> dict[str, flo
         delivered = tracker.close(patience_s=3600) if with_mlflow else True
         assert delivered, "MLflow has not taken everything"
         records = ledger.records()
-        assert len(records) == sweep.trials; assert not ledger.remaining()
+        assert len(records) == sweep.trials
+        assert not ledger.remaining()
         return {
             "trials": sweep.trials,
             "reports": sum(len(record.reports) for record in records),
@@ -134,7 +135,9 @@ def main() -> None:
     for name, row in rows.items():
         table.add_row(name, *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=140).print(table)
-    arguments.out.write_text(json.dumps({"arguments": {**vars(arguments), "out": str(arguments.out)}, **rows}, indent=2))
+    arguments.out.write_text(
+        json.dumps({"arguments": {**vars(arguments), "out": str(arguments.out)}, **rows}, indent=2)
+    )
 
 
 if __name__ == "__main__":

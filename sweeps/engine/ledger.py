@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from inflora.config import ConfigError
@@ -56,7 +57,7 @@ class Ledger:
         self.sweep = sweep
         self.study = optuna.create_study(
             study_name=sweep.study_name,
-            storage=study_url(folder),
+            storage=open_storage(folder),
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
         )
@@ -288,7 +289,7 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
         ConfigError: It is not there, or not a study of this version's.
     """
     try:
-        return optuna.load_study(study_name=sweep.study_name, storage=study_url(folder))
+        return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
     except (KeyError, SQLAlchemyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / 'study.db'}: {reason}") from None
@@ -297,6 +298,23 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
 def study_url(folder: Path) -> str:
     """Where a sweep's study is: one database file in its folder, written by the driver alone."""
     return f"sqlite:///{(folder / 'study.db').absolute()}"
+
+
+def open_storage(folder: Path) -> optuna.storages.BaseStorage:
+    """The study's database.
+
+    A write waits for the disk only now and then: a process that dies loses nothing, a machine that loses power at most
+    the last reports, which trials send again when they go on from their checkpoints.
+    """
+    storage = optuna.storages.RDBStorage(study_url(folder))
+    event.listen(storage.engine, "connect", _write_ahead)
+    storage.engine.dispose()  # connections made before know nothing of it
+    return storage
+
+
+def _write_ahead(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def read_records(study: optuna.Study) -> list[TrialRecord]:

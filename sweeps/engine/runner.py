@@ -92,7 +92,7 @@ def run_sweep(
             over = ledger.why_over()
             complete = ledger.remaining() == 0 or bool(over)
             ray.shutdown()
-            delivered = tracker.close(complete=complete)
+            delivered = tracker.close(complete=complete, over=over)
         if hopeless := ledger.why_hopeless():
             raise ConfigError(hopeless)
         return SweepResult(ledger.records(), complete, delivered, over)
@@ -190,9 +190,7 @@ def _run_trials(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say:
     fit(sweep, folder, ledger, tune.with_resources(trainable, needs), min(at_a_time, remaining), say)
 
 
-def fit(
-    sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: int, say: Callable[[str], None]
-) -> None:
+def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: int, say: Callable[[str], None]) -> None:
     """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
     tuner = tune.Tuner(
         trainable,
