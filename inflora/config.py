@@ -129,6 +129,10 @@ class InfLoRASettings(Settings):
         return self
 
 
+AFTER_FIRST_TASK = frozenset({"energy", "energy_end", "total_tasks", "memory", "energy_of"})
+"""Settings of methods that are felt from the second task on: what is remembered, not how the first task is learnt."""
+
+
 class SequentialSettings(Settings):
     """Plain LoRA trained task after task with nothing protected: the lower bound."""
 

@@ -5,9 +5,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import optuna
 import typer
@@ -19,10 +19,12 @@ from rich.table import Table
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
 from inflora.state import write_atomically
+from sweeps.engine.budget import progress
 from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import log_final, plan, summarise, train_all, write_report
+from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
-from sweeps.engine.records import TrialRecord, best_record
+from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
@@ -50,6 +52,13 @@ def main(*sweeps: Sweep) -> None:
         ] = None,
         name: Annotated[str, typer.Option("--sweep", help=f"One of: {', '.join(by_name)}.")] = sweeps[0].name,
         num_trials: Annotated[int | None, typer.Option(help="Trials in all, those already done included.")] = None,
+        sampler: Annotated[str | None, typer.Option(help="tpe, gp, cmaes, random or grid.")] = None,
+        early_stopping: Annotated[str | None, typer.Option(help="asha, median, hyperband or none.")] = None,
+        time_budget: Annotated[str | None, typer.Option(help="Wall-clock time in all: 90 (seconds), 30m, 8h.")] = None,
+        gpu_hours: Annotated[float | None, typer.Option(help="GPU-hours of training in all.")] = None,
+        target: Annotated[float | None, typer.Option(help="Stop when a finished trial has this objective.")] = None,
+        patience: Annotated[int | None, typer.Option(help="Stop when so many trials ended without a new best.")] = None,
+        warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
@@ -61,13 +70,19 @@ def main(*sweeps: Sweep) -> None:
         with one_line_errors():
             if name not in by_name:
                 raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
-            changes = {k: v for k, v in (("trials", num_trials), ("executor", executor)) if v is not None}
-            base = override(by_name[name].base, parse_assignments(assignments or []))
-            sweep = changed(by_name[name], {"base": base, **changes})
+            hours = None if time_budget is None else parse_duration_s(time_budget) / 3600
+            limits = given(hours=hours, gpu_hours=gpu_hours, target=target, patience=patience)
+            changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
+            changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
+            changes["budget"] = {**dict(by_name[name].budget), **limits}
+            sweep = changed(by_name[name], changes)
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
-            result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout)
-        print_table(trials_table(sweep, result.records))
+            first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
+            result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout, warm_start=first)
+        if result.over:
+            print(f"ended early: {result.over}")
+        print_table(trials_table(sweep, result.records, front_of(sweep, folder)))
         _print_what_next(sweep, folder, uri, result.records)
         if not result.delivered:
             print(f"MLflow at {uri} has not taken everything; the same command sends the rest", file=sys.stderr)
@@ -95,23 +110,59 @@ def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
         raise ConfigError(explain(error)) from None
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_duration_s(text: str) -> float:
+    """``"90"``, ``"90s"``, ``"30m"`` or ``"8h"`` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"a time is given as 90 (seconds), 30m or 8h, got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], str]:
+    """The settings of a sweep's best trials, and the study they come from.
+
+    Raises:
+        ConfigError: No sweep is there, or no trial of it has finished.
+    """
+    other = read_sweep(folder)
+    best = ranking(sweep_records(other, folder))[:count]
+    if not best:
+        raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")
+    return [record.settings for record in best], other.study_name
+
+
 def storage_root(storage: Path | None) -> Path:
     """The folder that holds one folder per sweep."""
     return (storage or Path(os.environ.get("INFLORA_STORAGE", "results"))).absolute()
 
 
-def trials_table(sweep: Sweep, records: list[TrialRecord]) -> Table:
-    """All trials, the best finished one first."""
+def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int] = ()) -> Table:
+    """All trials, the best finished one first; those on the Pareto front are starred."""
     table = Table(title=f"{sweep.name}: {len(records)} trials, judged on validation images")
-    for column in ("trial", "outcome", "tasks", *sweep.space, sweep.objective, "seconds"):
+    for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds"):
         table.add_column(column, justify="left" if column == "outcome" else "right")
     for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
-        values = [record.settings.get(path, "") for path in sweep.space]
-        settings = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        values = [_short(record.settings.get(path, "")) for path in sweep.space]
+        objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)
         seconds = sum(report.seconds for report in record.reports)
-        value = f"{record.value:.4f}" if record.value is not None else ""
-        table.add_row(str(record.number), record.outcome, str(len(record.reports)), *settings, value, f"{seconds:.0f}")
+        number = f"{'* ' if record.number in front else ''}{record.number}"
+        outcome = f"{record.outcome}, breaks {', '.join(record.broken)}" if record.broken else record.outcome
+        table.add_row(number, outcome, str(len(record.reports)), *values, *objectives, f"{seconds:.0f}")
+    if front:
+        table.caption = "* on the Pareto front"
     return table
+
+
+def _short(value: Any, decimals: int | None = None) -> str:
+    """A number as a cell shows it."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if decimals is None or abs(value) >= 10 else f"{value:.{decimals}f}"
 
 
 def print_table(table: Table) -> None:
@@ -162,6 +213,11 @@ def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
         return None
 
 
+def front_of(sweep: Sweep, folder: Path) -> set[int]:
+    """The trials on the Pareto front of a sweep with tradeoffs."""
+    return pareto_front(load_study(sweep, folder)) if sweep.tradeoffs else set()
+
+
 def find_sweep(sweep: str, storage: Path | None) -> Path:
     """A sweep's folder, given as such or by the sweep's name."""
     as_folder = Path(sweep)
@@ -170,12 +226,19 @@ def find_sweep(sweep: str, storage: Path | None) -> Path:
 
 @app.command()
 def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")], storage: Storage = None) -> None:
-    """The trials of a sweep so far."""
+    """The trials of a sweep so far, why some failed, and what is left of its budget."""
     with one_line_errors():
         folder = find_sweep(sweep, storage)
         spec = read_sweep(folder)
-        records = sweep_records(spec, folder)
-    print_table(trials_table(spec, records))
+        study = load_study(spec, folder)
+        records = read_records(study)
+    print_table(trials_table(spec, records, front_of(spec, folder)))
+    for record in records:
+        if record.reason and record.outcome is Outcome.FAILED:
+            tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
+            print(f"trial {record.number} failed{tries}: {record.reason}")
+    for line in progress(spec, records, study.user_attrs.get("hours", 0.0)):
+        print(line)
 
 
 @app.command()

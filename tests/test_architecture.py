@@ -20,16 +20,19 @@ FLOORS = {
     5: ("inflora.continual",),
     6: ("inflora.runs",),
     7: ("inflora.cli",),
-    8: ("sweeps.engine.spec", "sweeps.engine.records", "sweeps.engine.plots"),
-    9: ("sweeps.engine.mlflow_store", "sweeps.engine.ledger", "sweeps.engine.trial"),
-    10: ("sweeps.engine.search", "sweeps.engine.tracking"),
-    11: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
-    12: ("sweeps.cli",),
+    8: ("sweeps.engine.records", "sweeps.engine.space", "sweeps.engine.failures", "sweeps.engine.plots"),
+    9: ("sweeps.engine.metrics",),
+    10: ("sweeps.engine.spec",),
+    11: ("sweeps.engine.budget", "sweeps.engine.samplers", "sweeps.engine.mlflow_store", "sweeps.engine.trial"),
+    12: ("sweeps.engine.ledger",),
+    13: ("sweeps.engine.search", "sweeps.engine.tracking"),
+    14: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
+    15: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 13
+RECIPES_FLOOR = 16
 
 
 def modules() -> dict[str, Path]:

@@ -27,10 +27,12 @@ from sweeps.engine.mlflow_store import (
     experiment_name,
     git_commit,
     log_accuracy,
-    log_params,
-    log_task,
+    log_all,
+    log_pictures,
     make_client,
+    params_of,
     tagged_runs,
+    task_metrics,
 )
 from sweeps.engine.records import now_ms
 from sweeps.engine.spec import Resources
@@ -204,14 +206,15 @@ def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
     """Everything about a finished run; doing it again after a broken connection changes nothing."""
     state = load_state(run.folder / "state")
     finished_ms = int((run.folder / "result.json").stat().st_mtime * 1000)
-    log_params(client, run_id, run.config)
-    matrix, curve = [], []
+    matrix, curve, logged = [], [], []
     for done in range(1, state.tasks + 1):
         metrics = metrics_after(state.evaluations[:done], state.tasks)
         matrix.append(accuracy_row(state.evaluations[done - 1]))
         curve.append(metrics["acc/seen"])
-        log_task(client, run_id, done, metrics, matrix[-1], finished_ms)
+        logged += task_metrics(done, metrics, matrix[-1], finished_ms)
+    log_all(client, run_id, logged, params_of(run.config))
     log_accuracy(client, run_id, matrix, curve)
+    log_pictures(client, run_id, matrix, curve)
     client.log_text(run_id, dump_config(run.config), "model/config.yaml")
     client.log_artifacts(run_id, str(run.folder / "state"), "model/state")
     client.set_terminated(run_id, "FINISHED")

@@ -9,51 +9,61 @@ the value of a stopped trial must never stand beside a finished one's.
 """
 
 import math
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from inflora.config import ConfigError
-from sweeps.engine.records import Outcome, TaskReport, TrialRecord
+from sweeps.engine import budget, space
+from sweeps.engine.failures import change_for
+from sweeps.engine.metrics import Metric, direction, measure
+from sweeps.engine.records import Outcome, TaskReport, TrialRecord, now_ms
+from sweeps.engine.samplers import Rungs, make_sampler
 from sweeps.engine.spec import Sweep
 
 _SAME_SETTINGS_TRIES = 50
-RUNG_METRIC = "acc/seen"
-"""What trials are compared by at equal numbers of tasks done."""
 
 
 class Proposal(NamedTuple):
-    """A trial to run: new, or interrupted after ``tasks_done`` tasks."""
+    """A trial to run: new, or to go on with after ``tasks_done`` tasks; ``failed`` says how it ended before."""
 
     number: int
     settings: dict[str, Any]
     tasks_done: int
+    failed: tuple[str, ...] = ()
+
+
+class _Open(NamedTuple):
+    """A trial that is being run: where to write, and after which tasks it has reported."""
+
+    trial: optuna.Trial
+    reported: set[int]
 
 
 class Ledger:
-    """The study of one sweep: proposes trials, writes down what they report, decides which to stop."""
+    """The study of one sweep: proposes trials, writes down what they report, decides which to stop and when to end.
+
+    A trial that failed and may be tried again, or that was interrupted, is proposed again under its own number.
+    """
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
-        self.exhausted = False
         self.study = optuna.create_study(
             study_name=sweep.study_name,
-            storage=study_url(folder),
-            direction="maximize",
+            storage=open_storage(folder),
+            directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
-            pruner=optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=sweep.grace_tasks, reduction_factor=sweep.reduction
-            ),
         )
         # A sweep that goes on must not draw the random numbers of its first start again.
         seed = sweep.sampler_seed + len(self._trials(*_ENDED, TrialState.RUNNING))
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=min(10, sweep.trials // 3), multivariate=True, constant_liar=True
-        )
+        self.study.sampler = make_sampler(sweep, seed)
         self._by_chance = optuna.load_study(
             study_name=sweep.study_name,
             storage=self.study._storage,
@@ -62,95 +72,214 @@ class Ledger:
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        self._interrupted = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        self._reader = Reader(self.study)
+        self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        self._open: dict[int, _Open] = {}
+        self._rungs = Rungs(sweep, self.records())
+        self._grid = iter(space.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
+        self._exhausted = False
+        self._hours_before = self.study.user_attrs.get("hours", 0.0)
+        self._started, self._start_ms = time.monotonic(), now_ms()
+        self._over = self._why_over()
         for settings in sweep.first:
-            fixed = {k: v for path, value in settings.items() for k, v in sweep.space[path].fix(path, value).items()}
-            self.study.enqueue_trial(fixed, skip_if_exists=True)
+            self.study.enqueue_trial(space.fix(sweep.space, settings), skip_if_exists=True)
+
+    def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
+        """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
+        fitting = [each for each in settings if space.holds(self.sweep.space, each)]
+        if self.study.user_attrs.get("warm_start") != source:
+            for each in fitting:
+                self.study.enqueue_trial(space.fix(self.sweep.space, each), skip_if_exists=True)
+            self.study.set_user_attr("warm_start", source)
+        return len(fitting)
 
     def remaining(self) -> int:
         """How many trials are still to be started or finished."""
-        ended = [t for t in self._trials(*_ENDED) if "same_as" not in t.user_attrs]
+        ended = [record for record in self.records() if record.outcome is not Outcome.RUNNING]
         return max(0, self.sweep.trials - len(ended))
 
+    def hours(self) -> float:
+        """How long the sweep has run, over all its starts."""
+        return self._hours_before + (time.monotonic() - self._started) / 3600
+
+    def why_over(self) -> str:
+        """Why no trial is started any more although some were asked for; empty while they are."""
+        if not self._over and self.sweep.budget.hours is not None and self.hours() >= self.sweep.budget.hours:
+            self._over = self._why_over()
+        return self._over
+
+    def why_hopeless(self) -> str:
+        """What the first trials of this start have all failed of; empty if they have not.
+
+        What failed before this start may have been mended since.
+        """
+        since = [record for record in self.records() if record.end_ms is None or record.end_ms >= self._start_ms]
+        reason = budget.all_failed_alike(since, self.sweep.give_up_after)
+        return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
+
+    def is_idle(self) -> bool:
+        """Whether nothing runs, so that nothing can fail and be proposed again."""
+        return not self._open
+
     def propose(self) -> Proposal | None:
-        """The next trial: an interrupted one before a new one; None when every setting of the space has been tried.
+        """The next trial, one to go on with before a new one; None when there is none now.
 
         A sampler that has found what it likes proposes it again and again in a small space; then chance proposes.
         """
-        if self._interrupted:
-            return self._propose_again(self._interrupted.pop(0))
+        if self.why_over():
+            return None
+        if self._again:
+            return self._propose_again(self._again.pop(0))
+        records = self.records()
+        if len(records) >= self.sweep.trials or self._exhausted:
+            return None
+        tried = {_key(r.settings): r.number for r in records if r.outcome is not Outcome.FAILED}
+        if self.sweep.sampler == "grid":
+            self._enqueue_next_of_grid(tried)
         for attempt in range(_SAME_SETTINGS_TRIES):
             trial = (self._by_chance if attempt else self.study).ask()
-            settings = self.sweep.suggest(trial)
-            tried = self._trials(TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-            twin = next((t for t in tried if t.user_attrs.get("settings") == settings), None)
+            settings = space.suggest(self.sweep.space, trial)
+            twin = tried.get(_key(settings))
             if twin is None:
                 trial.set_user_attr("settings", settings)
+                self._open[trial.number] = _Open(trial, set())
                 return Proposal(trial.number, settings, 0)
-            trial.set_user_attr("same_as", twin.number)
+            trial.set_user_attr("same_as", twin)
             self.study.tell(trial, state=TrialState.FAIL)
-        self.exhausted = True
+            if self.sweep.sampler == "grid":
+                break
+        self._exhausted = True
+        self._over = self._why_over()
         return None
 
+    def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
+        if self._trials(TrialState.WAITING):
+            return  # the first trials come before the grid
+        point = next((point for point in self._grid if _key(point) not in tried), None)
+        # Without a point left any that was tried ends the search: all of them have been.
+        last = point or next(iter(space.grid(self.sweep.space, self.sweep.grid_points)))
+        self.study.enqueue_trial(space.fix(self.sweep.space, last))
+
     def _propose_again(self, number: int) -> Proposal:
-        record, trial = self.record_of(number), self._open_trial(number)
-        assert trial is not None
+        record = self.record_of(number)
+        if number not in self._open:
+            trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+            self._open[number] = _Open(trial, {report.tasks_done for report in record.reports})
+        trial = self._open[number].trial
         # The driver may have died between asking for the trial and writing its settings down.
-        settings = record.settings or self.sweep.suggest(trial)
+        settings = record.settings or space.suggest(self.sweep.space, trial)
         trial.set_user_attr("settings", settings)
-        return Proposal(number, settings, len(record.reports))
+        return Proposal(number, settings, len(record.reports), record.failures)
 
     def report(self, number: int, report: TaskReport) -> bool:
         """Write down a task's report; whether the trial should be stopped now.
 
         A report that is already there (a trial resumed from an earlier checkpoint) changes nothing.
         """
-        trial = self._open_trial(number)
-        if trial is None or f"task:{report.tasks_done}" in trial.user_attrs:
+        if number not in self._open or report.tasks_done in self._open[number].reported:
             return False
-        trial.report(report.metrics[RUNG_METRIC], step=report.tasks_done)
+        trial, reported = self._open[number]
+        reported.add(report.tasks_done)
+        value = report.metrics[self.sweep.rung_metric]
+        if not self.sweep.tradeoffs:
+            trial.report(value, step=report.tasks_done)
         trial.set_user_attr(f"task:{report.tasks_done}", report.model_dump())
-        if report.tasks_done == report.tasks or not trial.should_prune():
+        if not self._rungs.falls_behind(number, report.tasks_done, value) or report.tasks_done == report.tasks:
             return False
-        self.study.tell(number, state=TrialState.PRUNED)
+        self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
         return True
 
     def close(self, number: int) -> None:
-        """The trial has ended by itself: finished if its objective is there and is a number, failed otherwise."""
-        if self._open_trial(number) is None:
+        """The trial has ended by itself: finished if all it is judged by is there and finite, failed otherwise."""
+        if number not in self._open or number in self._again:
             return
         reports = self.record_of(number).reports
         is_done = bool(reports) and reports[-1].tasks_done == reports[-1].tasks
-        value = reports[-1].metrics.get(self.sweep.objective) if is_done else None
-        if value is None:
-            self.fail(number, f"ended without {self.sweep.objective}")
-        elif not math.isfinite(value):
-            self.fail(number, f"{self.sweep.objective} is {value}")
-        else:
-            self.study.tell(number, value)
+        if not is_done and self.why_over():
+            return  # stopped with the sweep: interrupted, not failed
+        measured = {metric: self._measure(metric, reports) if is_done else None for metric in self._judged_by}
+        if missing := [metric for metric, value in measured.items() if value is None]:
+            self._end(number, Outcome.FAILED, reason=f"ended without {', '.join(missing)}")
+            return
+        values = {metric: value for metric, value in measured.items() if value is not None}
+        if strange := [f"{metric} is {value}" for metric, value in values.items() if not math.isfinite(value)]:
+            self._end(number, Outcome.FAILED, reason=", ".join(strange))
+            return
+        for constraint in self.sweep.constraints:
+            self._open[number].trial.set_constraint(constraint.text, constraint.excess(values[constraint.metric]))
+        self._end(number, Outcome.FINISHED, [values[metric] for metric in self.sweep.objectives])
+
+    @property
+    def _judged_by(self) -> dict[Metric, None]:
+        """Objectives and what is constrained, each once, in order."""
+        return dict.fromkeys((*self.sweep.objectives, *(constraint.metric for constraint in self.sweep.constraints)))
+
+    def _measure(self, metric: Metric, reports: Sequence[TaskReport]) -> float | None:
+        return measure(metric, reports, self.sweep.resources.gpus)
 
     def fail(self, number: int, reason: str) -> None:
-        """The trial has failed; ``reason`` is kept with it."""
-        trial = self._open_trial(number)
-        if trial is not None:
-            trial.set_user_attr("reason", reason)
-            self.study.tell(number, state=TrialState.FAIL)
+        """The trial has failed; it is proposed again where that can help, else it ends with ``reason``."""
+        if number not in self._open or number in self._again:
+            return
+        trial = self._open[number].trial
+        failures = [*self.record_of(number).failures, reason]
+        trial.set_user_attr("failures", failures)
+        change = change_for(failures, self.sweep.retries, self.sweep.resources.gpus_per_worker)
+        if change is None:
+            self._end(number, Outcome.FAILED, reason=reason)
+        else:
+            trial.set_user_attr("again", change)
+            self._again.append(number)
+
+    def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
+        if reason:
+            self._open[number].trial.set_user_attr("reason", reason)
+        self.study.tell(number, values, state=_STATES[outcome])
+        del self._open[number]
+        self._rungs.end(number, outcome)
+        self.study.set_user_attr("hours", self.hours())
+        self._over = self._why_over()
+
+    def _why_over(self) -> str:
+        records = self.records()
+        exhausted = "every setting of the space has been tried" if self._exhausted else ""
+        return self.why_hopeless() or budget.why_over(self.sweep, records, self.hours()) or exhausted
 
     def records(self) -> list[TrialRecord]:
         """All trials, oldest first; proposals dropped for repeating another trial are not among them."""
-        return read_records(self.study)
+        return self._reader.records()
 
     def record_of(self, number: int) -> TrialRecord:
         """One trial."""
-        return _record(self.study.get_trials(deepcopy=False)[number])
+        return self._reader.record_of(self.study.get_trials(deepcopy=False)[number])
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
-    def _open_trial(self, number: int) -> optuna.Trial | None:
-        """The trial, for writing, unless it has ended."""
-        frozen = self.study.get_trials(deepcopy=False)[number]
-        return None if frozen.state.is_finished() else optuna.Trial(self.study, frozen._trial_id)
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return repr(sorted(settings.items()))
+
+
+class Reader:
+    """Reads a study again and again; a trial that has ended is understood once."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self._ended: dict[int, TrialRecord] = {}
+
+    def records(self) -> list[TrialRecord]:
+        """All trials, as ``Ledger.records``."""
+        trials = self.study.get_trials(deepcopy=False)
+        shown = (t for t in trials if "same_as" not in t.user_attrs and t.state is not TrialState.WAITING)
+        return [self.record_of(trial) for trial in shown]
+
+    def record_of(self, trial: FrozenTrial) -> TrialRecord:
+        """One trial's record."""
+        record = self._ended.get(trial.number) or _record(trial)
+        if record.outcome is not Outcome.RUNNING:
+            self._ended[trial.number] = record
+        return record
 
 
 def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
@@ -160,7 +289,7 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
         ConfigError: It is not there, or not a study of this version's.
     """
     try:
-        return optuna.load_study(study_name=sweep.study_name, storage=study_url(folder))
+        return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
     except (KeyError, SQLAlchemyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / 'study.db'}: {reason}") from None
@@ -171,32 +300,58 @@ def study_url(folder: Path) -> str:
     return f"sqlite:///{(folder / 'study.db').absolute()}"
 
 
+def open_storage(folder: Path) -> optuna.storages.BaseStorage:
+    """The study's database.
+
+    A write waits for the disk only now and then: a process that dies loses nothing, a machine that loses power at most
+    the last reports, which trials send again when they go on from their checkpoints.
+    """
+    storage = optuna.storages.RDBStorage(study_url(folder))
+    event.listen(storage.engine, "connect", _write_ahead)
+    storage.engine.dispose()  # connections made before know nothing of it
+    return storage
+
+
+def _write_ahead(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
 def read_records(study: optuna.Study) -> list[TrialRecord]:
     """All trials of a study, as ``Ledger.records``."""
-    trials = study.get_trials(deepcopy=False)
-    return [_record(t) for t in trials if "same_as" not in t.user_attrs and t.state is not TrialState.WAITING]
+    return Reader(study).records()
 
 
-_OUTCOMES = {
-    TrialState.RUNNING: Outcome.RUNNING,
-    TrialState.COMPLETE: Outcome.FINISHED,
-    TrialState.PRUNED: Outcome.PRUNED,
-    TrialState.FAIL: Outcome.FAILED,
+def pareto_front(study: optuna.Study) -> set[int]:
+    """The numbers of the finished trials that no other beats in all objectives and that keep the constraints."""
+    return {trial.number for trial in study.best_trials}
+
+
+_STATES = {
+    Outcome.FINISHED: TrialState.COMPLETE,
+    Outcome.PRUNED: TrialState.PRUNED,
+    Outcome.FAILED: TrialState.FAIL,
 }
-_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_OUTCOMES = {state: outcome for outcome, state in _STATES.items()} | {TrialState.RUNNING: Outcome.RUNNING}
+_ENDED = tuple(_STATES.values())
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
     reports = [TaskReport.model_validate(v) for k, v in trial.user_attrs.items() if k.startswith("task:")]
+    values = tuple(trial.values) if trial.state is TrialState.COMPLETE else ()
     return TrialRecord(
         number=trial.number,
         settings=trial.user_attrs.get("settings", {}),
         outcome=_OUTCOMES[trial.state],
         reports=sorted(reports, key=lambda report: report.tasks_done),
-        value=trial.value if trial.state is TrialState.COMPLETE else None,
+        value=values[0] if values else None,
         reason=trial.user_attrs.get("reason", ""),
         start_ms=_milliseconds(trial.datetime_start) or 0,
         end_ms=_milliseconds(trial.datetime_complete),
+        values=values,
+        broken={bound: excess for bound, excess in trial.constraints.items() if excess > 0},
+        failures=tuple(trial.user_attrs.get("failures", ())),
+        again=trial.user_attrs.get("again", ""),
     )
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 
 from inflora.config import ConfigError, RunConfig
 from sweeps.engine import plots
 
 _PARAM_LENGTH = 6000
+_BATCH = 800
+"""Metrics per request: with parameters and tags it stays below a thousand values."""
 
 # One try per request here, ours around it: MLflow's own seven tries would hold the thread for minutes.
 _HTTP = {
@@ -111,28 +113,39 @@ def tagged_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> 
             return runs
 
 
-def log_params(client: MlflowClient, run_id: str, config: RunConfig) -> None:
-    """A config's settings as a run's parameters, in one batch."""
-    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in flat_settings(config).items()]
-    client.log_batch(run_id, params=params)
+def params_of(config: RunConfig) -> list[Param]:
+    """A config's settings as a run's parameters."""
+    return [Param(name, value[:_PARAM_LENGTH]) for name, value in flat_settings(config).items()]
 
 
-def log_task(
+def task_metrics(
+    tasks_done: int, metrics: Mapping[str, float], accuracies: Sequence[float], time_ms: int
+) -> list[Metric]:
+    """What is known after a task; the same ``time_ms`` makes sending twice the same as once."""
+    values = {**metrics, **{f"acc_on_task/{j + 1}": value for j, value in enumerate(accuracies)}}
+    return [Metric(name, value, time_ms, tasks_done) for name, value in values.items()]
+
+
+def log_all(
     client: MlflowClient,
     run_id: str,
-    tasks_done: int,
-    metrics: Mapping[str, float],
-    accuracies: Sequence[float],
-    time_ms: int,
+    metrics: Sequence[Metric] = (),
+    params: Sequence[Param] = (),
+    tags: Sequence[RunTag] = (),
 ) -> None:
-    """What is known after a task, in one batch; the same ``time_ms`` makes sending twice the same as once."""
-    values = {**metrics, **{f"acc_on_task/{j + 1}": value for j, value in enumerate(accuracies)}}
-    client.log_batch(run_id, metrics=[Metric(name, value, time_ms, tasks_done) for name, value in values.items()])
+    """In one request, or in as few as MLflow's limit of a thousand values allows (a config has fewer)."""
+    client.log_batch(run_id, metrics[:_BATCH], params, tags)
+    for start in range(_BATCH, len(metrics), _BATCH):
+        client.log_batch(run_id, metrics[start : start + _BATCH])
 
 
 def log_accuracy(client: MlflowClient, run_id: str, matrix: Sequence[Sequence[float]], curve: Sequence[float]) -> None:
-    """A run's accuracy matrix and curve, as data and as pictures."""
+    """A run's accuracy matrix and curve."""
     client.log_text(run_id, json.dumps({"accuracy_matrix": matrix, "acc/seen": curve}), "accuracy.json")
+
+
+def log_pictures(client: MlflowClient, run_id: str, matrix: Sequence[Sequence[float]], curve: Sequence[float]) -> None:
+    """The same as pictures: for runs that are few, drawing takes longer than all else that is logged."""
     client.log_figure(run_id, plots.accuracy_matrix(matrix), "accuracy_matrix.png")
     figure = plots.accuracy_curves({"all classes seen": [curve]}, "accuracy (%)")
     client.log_figure(run_id, figure, "accuracy_curve.png")

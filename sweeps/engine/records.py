@@ -1,6 +1,7 @@
 """What is known of a trial: plain values that the ledger keeps and everyone else reads."""
 
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -30,7 +31,11 @@ class Outcome(StrEnum):
 
 
 class TrialRecord(NamedTuple):
-    """One trial as the ledger knows it."""
+    """One trial as the ledger knows it.
+
+    ``value`` is its objective, ``values`` all objectives; ``broken`` names the constraints it breaks and by how much;
+    ``failures`` are the reasons of all its failed tries, ``again`` the change with which it was last tried again.
+    """
 
     number: int
     settings: dict[str, Any]
@@ -40,6 +45,10 @@ class TrialRecord(NamedTuple):
     reason: str
     start_ms: int
     end_ms: int | None
+    values: tuple[float, ...] = ()
+    broken: dict[str, float] = {}
+    failures: tuple[str, ...] = ()
+    again: str = ""
 
 
 def now_ms() -> int:
@@ -47,7 +56,12 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def best_record(records: list[TrialRecord]) -> TrialRecord | None:
-    """The finished trial with the highest objective: stopped and failed trials do not count."""
-    finished = [(r.value, -r.number, r) for r in records if r.outcome is Outcome.FINISHED and r.value is not None]
-    return max(finished)[2] if finished else None
+def best_record(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best of ``ranking``."""
+    return next(iter(ranking(records)), None)
+
+
+def ranking(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Finished trials that keep all constraints, the highest objective first: stopped and failed ones do not count."""
+    finished = [r for r in records if r.outcome is Outcome.FINISHED and r.value is not None and not r.broken]
+    return sorted(finished, key=lambda record: (-(record.value or 0.0), record.number))

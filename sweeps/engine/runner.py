@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,20 +39,33 @@ _QUIET = {
 
 
 class SweepResult(NamedTuple):
-    """What is there when a sweep stops: all trials, whether none is left to run, whether MLflow has everything."""
+    """What is there when a sweep stops: all trials, whether none is left to run, whether MLflow has everything.
+
+    ``over`` says why it ended before all trials that were asked for; empty if all were done, or if it was interrupted.
+    """
 
     records: list[TrialRecord]
     complete: bool
     delivered: bool
+    over: str
 
 
 def run_sweep(
-    sweep: Sweep, folder: Path, tracking_uri: str, *, address: str | None, say: Callable[[str], None]
+    sweep: Sweep,
+    folder: Path,
+    tracking_uri: str,
+    *,
+    address: str | None,
+    say: Callable[[str], None],
+    warm_start: tuple[Sequence[Mapping[str, Any]], str] | None = None,
 ) -> SweepResult:
     """Run what is left of a sweep's trials, on the cluster at ``address`` (None: the one found, else this machine).
 
+    ``warm_start`` are settings to try first and where they come from.
+
     Raises:
-        ConfigError: Before anything is started: settings, data, backbone, folder or resources that do not fit.
+        ConfigError: Before anything is started: settings, data, backbone, folder or resources that do not fit. After
+            the first trials: all have failed for one reason.
     """
     for config in sweep.corners():
         check(config)
@@ -60,8 +73,11 @@ def run_sweep(
     folder = folder.absolute()
     with claimed(sweep, folder):
         ledger = Ledger(sweep, folder)
-        remaining = ledger.remaining()
-        done = sweep.trials - remaining
+        if warm_start is not None:
+            found = ledger.warm_start(*warm_start)
+            say(f"warm start: {found} settings of {warm_start[1]} lie in this space and are tried first")
+        remaining = 0 if ledger.why_over() else ledger.remaining()
+        done = sweep.trials - ledger.remaining()
         say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
         commit = git_commit()
         tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
@@ -71,12 +87,15 @@ def run_sweep(
         tracker.start()
         try:
             if remaining:
-                _fit(sweep, folder, ledger, remaining, say)
+                _run_trials(sweep, folder, ledger, remaining, say)
         finally:
-            complete = ledger.remaining() == 0 or ledger.exhausted
+            over = ledger.why_over()
+            complete = ledger.remaining() == 0 or bool(over)
             ray.shutdown()
-            delivered = tracker.close(complete=complete)
-        return SweepResult(ledger.records(), complete, delivered)
+            delivered = tracker.close(complete=complete, over=over)
+        if hopeless := ledger.why_hopeless():
+            raise ConfigError(hopeless)
+        return SweepResult(ledger.records(), complete, delivered, over)
 
 
 @contextmanager
@@ -155,36 +174,57 @@ def slots(resources: Resources) -> int:
     return workers // resources.workers
 
 
-def _fit(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
+def _run_trials(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
     resources, at_a_time = sweep.resources, slots(sweep.resources)
     if sweep.executor == "inline":
         trainable = inline_trial(resources, folder / "trials", sweep.study_name)
-        needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+        needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
+            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
+        )
     else:
         check_state_api()
         backend = pick_backend(resources)
         trainable = train_driver(resources, backend, folder / "trials", sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {"node:__internal_head__": 0.001}
+    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), min(at_a_time, remaining), say)
+
+
+def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: int, say: Callable[[str], None]) -> None:
+    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
     tuner = tune.Tuner(
-        tune.with_resources(trainable, needs),
+        trainable,
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ledger),
             scheduler=StudyScheduler(ledger),
-            num_samples=remaining,
-            max_concurrent_trials=min(at_a_time, remaining),
+            num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
+            max_concurrent_trials=at_a_time,
             reuse_actors=sweep.executor == "inline",
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
             callbacks=[ProgressLines(ledger, say)],
+            stop=WhenOver(ledger),
             verbose=0,
         ),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.fit()
+
+
+class WhenOver(tune.Stopper):
+    """Ends the sweep, also what runs, when its budget is spent or its goal is reached."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.ledger.why_over())
 
 
 class ProgressLines(tune.Callback):
@@ -212,6 +252,10 @@ class ProgressLines(tune.Callback):
 
     def _say_outcome(self, trial: Any) -> None:
         record = self.ledger.record_of(trial.config["number"])
+        if record.outcome is Outcome.RUNNING:
+            if record.again:
+                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
+            return
         ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
         value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
         reason = f"  {record.reason}" if record.reason else ""

@@ -1,32 +1,36 @@
 """Ray Tune's searcher and scheduler, both speaking for the ledger."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps.engine.ledger import RUNG_METRIC, Ledger
+from sweeps.engine.failures import Failure, headline, kind_of
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import TaskReport
+from sweeps.engine.spec import Resources
 
 
 class StudySearcher(Searcher):
     """Tune's way to the ledger: asks for trials, says when they have ended."""
 
     def __init__(self, ledger: Ledger) -> None:
-        super().__init__(metric=RUNG_METRIC, mode="max")
+        super().__init__(metric=ledger.sweep.rung_metric, mode="max")
         self.ledger = ledger
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's number and settings; Tune's FINISHED when there is none."""
+        """The next trial's number and settings; None when there is none now, Tune's FINISHED when none will come."""
         proposal = self.ledger.propose()
         if proposal is None:
-            return Searcher.FINISHED
+            return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
         return {
             "number": proposal.number,
             "tasks_done": proposal.tasks_done,
+            "tasks": self.ledger.sweep.tasks_learnt,
+            "gpus": with_room(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
         }
 
@@ -64,10 +68,10 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Keep why the trial failed."""
-        self.ledger.fail(trial.config["number"], last_line(str(trial.get_error())))
+        self.ledger.fail(trial.config["number"], headline(str(trial.get_error())))
 
 
-def last_line(text: str) -> str:
-    """The line of a traceback that says what happened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "unknown error"
+def with_room(resources: Resources, failed: Sequence[str]) -> float:
+    """GPUs per worker: all of one where a share of it was too little memory."""
+    was_full = any(kind_of(reason) is Failure.MEMORY for reason in failed)
+    return max(1.0, resources.gpus_per_worker) if was_full and resources.gpus_per_worker else resources.gpus_per_worker

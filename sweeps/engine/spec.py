@@ -4,90 +4,39 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-import optuna
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from inflora.config import ConfigError, RunConfig, Settings, config_hash, override
+from inflora.config import AFTER_FIRST_TASK, ConfigError, RunConfig, Settings, config_hash, override
+from sweeps.engine import space as search_space
+from sweeps.engine.metrics import Metric, Objective
+from sweeps.engine.space import Choice, Domain, Integer, NearOne, Real
+
+__all__ = [
+    "SPEC_FILE",
+    "Budget",
+    "Choice",
+    "Constraint",
+    "Integer",
+    "NearOne",
+    "Real",
+    "Resources",
+    "Sweep",
+    "read_sweep",
+]
 
 SPEC_FILE = "sweep.json"
 """A sweep as it was run, in its folder."""
 
-Scalar = int | float | str | bool | None
+Protocol = Literal["end-of-training", "first-task", "two-phase", "current-task"]
+"""How settings are chosen, recorded with every result.
 
-
-class SearchedByName(Settings):
-    """What the sampler searches under the setting's own name, as the setting's own value."""
-
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {path: value}
-
-
-class Integer(SearchedByName):
-    """A whole number between two bounds, both possible."""
-
-    kind: Literal["integer"] = "integer"
-    low: int
-    high: int
-    log: bool = False
-
-    def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
-        """Let the sampler choose a value for the setting ``path``."""
-        return trial.suggest_int(path, self.low, self.high, log=self.log)
-
-
-class Real(SearchedByName):
-    """A number between two bounds."""
-
-    kind: Literal["real"] = "real"
-    low: float
-    high: float
-    log: bool = False
-
-    def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
-        """Let the sampler choose a value for the setting ``path``."""
-        return trial.suggest_float(path, self.low, self.high, log=self.log)
-
-
-class NearOne(Settings):
-    """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in what is missing to 1.
-
-    The sampler searches ``1 - setting`` under that very name; the setting itself is what is recorded.
-    """
-
-    kind: Literal["near_one"] = "near_one"
-    low: float = Field(ge=0, lt=1)
-    high: float = Field(gt=0, lt=1)
-
-    def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
-        """Let the sampler choose a value for the setting ``path``."""
-        missing = trial.suggest_float(f"1 - {path}", _missing(self.high), _missing(self.low), log=True)
-        return _missing(missing)
-
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {f"1 - {path}": _missing(value)}
-
-
-def _missing(share: float) -> float:
-    """What is missing to 1, free of rounding noise: 0.05 and not 0.050000000000000044."""
-    return round(1 - share, 10)
-
-
-class Choice(SearchedByName):
-    """One of some values."""
-
-    kind: Literal["choice"] = "choice"
-    options: tuple[Scalar, ...] = Field(min_length=1)
-
-    def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
-        """Let the sampler choose a value for the setting ``path``."""
-        return trial.suggest_categorical(path, self.options)
-
-
-Domain = Annotated[Integer | Real | NearOne | Choice, Field(discriminator="kind")]
+- end-of-training: by validation images of all tasks, after the last one;
+- first-task: by the first task alone (what only later tasks feel cannot be chosen so);
+- two-phase: as end-of-training on one class order, judged (``sweeps final``) on orders that no trial has learnt;
+- current-task: each task by its own validation images right after it was learnt, old ones not looked at again.
+"""
 
 
 class Resources(Settings):
@@ -105,22 +54,76 @@ class Resources(Settings):
             )
         return self
 
+    @property
+    def gpus(self) -> float:
+        """The GPUs of one trial."""
+        return self.workers * self.gpus_per_worker
+
+
+class Constraint(Settings):
+    """A bound that a trial's metric must keep; a trial that breaks it is never the best."""
+
+    metric: Metric
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Self:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("a constraint has at_most or at_least")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The bound in a word."""
+        return (
+            f"{self.metric} <= {self.at_most:g}" if self.at_most is not None else f"{self.metric} >= {self.at_least:g}"
+        )
+
+    def excess(self, value: float) -> float:
+        """How far ``value`` is on the wrong side (in the metric's unit); 0 or less: kept."""
+        return value - self.at_most if self.at_most is not None else (self.at_least or 0.0) - value
+
+
+class Budget(Settings):
+    """When a sweep ends besides by its number of trials. None: never for that reason.
+
+    A sweep that ends by its budget interrupts what runs; with a larger budget the same command goes on with it.
+    """
+
+    hours: float | None = Field(default=None, gt=0, description="wall-clock time, over all starts")
+    gpu_hours: float | None = Field(default=None, gt=0, description="training time of all trials x their GPUs")
+    target: float | None = Field(default=None, description="a finished trial whose objective is at least this")
+    patience: int | None = Field(default=None, ge=1, description="trials ended in a row without a new best")
+    storage_gb: float | None = Field(default=None, gt=0, description="checkpoints and shared results on the storage")
+
 
 class Sweep(Settings):
     """One search over the settings of one base configuration.
 
-    The paper's settings (``first``) are the first trials; the sampler proposes the rest.
+    The paper's settings (``first``) are the first trials; the sampler proposes the rest. With ``tradeoffs`` the search
+    looks for the Pareto front of the objective and these; the best trial is still the one with the best objective.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     base: RunConfig
     space: dict[str, Domain] = Field(min_length=1)
     first: tuple[dict[str, JsonValue], ...] = ()
-    objective: Literal["acc/final", "acc/avg_incremental", "bwt"] = "acc/final"
+    objective: Objective = "acc/final"
+    tradeoffs: tuple[Metric, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    protocol: Protocol = "end-of-training"
+    judge_orders: tuple[int, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
     trials: int = Field(default=16, ge=1)
+    budget: Budget = Budget()
+    sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = "tpe"
     sampler_seed: int = Field(default=0, ge=0)
+    grid_points: int = Field(default=3, ge=1, description="values per setting that the grid sampler tries")
+    early_stopping: Literal["asha", "median", "hyperband", "none"] = "asha"
     grace_tasks: int = Field(default=2, ge=1, description="tasks that every trial may learn before it can be stopped")
-    reduction: int = Field(default=2, ge=2, description="1/reduction of the trials pass each rung of ASHA")
+    reduction: int = Field(default=2, ge=2, description="1/reduction of the trials pass each rung (asha, hyperband)")
+    retries: int = Field(default=2, ge=0, description="how often a trial is tried again where that can help")
+    give_up_after: int = Field(default=3, ge=1, description="first trials that all fail alike end the sweep")
     executor: Literal["train", "inline"] = Field(
         default="train", description="train: Ray Train workers; inline: one worker inside the Tune trial, starts faster"
     )
@@ -130,14 +133,55 @@ class Sweep(Settings):
     def _fits_together(self) -> Self:
         if self.executor == "inline" and self.resources.workers > 1:
             raise ValueError(f"executor inline runs one worker, got resources.workers={self.resources.workers}")
+        search_space.check_order(self.space)
         for settings in self.first:
-            if set(settings) != set(self.space):
-                raise ValueError(f"each of first must set exactly {sorted(self.space)}, got {sorted(settings)}")
+            if set(settings) != set(search_space.asked(self.space, settings)):
+                exactly = sorted(search_space.asked(self.space, settings))
+                raise ValueError(f"each of first must set exactly {exactly}, got {sorted(settings)}")
         if self.base.data.train_on != "train":
             raise ValueError(
                 f"base.data.train_on must be train: trials are judged on the rest, got {self.base.data.train_on}"
             )
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objective and tradeoffs must differ, got {', '.join(self.objectives)}")
+        if self.sampler == "cmaes" and self.tradeoffs:
+            raise ValueError("sampler cmaes has one objective; tpe, gp, random and grid take tradeoffs")
+        measured = {*self.objectives, *(constraint.metric for constraint in self.constraints)}
+        if "cost/gpu_hours" in measured and not self.resources.gpus_per_worker:
+            raise ValueError("cost/gpu_hours is 0 for every trial where resources.gpus_per_worker is 0")
+        if self.budget.gpu_hours is not None and not self.resources.gpus_per_worker:
+            raise ValueError("budget.gpu_hours is never spent where resources.gpus_per_worker is 0")
         return self
+
+    @model_validator(mode="after")
+    def _follows_its_protocol(self) -> Self:
+        late = sorted(set(self.space) & {f"method.{name}" for name in AFTER_FIRST_TASK})
+        if self.protocol == "first-task" and late:
+            raise ValueError(
+                f"protocol first-task cannot choose {', '.join(late)}: the first task's accuracy does not depend on it"
+            )
+        if self.protocol == "current-task" and self.objective != "acc/current":
+            raise ValueError(f"protocol current-task is judged by objective acc/current, got {self.objective}")
+        if self.protocol == "two-phase" and not self.judge_orders:
+            raise ValueError("protocol two-phase needs judge_orders: class orders that no trial learns")
+        if self.base.data.order_seed in self.judge_orders:
+            raise ValueError(f"judge_orders must not hold base.data.order_seed, got {self.base.data.order_seed}")
+        return self
+
+    @property
+    def objectives(self) -> tuple[Metric, ...]:
+        """What the search looks for: the objective, then what it is traded against."""
+        return self.objective, *self.tradeoffs
+
+    @property
+    def rung_metric(self) -> str:
+        """What trials are compared by at equal numbers of tasks done."""
+        return "acc/new" if self.protocol == "current-task" else "acc/seen"
+
+    @property
+    def tasks_learnt(self) -> int | None:
+        """How many tasks a trial learns; None: the whole stream."""
+        return 1 if self.protocol == "first-task" else None
 
     @property
     def study_name(self) -> str:
@@ -145,7 +189,9 @@ class Sweep(Settings):
         meaning = {
             "base": config_hash(self.base),
             "space": {path: domain.model_dump() for path, domain in sorted(self.space.items())},
-            "objective": self.objective,
+            "objectives": self.objectives,
+            "constraints": [constraint.model_dump() for constraint in self.constraints],
+            "protocol": self.protocol,
         }
         return f"{self.name}-{hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:8]}"
 
@@ -153,29 +199,20 @@ class Sweep(Settings):
         """The base configuration with a trial's settings."""
         return override(self.base, settings)
 
-    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Scalar]:
-        """Dotted settings chosen by the sampler."""
-        return {path: domain.suggest(trial, path) for path, domain in self.space.items()}
-
     def corners(self) -> list[RunConfig]:
         """The configs whose acceptance means that every trial's is accepted: base, first trials, ends of each domain.
 
         Raises:
             ConfigError: A domain or a first trial that no sampler or run accepts.
         """
-        settings: list[Mapping[str, Any]] = [{}, *self.first]
-        for path, domain in self.space.items():
+        for path in self.space:
             if path.split(".")[0] not in ("method", "optim"):
                 raise ConfigError(f"space {path}: only method.* and optim.* are searched, data and seeds are fixed")
-            settings += [{path: value} for value in _ends(path, domain)]
         for trial in self.first:
             for path, value in trial.items():
-                if not _contains(self.space[path], value):
+                if not self.space[path].contains(value):
                     raise ConfigError(f"first {path}={value} is outside its space: {self.space[path]}")
-        try:
-            self.suggest(optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).ask())
-        except ValueError as error:
-            raise ConfigError(f"the space cannot be sampled: {error}") from None
+        settings: list[Mapping[str, Any]] = [{}, *self.first, *search_space.corners(self.space)]
         return [self.config(each) for each in settings]
 
 
@@ -194,17 +231,3 @@ def read_sweep(folder: Path) -> Sweep:
         raise ConfigError(f"no sweep in {folder}: {SPEC_FILE} is missing{known}") from None
     except ValidationError as error:
         raise ConfigError(f"{path} is of another version or damaged: {error.errors()[0]['msg']}") from None
-
-
-def _ends(path: str, domain: Domain) -> tuple[Scalar, ...]:
-    if isinstance(domain, Choice):
-        return domain.options
-    if domain.low > domain.high:
-        raise ConfigError(f"space {path}: low must not exceed high, got {domain.low} and {domain.high}")
-    return domain.low, domain.high
-
-
-def _contains(domain: Domain, value: Any) -> bool:
-    if isinstance(domain, Choice):
-        return value in domain.options
-    return bool(domain.low <= value <= domain.high)

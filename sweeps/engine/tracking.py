@@ -5,8 +5,10 @@ never waits for a server, and what a server missed while it was down is still th
 the time at which the trial reported it, which makes sending twice the same as sending once.
 """
 
+import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,21 +17,23 @@ from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponent
 
 from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine import plots
-from sweeps.engine.ledger import load_study, read_records
+from sweeps.engine.ledger import Reader, load_study
 from sweeps.engine.mlflow_store import (
     experiment_id,
     experiment_name,
     log_accuracy,
-    log_params,
-    log_task,
+    log_all,
     make_client,
+    params_of,
     tagged_runs,
+    task_metrics,
 )
 from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
 
 logger = logging.getLogger(__name__)
 
+_OUTCOME_TAG = "inflora.outcome"
 _STATUS = {Outcome.FINISHED: "FINISHED", Outcome.PRUNED: "KILLED", Outcome.FAILED: "FAILED"}
 
 
@@ -40,6 +44,7 @@ class Mirror:
         self.sweep, self.tags = sweep, dict(tags)
         self.client = make_client(uri)
         self.study = load_study(sweep, folder)
+        self._reader = Reader(self.study)
         self._experiment = ""
         self.parent: str | None = None
         self._children: dict[int, Run] = {}
@@ -49,17 +54,26 @@ class Mirror:
         """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
         if self.parent is None:
             self.parent = self._find_or_create_parent()
-        for record in read_records(self.study):
+        for record in self._reader.records():
             state = (len(record.reports), record.outcome)
-            if self._sent.get(record.number) != state and record.settings:
-                self._sync_trial(record)
+            sent = self._sent.get(record.number)
+            if sent != state and record.settings:
+                self._sync_trial(record, sent[0] if sent else 0)
                 self._sent[record.number] = state
 
-    def finish(self, *, complete: bool) -> None:
-        """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has."""
+    def finish(self, *, complete: bool, over: str = "") -> None:
+        """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has.
+
+        Trials that were interrupted are shown as killed until the sweep goes on with them.
+        """
         self.sync()
         assert self.parent is not None
-        best = best_record(read_records(self.study))
+        records = self._reader.records()
+        for record in records:
+            if record.outcome is Outcome.RUNNING and record.number in self._children:
+                self.client.set_terminated(self._children[record.number].info.run_id, "KILLED")
+        self.client.set_tag(self.parent, "inflora.ended_early", over)
+        best = best_record(records)
         if best is not None:
             last = best.reports[-1]
             metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
@@ -87,27 +101,37 @@ class Mirror:
             tags = {**self.tags, **self._own_tags()}
             parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
         if not parent.data.params:
-            log_params(self.client, parent.info.run_id, self.sweep.base)
+            log_all(self.client, parent.info.run_id, params=params_of(self.sweep.base))
             self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
         return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:
         return {"inflora.sweep": self.sweep.study_name, "inflora.objective": self.sweep.objective}
 
-    def _sync_trial(self, record: TrialRecord) -> None:
+    def _sync_trial(self, record: TrialRecord, reports_sent: int) -> None:
+        """Send what is new of a trial in one batch; sent again by another start it changes nothing."""
         config = self.sweep.config(record.settings)
-        run = self._children.get(record.number) or self._create_child(record, config)
-        if run.info.status in _STATUS.values():
+        run = self._children.get(record.number)
+        if run is not None and _OUTCOME_TAG in run.data.tags and run.info.status in _STATUS.values():
             return  # sent to its end by an earlier start of this sweep
-        if not run.data.params:
-            log_params(self.client, run.info.run_id, config)
-        for report in record.reports:
-            metrics = {**report.metrics, "seconds": report.seconds}
-            log_task(self.client, run.info.run_id, report.tasks_done, metrics, report.accuracies, report.time_ms)
+        if run is None:
+            run = self._children[record.number] = self._create_child(record, config)
+        elif run.info.status != "RUNNING":
+            self.client.update_run(run.info.run_id, status="RUNNING")  # it was interrupted
+        metrics = [
+            metric
+            for report in record.reports[reports_sent:]
+            for metric in task_metrics(
+                report.tasks_done, {**report.metrics, "seconds": report.seconds}, report.accuracies, report.time_ms
+            )
+        ]
+        tags = {_OUTCOME_TAG: record.outcome.value} if record.outcome in _STATUS else {}
+        tags |= {"inflora.reason": record.reason} if record.reason else {}
+        tags |= {"inflora.failures": json.dumps(record.failures)} if record.failures else {}
+        params = [] if run.data.params or reports_sent else params_of(config)
+        log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
         if record.outcome in _STATUS:
             self._end_child(run.info.run_id, record)
-        # Read again only when something is to be sent: by now its parameters are there.
-        self._children[record.number] = self.client.get_run(run.info.run_id)
 
     def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
         assert self.parent is not None
@@ -119,12 +143,8 @@ class Mirror:
     def _end_child(self, run_id: str, record: TrialRecord) -> None:
         if record.reports:
             matrix = [report.accuracies for report in record.reports]
-            curve = [report.metrics["acc/seen"] for report in record.reports]
-            log_accuracy(self.client, run_id, matrix, curve)
+            log_accuracy(self.client, run_id, matrix, [report.metrics["acc/seen"] for report in record.reports])
         self.client.log_text(run_id, dump_config(self.sweep.config(record.settings)), "config.yaml")
-        tags = [RunTag("inflora.outcome", record.outcome.value)]
-        tags += [RunTag("inflora.reason", record.reason)] if record.reason else []
-        self.client.log_batch(run_id, tags=tags)
         self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
 
 
@@ -139,7 +159,8 @@ class Tracker(threading.Thread):
         self._closing = threading.Event()
         self._delivered = threading.Event()
         self._patience_s = 0.0
-        self._complete = False
+        self._complete, self._over = False, ""
+        self.cpu_s = 0.0
 
     def run(self) -> None:
         """Send differences until closed, then everything that is left; a failure is only a later try."""
@@ -158,14 +179,15 @@ class Tracker(threading.Thread):
             reraise=True,
         )
         try:
-            retry(self._with_mirror, lambda mirror: mirror.finish(complete=self._complete))
+            retry(self._with_mirror, lambda mirror: mirror.finish(complete=self._complete, over=self._over))
             self._delivered.set()
         except Exception as error:
             logger.warning("MLflow has not taken everything: %s", error)
+        self.cpu_s = time.thread_time()
 
-    def close(self, *, complete: bool = True, patience_s: float = 60.0) -> bool:
-        """Send what is left; whether MLflow has taken all of it within ``patience_s``."""
-        self._patience_s, self._complete = patience_s, complete
+    def close(self, *, complete: bool = True, over: str = "", patience_s: float = 60.0) -> bool:
+        """Send what is left, and why the sweep is ``over``; whether MLflow has taken all of it in ``patience_s``."""
+        self._patience_s, self._complete, self._over = patience_s, complete, over
         self._closing.set()
         self.join(patience_s + 30)
         return self._delivered.is_set()

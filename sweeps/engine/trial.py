@@ -5,8 +5,9 @@ differs is the ``Session``, where a state comes from and where results go.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,31 +39,38 @@ class Session(Protocol):
 
 
 def learn(settings: dict[str, Any], session: Session) -> None:
-    """Learn the stream on train and validation images, a report per task.
+    """Learn the stream, or its first ``tasks`` tasks, on train and validation images: a report per task.
 
     A trial that went on after the ledger last heard of it reports those tasks first. What no retry can help (a loss
     that is not a number, no memory left) is reported as the trial's failure.
     """
-    state = session.restore()
+    state, tasks = session.restore(), settings["tasks"]
     if state is not None:
         for tasks_done in range(settings["tasks_done"] + 1, state.tasks_done + 1):
-            session.report(_metrics(state, tasks_done, seconds=0.0), state)
+            session.report(_metrics(state, tasks_done, tasks, seconds=0.0), state)
+    left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
-        for result in run(parse_config(settings["config"]), state):
-            session.report(_metrics(result.state, result.state.tasks_done, result.seconds), result.state)
+        for result in islice(run(parse_config(settings["config"]), state), left):
+            own = {name: value for name, value in result.metrics.items() if name.startswith("params/")}
+            session.report(_metrics(result.state, result.state.tasks_done, tasks, result.seconds, own), result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(error).__name__}: {error}"}, None)
 
 
-def _metrics(state: RunState, tasks_done: int, seconds: float) -> dict[str, Any]:
-    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger."""
-    evaluations = state.evaluations[:tasks_done]
+def _metrics(
+    state: RunState, tasks_done: int, tasks: int | None, seconds: float, own: Mapping[str, float] = {}
+) -> dict[str, Any]:
+    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger.
+
+    ``own`` are metrics that no state remembers.
+    """
+    evaluations, tasks = state.evaluations[:tasks_done], tasks or state.tasks
     report = TaskReport(
         tasks_done=tasks_done,
-        tasks=state.tasks,
-        metrics=metrics_after(evaluations, state.tasks),
+        tasks=tasks,
+        metrics={**metrics_after(evaluations, tasks), **own},
         accuracies=accuracy_row(evaluations[-1]),
         seconds=seconds,
         time_ms=now_ms(),
@@ -133,7 +141,7 @@ def train_driver(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
             ),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
+from sweeps.engine import space
 from sweeps.engine.spec import Choice, Integer, NearOne, Real, Resources, Sweep
 
 from .conftest import PAPER
@@ -23,9 +24,8 @@ def test_near_one_spends_its_resolution_near_one():
 
 def test_what_the_sampler_is_told_to_fix_is_what_the_setting_becomes(tiny_sweep):
     study = optuna.create_study()
-    fixed = {k: v for path, value in PAPER.items() for k, v in tiny_sweep.space[path].fix(path, value).items()}
-    study.enqueue_trial(fixed)
-    assert tiny_sweep.suggest(study.ask()) == PAPER
+    study.enqueue_trial(space.fix(tiny_sweep.space, PAPER))
+    assert space.suggest(tiny_sweep.space, study.ask()) == PAPER
 
 
 def test_a_choice_is_one_of_its_options():

@@ -74,7 +74,7 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
     assert history(client, first, "acc/seen") == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5)]
     assert first.data.metrics["acc/final"] == 0.5
     names = {a.path for a in client.list_artifacts(first.info.run_id)}
-    assert names == {"accuracy.json", "accuracy_matrix.png", "accuracy_curve.png", "config.yaml"}
+    assert names == {"accuracy.json", "config.yaml"}
     accuracy = json.loads(Path(client.download_artifacts(first.info.run_id, "accuracy.json")).read_text())
     assert [len(row) for row in accuracy["accuracy_matrix"]] == [1, 2, 3, 4, 5]
     assert children[2].data.tags["inflora.reason"] == "FloatingPointError: the loss is nan"
@@ -106,7 +106,29 @@ def test_a_sweep_that_was_interrupted_is_not_shown_as_finished(ledger, tiny_swee
     ledger.propose()
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=False)
     _, (parent,), children = all_runs(sqlite_uri(tmp_path))
-    assert (parent.info.status, children[0].info.status) == ("KILLED", "RUNNING")
+    assert (parent.info.status, children[0].info.status) == ("KILLED", "KILLED")
+
+
+def test_a_trial_that_was_interrupted_goes_on_in_the_same_run(tiny_sweep, tmp_path):
+    first = Ledger(tiny_sweep, tmp_path)
+    first.report(first.propose().number, report(1, 0.9))
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=False, over="time budget spent")
+    _, (parent,), _ = all_runs(sqlite_uri(tmp_path))
+    assert parent.data.tags["inflora.ended_early"] == "time budget spent"
+
+    second = Ledger(tiny_sweep, tmp_path)
+    number = second.propose().number
+    mirror = Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+    second.report(number, report(2, 0.8))
+    mirror.sync()
+    client, _, children = all_runs(sqlite_uri(tmp_path))
+    assert children[number].info.status == "RUNNING"
+    learn_all(second, number, [0.9, 0.8, 0.7, 0.6, 0.5])
+    mirror.finish(complete=True)
+    client, (parent,), children = all_runs(sqlite_uri(tmp_path))
+    assert children[number].info.status == parent.info.status == "FINISHED"
+    assert [step for step, _ in history(client, children[number], "acc/seen")] == [1, 2, 3, 4, 5]
+    assert parent.data.tags["inflora.ended_early"] == ""
 
 
 def test_looking_a_run_up_changes_nothing(ledger, tiny_sweep, tmp_path):

@@ -1,0 +1,144 @@
+"""What the engine itself costs: a sweep whose trials learn nothing, with and without MLflow.
+
+python benchmarks/engine.py                    1,000 trials x 10 tasks, the ledger alone, then with MLflow beside it
+python benchmarks/engine.py --ray --trials 200 the same through Ray Tune, in actors that are used again
+
+Prints a table and writes it as JSON. Driver time is wall time from the first proposal to the last trial's end; MLflow
+time is what the tracker needs after that until all is delivered. The processor time of the tracker's thread is part of
+the driver's process and is given as a share of the driver time.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from inflora.config import DataSettings, RunConfig
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.records import TaskReport, now_ms
+from sweeps.engine.runner import connect, fit
+from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.engine.tracking import Tracker
+
+
+def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
+    """A sweep of the usual three settings; its trials are never trained."""
+    return Sweep.model_validate(
+        {
+            "name": "bench",
+            "base": RunConfig(data=DataSettings(tasks=tasks)),
+            "space": {
+                "method.rank": Integer(low=1, high=96, log=True),
+                "method.energy": NearOne(low=0.8, high=0.9999),
+                "optim.lr": Real(low=1e-5, high=1e-1, log=True),
+            },
+            "trials": trials,
+            "sampler": sampler,
+            "executor": "inline",
+        }
+    )
+
+
+def make_report(done: int, tasks: int, lr: float) -> TaskReport:
+    """What a trial says after ``done`` tasks: less with every task, and less the further its rate is from 1e-3."""
+    accuracy = max(0.0, 1.0 - 0.03 * done - abs(lr - 1e-3) * 5)
+    metrics = dict.fromkeys(("acc/seen", "acc/seen_macro", "acc/new", "acc/task_aware"), accuracy)
+    if done == tasks:
+        metrics |= {"acc/final": accuracy, "acc/avg_incremental": accuracy, "forgetting": 0.1, "bwt": -0.1}
+    return TaskReport(
+        tasks_done=done, tasks=tasks, metrics=metrics, accuracies=[accuracy] * done, seconds=0.0, time_ms=now_ms()
+    )
+
+
+def drive(ledger: Ledger, tasks: int) -> None:
+    """Every trial of the ledger, one after another, in this process."""
+    while (proposal := ledger.propose()) is not None:
+        for done in range(1, tasks + 1):
+            if ledger.report(proposal.number, make_report(done, tasks, proposal.settings["optim.lr"])):
+                break
+        ledger.close(proposal.number)
+
+
+def drive_with_ray(ledger: Ledger, folder: Path, tasks: int) -> None:
+    """The same through Ray Tune, two at a time."""
+    from ray import tune
+
+    def trial(settings: dict) -> None:
+        for done in range(1, tasks + 1):
+            report = make_report(done, tasks, settings["config"]["optim"]["lr"])
+            tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
+
+    fit(ledger.sweep, folder, ledger, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None)
+
+
+def measure(sweep: Sweep, *, with_mlflow: bool, with_ray: bool) -> dict[str, float]:
+    """One sweep from start to end."""
+    tasks, process = sweep.base.data.tasks, psutil.Process()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ledger = Ledger(sweep, folder)
+        tracker = Tracker(sweep, folder, f"sqlite:///{folder / 'mlflow.db'}", {})
+        memory_mb, start = process.memory_info().rss / 2**20, time.perf_counter()
+        if with_mlflow:
+            tracker.start()
+        if with_ray:
+            drive_with_ray(ledger, folder, tasks)
+        else:
+            drive(ledger, tasks)
+        driver_s = time.perf_counter() - start
+        start = time.perf_counter()
+        delivered = tracker.close(patience_s=3600) if with_mlflow else True
+        assert delivered, "MLflow has not taken everything"
+        records = ledger.records()
+        assert len(records) == sweep.trials
+        assert not ledger.remaining()
+        return {
+            "trials": sweep.trials,
+            "reports": sum(len(record.reports) for record in records),
+            "driver_s": driver_s,
+            "per_trial_ms": 1000 * driver_s / sweep.trials,
+            "mlflow_cpu_s": tracker.cpu_s,
+            "mlflow_after_s": time.perf_counter() - start if with_mlflow else 0.0,
+            "memory_growth_mb": process.memory_info().rss / 2**20 - memory_mb,
+        }
+
+
+def main() -> None:
+    """Measure without and with MLflow, and say both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--tasks", type=int, default=10)
+    parser.add_argument("--sampler", default="random", help="random isolates the engine: TPE's own time grows")
+    parser.add_argument("--ray", action="store_true", help="through Ray Tune")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/engine.json"))
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    sweep = make_sweep(arguments.trials, arguments.tasks, arguments.sampler)
+    if arguments.ray:
+        connect("local")
+    rows = {
+        name: measure(sweep, with_mlflow=with_mlflow, with_ray=arguments.ray)
+        for name, with_mlflow in (("without MLflow", False), ("with MLflow", True))
+    }
+    table = Table(title=f"{arguments.trials} trials x {arguments.tasks} tasks, sampler {arguments.sampler}")
+    for column in ("", *rows["with MLflow"]):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=140).print(table)
+    arguments.out.write_text(
+        json.dumps({"arguments": {**vars(arguments), "out": str(arguments.out)}, **rows}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Who proposes settings, and who says which trials fall behind: Optuna's samplers and pruners, by name."""
+
+import warnings
+
+import optuna
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+
+from sweeps.engine import space
+from sweeps.engine.records import Outcome, TrialRecord
+from sweeps.engine.spec import Sweep
+
+
+def make_sampler(sweep: Sweep, seed: int) -> BaseSampler:
+    """The sampler that ``sweep.sampler`` names; the grid needs none, it is counted through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return _make_sampler(sweep, seed, startup=min(10, sweep.trials // 3))
+
+
+def _make_sampler(sweep: Sweep, seed: int, startup: int) -> BaseSampler:
+    match sweep.sampler:
+        case "tpe":
+            return TPESampler(
+                seed=seed,
+                n_startup_trials=startup,
+                multivariate=True,
+                group=space.is_conditional(sweep.space),
+                constant_liar=True,
+            )
+        case "gp":
+            return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
+        case "cmaes":
+            # Stopped trials have no value: with early stopping only the finished ones teach it.
+            return CmaEsSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
+        case "random" | "grid":
+            return RandomSampler(seed=seed)
+
+
+class Rungs:
+    """Early stopping at equal numbers of tasks done, on what all trials of the ledger have reported.
+
+    A study of its own, in memory: Optuna's pruners want one objective, and here more is always better, whatever the
+    sweep looks for. It is rebuilt from the ledger when a sweep goes on.
+    """
+
+    def __init__(self, sweep: Sweep, records: list[TrialRecord]) -> None:
+        self.metric = sweep.rung_metric
+        self._study = optuna.create_study(
+            study_name=sweep.study_name,
+            direction="maximize",
+            sampler=RandomSampler(0),
+            pruner=_make_pruner(sweep),
+        )
+        self._trials: dict[int, optuna.Trial] = {}
+        for record in records:
+            for report in record.reports:
+                self.falls_behind(record.number, report.tasks_done, report.metrics[self.metric])
+            self.end(record.number, record.outcome)
+
+    def falls_behind(self, number: int, tasks_done: int, value: float) -> bool:
+        """Take down what a trial has reported; whether it should be stopped."""
+        trial = self._trials.get(number) or self._study.ask()
+        self._trials[number] = trial
+        trial.report(value, step=tasks_done)
+        return trial.should_prune()
+
+    def end(self, number: int, outcome: Outcome) -> None:
+        """The trial reports no more: some rules only compare with finished ones."""
+        trial = self._trials.get(number)
+        if trial is None or outcome is Outcome.RUNNING:
+            return
+        last = self._study.get_trials(deepcopy=False)[trial.number]
+        finished = outcome is Outcome.FINISHED
+        self._study.tell(
+            trial,
+            last.intermediate_values[last.last_step] if finished and last.last_step is not None else None,
+            state=TrialState.COMPLETE if finished else TrialState.FAIL,
+        )
+        del self._trials[number]
+
+
+def _make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    pruners = optuna.pruners
+    match sweep.early_stopping:
+        case "asha":
+            return pruners.SuccessiveHalvingPruner(min_resource=sweep.grace_tasks, reduction_factor=sweep.reduction)
+        case "hyperband":
+            return pruners.HyperbandPruner(
+                min_resource=sweep.grace_tasks,
+                max_resource=max(sweep.grace_tasks, sweep.base.data.tasks),
+                reduction_factor=sweep.reduction,
+            )
+        case "median":
+            # A trial is compared after its grace, with the median of at least three that have finished.
+            return pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=sweep.grace_tasks)
+        case "none":
+            return pruners.NopPruner()

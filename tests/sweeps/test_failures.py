@@ -1,0 +1,140 @@
+"""Trials that fail: tried again where that can help, ended with their reason where not, never the sweep's end."""
+
+import pytest
+
+from sweeps.engine.failures import Failure, alike, change_for, headline, kind_of
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.records import Outcome
+from sweeps.engine.search import StudySearcher, with_room
+from sweeps.engine.spec import Resources
+
+from .conftest import learn_all, report
+
+LOST = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
+FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+NAN = "FloatingPointError: the loss of task 0, epoch 3 is nan; try a smaller optim.lr"
+STRANGE = "KeyError: 'blocks.0'"
+
+
+@pytest.fixture
+def ledger(tiny_sweep, tmp_path) -> Ledger:
+    return Ledger(tiny_sweep, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (LOST, Failure.LOST),
+        (FULL, Failure.MEMORY),
+        ("MemoryError", Failure.MEMORY),
+        (NAN, Failure.HOPELESS),
+        ("inflora.config.ConfigError: method.rank must be at most 32", Failure.HOPELESS),
+        (STRANGE, Failure.UNKNOWN),
+    ],
+)
+def test_what_kind_of_failure_a_text_tells_of(reason, kind):
+    assert kind_of(reason) is kind
+
+
+@pytest.mark.parametrize(
+    ("failed", "gpus", "change"),
+    [
+        ([LOST], 1, "from its last finished task"),
+        ([LOST, LOST], 1, "from its last finished task"),
+        ([LOST, LOST, LOST], 1, None),
+        ([STRANGE], 1, "from its last finished task"),
+        ([STRANGE, STRANGE], 1, None),
+        ([NAN], 1, None),
+        ([FULL], 1, None),
+        ([FULL], 0.5, "with a GPU of its own"),
+        ([FULL, FULL], 0.5, None),
+        ([FULL], 0, "when there may be more memory"),
+    ],
+)
+def test_a_trial_is_tried_again_only_where_that_can_help_and_not_for_ever(failed, gpus, change):
+    assert change_for(failed, retries=2, gpus_per_worker=gpus) == change
+
+
+def test_a_trial_that_was_too_large_for_its_share_of_a_gpu_gets_all_of_one():
+    assert with_room(Resources(gpus_per_worker=0.25), [FULL]) == 1
+    assert with_room(Resources(gpus_per_worker=0.25), [LOST]) == 0.25
+    assert with_room(Resources(), [FULL]) == 0
+
+
+def test_a_lost_trial_comes_back_under_its_own_number_with_what_it_has_learnt(ledger):
+    first = ledger.propose()
+    ledger.report(first.number, report(1, 0.9))
+    ledger.fail(first.number, LOST)
+    ledger.close(first.number)  # Tune tells of the end after the failure
+    assert ledger.record_of(first.number).outcome is Outcome.RUNNING
+    again = ledger.propose()
+    assert (again.number, again.settings, again.tasks_done) == (first.number, first.settings, 1)
+    assert not learn_all(ledger, again.number, [0.9] * 5)
+    record = ledger.record_of(first.number)
+    assert (record.outcome, record.failures) == (Outcome.FINISHED, (LOST,))
+    assert len(ledger.records()) == 1
+
+
+def test_tries_are_counted_over_all_starts(tiny_sweep, tmp_path):
+    for _ in range(3):
+        ledger = Ledger(tiny_sweep, tmp_path)
+        ledger.fail(ledger.propose().number, LOST)
+    record = ledger.record_of(0)
+    assert (record.outcome, record.reason, len(record.failures)) == (Outcome.FAILED, LOST, 3)
+
+
+def test_a_hopeless_trial_ends_at_once_with_its_reason_and_the_next_one_starts(ledger):
+    number = ledger.propose().number
+    ledger.fail(number, NAN)
+    assert (ledger.record_of(number).outcome, ledger.record_of(number).reason) == (Outcome.FAILED, NAN)
+    assert ledger.propose().number == number + 1
+
+
+def test_tune_waits_while_a_running_trial_may_still_come_back(tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1}), tmp_path)
+    searcher = StudySearcher(ledger)
+    number = searcher.suggest("a")["number"]
+    assert searcher.suggest("b") is None
+    ledger.fail(number, LOST)
+    assert searcher.suggest("b")["number"] == number
+    learn_all(ledger, number, [0.9] * 5)
+    assert searcher.suggest("c") == searcher.FINISHED
+
+
+def test_a_sweep_whose_first_trials_all_fail_alike_ends_with_their_reason(ledger):
+    for epoch in range(3):
+        assert ledger.why_over() == ""
+        ledger.fail(ledger.propose().number, NAN.replace("epoch 3", f"epoch {epoch}"))
+    assert ledger.why_over().startswith("the first 3 trials all failed alike: FloatingPointError")
+    assert ledger.propose() is None
+
+
+def test_started_again_it_tries_again_what_may_have_been_mended(tiny_sweep, tmp_path):
+    first = Ledger(tiny_sweep, tmp_path)
+    for _ in range(3):
+        first.fail(first.propose().number, NAN)
+    assert Ledger(tiny_sweep, tmp_path).propose().number == 3
+
+
+@pytest.mark.parametrize("reasons", [(NAN, NAN, "RuntimeError: other"), (NAN, None, NAN, NAN)])
+def test_one_other_end_among_the_first_lets_the_sweep_go_on(ledger, reasons):
+    for reason in reasons:
+        number = ledger.propose().number
+        if reason is None:
+            learn_all(ledger, number, [0.9] * 5)
+        else:
+            ledger.fail(number, reason)
+            if ledger.record_of(number).outcome is Outcome.RUNNING:
+                ledger.fail(ledger.propose().number, reason)
+    assert ledger.why_over() == ""
+
+
+def test_failures_are_alike_whatever_their_numbers():
+    assert alike([NAN, NAN.replace("epoch 3 is nan", "epoch 17 is nan")])
+    assert not alike([NAN, STRANGE])
+
+
+def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
+    text = f"Traceback:\n  File x\n{LOST}\n\tclass_name: Trial\n\tactor_id: 123\n"
+    assert headline(text) == LOST
+    assert headline("") == "unknown error"

@@ -1,0 +1,183 @@
+"""How settings are searched: samplers and early stopping by name, conditions, several objectives, constraints."""
+
+import pytest
+from pydantic import ValidationError
+
+from inflora.config import ConfigError
+from sweeps.engine import space
+from sweeps.engine.ledger import Ledger, load_study, pareto_front
+from sweeps.engine.records import Outcome, best_record
+from sweeps.engine.spec import Choice, Integer, NearOne, Real, Sweep
+
+from .conftest import PAPER, learn_all, report
+
+METHODS = {
+    "method.name": Choice(options=("inflora", "sequential", "frozen")),
+    "method.rank": Integer(low=1, high=16, when={"method.name": ("inflora", "sequential")}),
+    "method.memory": Choice(options=("gpm", "dualgpm"), when={"method.name": ("inflora",)}),
+    "method.energy": NearOne(low=0.8, high=0.99, when={"method.memory": ("dualgpm",)}),
+    "optim.lr": Real(low=1e-4, high=1e-2, log=True),
+}
+
+
+def with_changes(sweep, **changes) -> Sweep:
+    return Sweep.model_validate({**sweep.model_dump(), **changes})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "grid"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_every_sampler_proposes_within_the_space_no_setting_twice_and_goes_on_after_a_restart(
+    tiny_sweep, tmp_path, sampler, conditional
+):
+    changes = {"space": METHODS, "first": ()} if conditional else {}
+    sweep = with_changes(tiny_sweep, sampler=sampler, early_stopping="none", trials=8, **changes)
+    seen = []
+    for _ in range(2):
+        ledger = Ledger(sweep, tmp_path)
+        for _ in range(4):
+            proposal = ledger.propose()
+            assert space.holds(sweep.space, proposal.settings)
+            sweep.config(proposal.settings)
+            seen.append(repr(proposal.settings))
+            learn_all(ledger, proposal.number, [0.5 + len(seen) / 100] * 5)
+    assert len(set(seen)) == len(seen) == 8
+    assert ledger.remaining() == 0
+
+
+def test_the_first_trials_come_before_those_of_the_grid_which_are_tried_once_and_then_end(tiny_sweep, tmp_path):
+    small = {"method.memory": Choice(options=("gpm", "dualgpm")), "method.rank": Integer(low=2, high=8)}
+    first = {"method.memory": "gpm", "method.rank": 3}
+    sweep = with_changes(tiny_sweep, sampler="grid", grid_points=2, trials=99, space=small, first=(first,))
+    ledger = Ledger(sweep, tmp_path)
+    proposed = []
+    while (proposal := ledger.propose()) is not None:
+        proposed.append(tuple(proposal.settings.values()))
+        learn_all(ledger, proposal.number, [0.9] * 5)
+    assert proposed == [("gpm", 3), ("gpm", 2), ("gpm", 8), ("dualgpm", 2), ("dualgpm", 8)]
+    assert ledger.why_over() == "every setting of the space has been tried"
+
+
+def test_a_grid_has_its_ends_on_the_scale_of_the_domain():
+    assert Integer(low=1, high=100, log=True).points(3) == [1, 10, 100]
+    assert Real(low=0.0, high=1.0).points(3) == [0.0, 0.5, 1.0]
+    assert NearOne(low=0.9, high=0.999).points(3) == [0.9, 0.99, 0.999]
+    assert Integer(low=1, high=2).points(5) == [1, 2]
+
+
+def test_a_setting_exists_only_beside_the_choice_that_needs_it():
+    rows = space.grid(METHODS, 2)
+    by_method = {name: {frozenset(row) for row in rows if row["method.name"] == name} for name in ("inflora", "frozen")}
+    assert by_method["frozen"] == {frozenset({"method.name", "optim.lr"})}
+    assert {len(keys) for keys in by_method["inflora"]} == {4, 5}, "energy exists beside dualgpm only"
+
+
+def test_what_is_checked_before_a_sweep_reaches_every_conditional_setting(tiny_sweep):
+    corners = with_changes(tiny_sweep, space=METHODS, first=()).corners()
+    methods = [config.method for config in corners]
+    assert {method.name for method in methods} == {"inflora", "sequential", "frozen"}
+    assert {m.energy for m in methods if m.name == "inflora"} >= {0.8, 0.99}
+    broken = METHODS | {"method.energy": Real(low=0.5, high=1.5, when={"method.memory": ("gpm",)})}
+    with pytest.raises(ConfigError, match=r"method.energy.*1\.5"):
+        with_changes(tiny_sweep, space=broken, first=()).corners()
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"space": dict(reversed(METHODS.items())), "first": ()}, "when must name choices before it"),
+        ({"space": {**METHODS, "optim.head_lr": Real(low=1, high=2, when={"method.name": ("inflra",)})}}, "is one of"),
+        ({"space": METHODS, "first": ({"method.name": "frozen", "method.rank": 2, "optim.lr": 1e-3},)}, "exactly"),
+        ({"sampler": "bayes"}, "sampler"),
+        ({"early_stopping": "ashaa"}, "early_stopping"),
+        ({"sampler": "cmaes", "tradeoffs": ("forgetting",)}, "cmaes has one objective"),
+        ({"tradeoffs": ("acc/final",)}, "objective and tradeoffs must differ"),
+        ({"tradeoffs": ("cost/gpu_hours",)}, "gpus_per_worker is 0"),
+        ({"constraints": ({"metric": "forgetting"},)}, "at_most or at_least"),
+        ({"budget": {"hours": 0}}, "budget.hours"),
+    ],
+)
+def test_a_search_that_cannot_be_done_is_refused_when_it_is_written(tiny_sweep, change, rule):
+    with pytest.raises(ValidationError, match=rule):
+        with_changes(tiny_sweep, **change)
+
+
+def test_tradeoffs_give_a_front_of_trials_that_nothing_beats(tiny_sweep, tmp_path):
+    sweep = with_changes(tiny_sweep, tradeoffs=("forgetting", "params/trainable"), early_stopping="none")
+    ledger = Ledger(sweep, tmp_path)
+    for accuracy, forgetting, params in [(0.9, 0.2, 100), (0.8, 0.1, 100), (0.7, 0.2, 200), (0.6, 0.3, 10)]:
+        number = ledger.propose().number
+        last = report(5, accuracy)
+        own = {"forgetting": forgetting, "params/trainable": params}
+        ledger.report(number, last.model_copy(update={"metrics": last.metrics | own}))
+        ledger.close(number)
+    assert pareto_front(load_study(sweep, tmp_path)) == {0, 1, 3}
+    assert best_record(ledger.records()).number == 0, "the best is still the one with the best objective"
+    assert ledger.records()[2].values == (0.7, 0.2, 200)
+
+
+def test_trials_with_tradeoffs_are_stopped_early_like_others(tiny_sweep, tmp_path):
+    ledger = Ledger(with_changes(tiny_sweep, tradeoffs=("forgetting",)), tmp_path)
+    ahead, behind = ledger.propose().number, ledger.propose().number
+    for done in (1, 2):
+        ledger.report(ahead, report(done, 0.9))
+    assert not ledger.report(behind, report(1, 0.1))
+    assert ledger.report(behind, report(2, 0.1))
+    assert ledger.record_of(behind).outcome is Outcome.PRUNED
+
+
+def test_a_trial_that_breaks_a_constraint_finishes_but_is_never_the_best(tiny_sweep, tmp_path):
+    bound = {"metric": "forgetting", "at_most": 0.1}
+    sweep = with_changes(tiny_sweep, constraints=(bound,), early_stopping="none")
+    ledger = Ledger(sweep, tmp_path)
+    for accuracy, forgetting in [(0.9, 0.3), (0.8, 0.05)]:
+        number = ledger.propose().number
+        last = report(5, accuracy)
+        ledger.report(number, last.model_copy(update={"metrics": last.metrics | {"forgetting": forgetting}}))
+        ledger.close(number)
+    broken, kept = ledger.records()
+    assert (broken.outcome, broken.broken) == (Outcome.FINISHED, {"forgetting <= 0.1": pytest.approx(0.2)})
+    assert kept.broken == {}
+    assert best_record(ledger.records()).number == kept.number
+    assert pareto_front(ledger.study) == {kept.number}
+
+
+def behind_after_grace(ledger, finished):
+    """Whether a trial far behind ``finished`` good ones is stopped after its second task, or goes on to the end."""
+    for _ in range(finished):
+        learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    number = ledger.propose().number
+    assert not ledger.report(number, report(1, 0.1)), "no trial is stopped within its grace"
+    return ledger.report(number, report(2, 0.1))
+
+
+@pytest.mark.parametrize(("rule", "finished", "stopped"), [("asha", 1, True), ("median", 3, True), ("none", 3, False)])
+def test_early_stopping_by_name(tiny_sweep, tmp_path, rule, finished, stopped):
+    ledger = Ledger(with_changes(tiny_sweep, early_stopping=rule, trials=9), tmp_path)
+    assert behind_after_grace(ledger, finished) is stopped
+
+
+def test_hyperband_gives_some_trials_a_longer_grace(tiny_sweep, tmp_path):
+    ledger = Ledger(with_changes(tiny_sweep, early_stopping="hyperband", trials=40), tmp_path)
+    for _ in range(8):
+        learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    stopped_after = set()
+    for _ in range(12):
+        number = ledger.propose().number
+        stopped_after.add(next((d for d in range(1, 6) if ledger.report(number, report(d, 0.1))), None))
+        ledger.close(number)
+    assert {2, 4} <= stopped_after
+    assert 1 not in stopped_after
+
+
+def test_a_warm_start_tries_the_others_best_first_and_only_once(tiny_sweep, tmp_path):
+    theirs = [PAPER | {"method.rank": rank} for rank in (3, 5)]
+    outside = PAPER | {"method.rank": 999}
+    sweep = with_changes(tiny_sweep, first=())
+    ledger = Ledger(sweep, tmp_path)
+    assert ledger.warm_start([*theirs, outside], "other-1234") == 2
+    assert [ledger.propose().settings for _ in range(2)] == theirs
+    again = Ledger(sweep, tmp_path)
+    again.warm_start([*theirs, outside], "other-1234")
+    for _ in range(2):
+        learn_all(again, again.propose().number, [0.9] * 5)
+    assert again.propose().settings not in theirs
