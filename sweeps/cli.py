@@ -18,6 +18,8 @@ from rich.table import Table
 
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
+from inflora.metrics import metrics_after
+from inflora.runs import train_into
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
 from sweeps.engine.export import export_config, find_best, sweep_records
@@ -26,6 +28,7 @@ from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
+from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -60,6 +63,9 @@ def main(*sweeps: Sweep) -> None:
         patience: Annotated[int | None, typer.Option(help="Stop when so many trials ended without a new best.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
+        smoke: Annotated[
+            bool, typer.Option("--smoke", help="The whole path in a minute: generated images, tiny model, CPU.")
+        ] = False,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
         address: Annotated[
@@ -76,6 +82,8 @@ def main(*sweeps: Sweep) -> None:
             changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
             changes["budget"] = {**dict(by_name[name].budget), **limits}
             sweep = changed(by_name[name], changes)
+            if smoke:
+                sweep = _sample_sweep(sweep, storage_root(storage))
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
             first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
@@ -91,8 +99,26 @@ def main(*sweeps: Sweep) -> None:
             raise typer.Exit(130)
         if best_record(result.records) is None:
             raise typer.Exit(1)
+        if smoke:
+            with one_line_errors():
+                _train_best(sweep, folder, result.records)
 
     typer.run(recipe)
+
+
+def _sample_sweep(sweep: Sweep, storage: Path) -> Sweep:
+    small = in_small(sweep, storage / "samples")
+    prepare_sample(small, storage / f"{small.name}-source", storage / "samples")
+    return small
+
+
+def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
+    """What a user does with a finished sweep: export its best config and train with it."""
+    best = find_best(sweep, records)
+    exported, out = folder / "best.yaml", folder / "trained"
+    write_atomically(exported, dump_config(export_config(sweep, best, len(records), None)).encode())
+    state = train_into(out, load_config(exported), "test", resume=(out / "state").exists())
+    print(f"trained with {exported}: {metrics_after(state.evaluations, state.tasks)['acc/final']:.4f} on test images")
 
 
 def quiet_libraries() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
-    1: ("inflora.data", "inflora.lora", "inflora.state"),
+    1: ("inflora.data", "inflora.lora", "inflora.state", "inflora.presets"),
     2: ("inflora.backbone", "inflora.model"),
     3: ("inflora.methods",),
     4: ("inflora.training",),
@@ -26,7 +26,7 @@ FLOORS = {
     11: ("sweeps.engine.budget", "sweeps.engine.samplers", "sweeps.engine.mlflow_store", "sweeps.engine.trial"),
     12: ("sweeps.engine.ledger",),
     13: ("sweeps.engine.search", "sweeps.engine.tracking"),
-    14: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
+    14: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
     15: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
