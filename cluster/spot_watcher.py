@@ -2,9 +2,12 @@
 
 A drained node gets no new work, and Ray Train moves its trials (from their last finished task) before the machine goes.
 Started on every worker by ``gpu.yaml``; on an on-demand machine the answer is always no.
+
+python spot_watcher.py [ADDRESS OF THE METADATA]
 """
 
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -50,4 +53,4 @@ def watch(metadata: str = METADATA, every_s: float = EVERY_S) -> None:
 
 
 if __name__ == "__main__":
-    watch()
+    watch(*sys.argv[1:])

@@ -24,11 +24,11 @@ class Cluster:
         self.head, *self.workers = hosts.machines
         self.project, self.laptop_ray = HOME / "inflora-sweeps", Path(sys.prefix) / "bin" / "ray"
 
-    def ray(self, *arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    def ray(self, *arguments: str, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
         """Type ``ray ...`` in the project's folder on the laptop."""
         return self.laptop.try_run(*self._ray(*arguments), timeout_s=timeout_s)
 
-    def submit(self, recipe: str, *arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
+    def submit(self, recipe: str, *arguments: str, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
         """``ray submit cluster/local.yaml RECIPE -- ARGUMENTS``."""
         return self.ray("submit", CLUSTER_FILE, recipe, "--", *arguments, timeout_s=timeout_s)
 
@@ -62,7 +62,7 @@ class Cluster:
         assert self.ray("get-auth-token", "--generate").returncode == 0
         done = self.ray("up", "--yes", CLUSTER_FILE)
         assert done.returncode == 0, done.stdout
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while self.joined() < len(self.hosts.machines):
             assert time.monotonic() < deadline, self.head.shell("tail -n 60 /tmp/ray/session_latest/logs/monitor*")
             time.sleep(1)

@@ -17,7 +17,7 @@ from sweeps.engine.records import Outcome
 
 from .hosts import HOME, SHARED
 
-pytestmark = [pytest.mark.e2e, pytest.mark.hosts, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.hosts, pytest.mark.timeout(900)]
 
 TINY = ("--num-trials", "2")
 RAN = (Outcome.FINISHED, Outcome.PRUNED)
@@ -144,13 +144,13 @@ def test_only_the_token_opens_the_cluster_from_outside(cluster):
 def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     log = tmp_path / "log"
     submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=3")
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while "task 1" not in log.read_text():
         assert submitted.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
     lost = next(machine for machine in cluster.workers if cluster.trains(machine))
     cluster.hosts.cut_off(lost)
-    assert submitted.wait(timeout=250) == 0, log.read_text()
+    assert submitted.wait(timeout=500) == 0, log.read_text()
     assert cluster.joined() == 2, "one worker was really lost"
 
     sweep = with_epochs(digits.sequential, 3)
