@@ -1,8 +1,6 @@
 """The place that all nodes see: a folder or a bucket, and the study's copy in it."""
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from inflora.config import ConfigError
 from sweeps.engine.ledger import STUDY_FILE, Ledger
@@ -10,22 +8,6 @@ from sweeps.engine.nodes import code_version, require_code
 from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
 
 from .conftest import learn_all
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket that speaks S3's protocol, on this machine."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    names |= {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -5,6 +5,8 @@ import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import ray
@@ -15,11 +17,9 @@ from sweeps.engine.records import Outcome
 from sweeps.engine.runner import Cluster, run_sweep
 from sweeps.engine.spec import Real, Resources
 
-from ..sweeps.conftest import PAPER, data_root, tiny_sweep
-from ..sweeps.test_shared import bucket
-from .test_files import PROJECT
+from .conftest import PAPER
 
-__all__ = ["bucket", "data_root", "tiny_sweep"]  # fixtures
+PROJECT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.cluster
 
@@ -68,7 +68,7 @@ def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gp
     assert {record.outcome for record in records} <= {Outcome.FINISHED, Outcome.PRUNED}
     assert Outcome.PRUNED in {record.outcome for record in records}
     in_turn = sorted(training(record) for record in records)
-    assert all(end <= start for (_, end), (start, _) in zip(in_turn, in_turn[1:], strict=False)), "one GPU, one trial"
+    assert all(end <= start for (_, end), (start, _) in pairwise(in_turn)), "one GPU, one trial"
     started = [record.start_ms for record in records]
     assert max(started) < in_turn[0][1], "all three drivers were there while the first trial learnt"
 
