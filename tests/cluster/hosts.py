@@ -29,9 +29,10 @@ def missing() -> str | None:
     """Why hosts cannot be made here, if they cannot."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
-    absent = [tool for tool in ("sshd", "ssh", "rsync", "ip", "unshare", "nsenter", "setpriv") if not _which(tool)]
+    needed = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ss", "pgrep", "unshare", "nsenter", "setpriv")
+    absent = [tool for tool in needed if not _which(tool)]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: openssh-server openssh-client rsync iproute2 util-linux)"
+        return f"not installed: {', '.join(absent)} (Debian: openssh-server openssh-client rsync iproute2 procps)"
     tried = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "add", "probe", "type", "bridge"],
         capture_output=True,
