@@ -26,8 +26,10 @@ from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import log_final, plan, summarise, train_all, write_report
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
+from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
-from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
+from sweeps.engine.runner import Cluster, connect, describe, run_sweep, say_to_stdout, trials_at_a_time
+from sweeps.engine.shared import SharedFolder
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
@@ -36,6 +38,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Storage = Annotated[Path | None, typer.Option(help="Where sweeps are kept; default: $INFLORA_STORAGE or ./results.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
+]
+
+Shared = Annotated[
+    str | None,
+    typer.Option(
+        help="Where all nodes find the trials, a folder or s3://bucket/path; "
+        "default: $INFLORA_SHARED or the sweep's own folder."
+    ),
 ]
 
 
@@ -71,6 +81,13 @@ def main(*sweeps: Sweep) -> None:
         address: Annotated[
             str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
         ] = None,
+        shared: Shared = None,
+        at_a_time: Annotated[
+            int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
+        ] = None,
+        workers: Annotated[int | None, typer.Option(help="Ray Train workers per trial.")] = None,
+        cpus: Annotated[int | None, typer.Option(help="CPUs per worker.")] = None,
+        gpus: Annotated[float | None, typer.Option(help="GPUs per worker; a fraction shares one.")] = None,
     ) -> None:
         quiet_libraries()
         with one_line_errors():
@@ -80,6 +97,8 @@ def main(*sweeps: Sweep) -> None:
             limits = given(hours=hours, gpu_hours=gpu_hours, target=target, patience=patience)
             changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
             changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
+            resources = given(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+            changes["resources"] = {**dict(by_name[name].resources), **resources}
             changes["budget"] = {**dict(by_name[name].budget), **limits}
             sweep = changed(by_name[name], changes)
             if smoke:
@@ -87,7 +106,8 @@ def main(*sweeps: Sweep) -> None:
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
             first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
-            result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout, warm_start=first)
+            cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
+            result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
         if result.over:
             print(f"ended early: {result.over}")
         print_table(trials_table(sweep, result.records, front_of(sweep, folder)))
@@ -274,7 +294,7 @@ def final(
     ],
     seeds: Annotated[str, typer.Option(help="Seeds to train each config with, comma-separated.")] = "0,1,2",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and report; default: final/ in the storage.")
+        Path | None, typer.Option(help="Folder for runs and report, seen by all nodes; default: final/ in the storage.")
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -290,7 +310,8 @@ def final(
         uri = tracking_uri or default_tracking_uri(folder)
         make_client(uri)
         connect(address)
-        slots(resources)
+        check_nodes(SharedFolder(str(folder)))
+        trials_at_a_time(resources, say_to_stdout)
         train_all(runs, resources, say_to_stdout)
         summary = summarise(runs)
         report = write_report(runs, summary, folder)
