@@ -27,12 +27,13 @@ FLOORS = {
     12: ("sweeps.engine.ledger",),
     13: ("sweeps.engine.search", "sweeps.engine.tracking"),
     14: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
-    15: ("sweeps.cli",),
+    15: ("sweeps.engine.judge",),
+    16: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 16
+RECIPES_FLOOR = 17
 
 
 def modules() -> dict[str, Path]:

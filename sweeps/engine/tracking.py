@@ -106,7 +106,11 @@ class Mirror:
         return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:
-        return {"inflora.sweep": self.sweep.study_name, "inflora.objective": self.sweep.objective}
+        return {
+            "inflora.sweep": self.sweep.study_name,
+            "inflora.objective": ", ".join(self.sweep.objectives),
+            "inflora.protocol": self.sweep.protocol,
+        }
 
     def _sync_trial(self, record: TrialRecord, reports_sent: int) -> None:
         """Send what is new of a trial in one batch; sent again by another start it changes nothing."""
