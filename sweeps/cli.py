@@ -27,6 +27,7 @@ from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_j
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
+from sweeps.engine.report import page
 from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
@@ -244,6 +245,22 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
 
 
 @app.command()
+def report(
+    sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    storage: Storage = None,
+) -> None:
+    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost."""
+    with one_line_errors():
+        folder = find_sweep(sweep, storage)
+        spec = read_sweep(folder)
+        content = page(spec, load_study(spec, folder))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, content.encode())
+    print(f"{output}: open it in a browser")
+
+
+@app.command()
 def final(
     configs: Annotated[
         list[Path],
@@ -280,14 +297,14 @@ def final(
             chosen = labelled(configs)
         runs = trained.train(chosen, folder, "test")
         summary = summarise(runs)
-        report = write_report(runs, summary, folder)
-    print(report.read_text())
+        written = write_report(runs, summary, folder)
+    print(written.read_text())
     try:
         log_final(runs, summary, folder, uri)
     except MlflowException as error:
         print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report:     {report}\nlook at it: {how_to_look(uri)}")
+    print(f"report:     {written}\nlook at it: {how_to_look(uri)}")
 
 
 def labelled(paths: list[Path]) -> dict[str, RunConfig]:
