@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import optuna
 import typer
@@ -18,16 +18,19 @@ from rich.table import Table
 
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
+from inflora.data.stream import EvaluateOn
 from inflora.metrics import metrics_after
 from inflora.runs import train_into
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
 from sweeps.engine.export import export_config, find_best, sweep_records
-from sweeps.engine.final import log_final, plan, summarise, train_all, write_report
+from sweeps.engine.final import FinalRun, log_final, plan, summarise, train_all, write_report
+from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_judgement
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
+from sweeps.engine.report import page
 from sweeps.engine.runner import Cluster, connect, describe, run_sweep, say_to_stdout, trials_at_a_time
 from sweeps.engine.shared import SharedFolder
 from sweeps.engine.smoke import in_small, prepare_sample
@@ -288,11 +291,30 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
 
 
 @app.command()
+def report(
+    sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    storage: Storage = None,
+) -> None:
+    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost."""
+    with one_line_errors():
+        folder = find_sweep(sweep, storage)
+        spec = read_sweep(folder)
+        content = page(spec, load_study(spec, folder))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, content.encode())
+    print(f"{output}: open it in a browser")
+
+
+@app.command()
 def final(
     configs: Annotated[
-        list[Path], typer.Argument(metavar="CONFIG...", help="Exported configs, compared side by side.")
+        list[Path],
+        typer.Argument(metavar="CONFIG... | SWEEP", help="Exported configs to compare, or a sweep to judge first."),
     ],
     seeds: Annotated[str, typer.Option(help="Seeds to train each config with, comma-separated.")] = "0,1,2",
+    orders: Annotated[str, typer.Option(help="Class orders (seeds) to train on; default: each config's own.")] = "",
+    top: Annotated[int, typer.Option(min=1, help="Of a sweep: how many of its best trials are judged.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report, seen by all nodes; default: final/ in the storage.")
     ] = None,
@@ -302,26 +324,33 @@ def final(
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one.")] = 0.0,
 ) -> None:
-    """Train the chosen configs over seeds on all training images, open the test set, report mean and spread."""
+    """Train the chosen configs over seeds on all training images, open the test set, report mean and spread.
+
+    Of a sweep, the best trials and the paper's setting are first judged on validation images, over the same seeds and
+    orders; the test set is then opened for the winner and the paper's setting.
+    """
     with one_line_errors():
         folder = (out or storage_root(storage) / "final").absolute()
-        runs = plan(labelled(configs), parse_seeds(seeds), folder)
         resources = Resources(cpus_per_worker=cpus, gpus_per_worker=gpus)
+        numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
+        trained = Trained(parse_seeds(seeds), numbers, resources, address)
         uri = tracking_uri or default_tracking_uri(folder)
         make_client(uri)
-        connect(address)
-        check_nodes(SharedFolder(str(folder)))
-        trials_at_a_time(resources, say_to_stdout)
-        train_all(runs, resources, say_to_stdout)
+        if len(configs) == 1 and (find_sweep(str(configs[0]), storage) / SPEC_FILE).exists():
+            folder = (out or find_sweep(str(configs[0]), storage) / "final").absolute()
+            chosen, trained = judge_sweep(find_sweep(str(configs[0]), storage), top, trained, folder)
+        else:
+            chosen = labelled(configs)
+        runs = trained.train(chosen, folder, "test")
         summary = summarise(runs)
-        report = write_report(runs, summary, folder)
-    print(report.read_text())
+        written = write_report(runs, summary, folder)
+    print(written.read_text())
     try:
         log_final(runs, summary, folder, uri)
     except MlflowException as error:
         print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report:     {report}\nlook at it: {how_to_look(uri)}")
+    print(f"report:     {written}\nlook at it: {how_to_look(uri)}")
 
 
 def labelled(paths: list[Path]) -> dict[str, RunConfig]:
@@ -338,14 +367,47 @@ def labelled(paths: list[Path]) -> dict[str, RunConfig]:
     return {label: config for label, (_, config) in zip(labels, configs, strict=True)}
 
 
-def parse_seeds(text: str) -> list[int]:
+class Trained(NamedTuple):
+    """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
+
+    seeds: list[int]
+    orders: list[int | None] | None
+    resources: Resources
+    address: str | None
+
+    def train(self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn) -> list[FinalRun]:
+        """The runs of these configs, trained unless they are there already."""
+        runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        connect(self.address)
+        check_nodes(SharedFolder(str(folder)))
+        trials_at_a_time(self.resources, say_to_stdout)
+        train_all(runs, self.resources, say_to_stdout)
+        return runs
+
+
+def judge_sweep(folder: Path, top: int, trained: Trained, out: Path) -> tuple[dict[str, RunConfig], Trained]:
+    """What the test set is opened for: a sweep's winner among its best trials, and the paper's setting; and on what."""
+    sweep = read_sweep(folder)
+    records = sweep_records(sweep, folder)
+    numbers = [order for order in trained.orders or [] if order is not None]
+    trained = trained._replace(orders=judged_orders(sweep, numbers))
+    runs = trained.train(candidates(sweep, records, top), out / "judged", "validation")
+    winner, estimates, comparisons = judge(runs, sweep.objective)
+    print(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
+    labels = {label: config for label, config in candidates(sweep, records, top).items() if label in (winner, PAPER)}
+    chosen = {label: override(config, {"data.train_on": "train+validation"}) for label, config in labels.items()}
+    write_atomically(out / "winner.yaml", dump_config(chosen[winner]).encode())
+    return chosen, trained
+
+
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """``"0,1,2"`` as numbers."""
     try:
         seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds must be different whole numbers from 0 on, separated by commas, got {text!r}")
+        raise ConfigError(f"{option} must be different whole numbers from 0 on, separated by commas, got {text!r}")
     return seeds
 
 

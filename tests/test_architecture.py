@@ -31,14 +31,16 @@ FLOORS = {
     10: ("sweeps.engine.spec",),
     11: ("sweeps.engine.budget", "sweeps.engine.samplers", "sweeps.engine.mlflow_store", "sweeps.engine.trial"),
     12: ("sweeps.engine.ledger",),
-    13: ("sweeps.engine.search", "sweeps.engine.tracking"),
-    14: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    15: ("sweeps.cli",),
+    13: ("sweeps.engine.search", "sweeps.engine.report"),
+    14: ("sweeps.engine.tracking",),
+    15: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    16: ("sweeps.engine.judge",),
+    17: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 16
+RECIPES_FLOOR = 18
 
 
 def modules() -> dict[str, Path]:

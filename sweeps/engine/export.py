@@ -33,6 +33,7 @@ def export_config(sweep: Sweep, best: TrialRecord, trials: int, run_id: str | No
         "sweep": sweep.name,
         "study": sweep.study_name,
         "trial": best.number,
+        "protocol": sweep.protocol,
         "mlflow_run_id": run_id,
         "trial_config_hash": config_hash(sweep.config(best.settings)),
         "validation": best.reports[-1].metrics,

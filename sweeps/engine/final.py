@@ -16,8 +16,9 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from inflora.config import ConfigError, RunConfig, config_hash, dump_config
+from inflora.config import ConfigError, RunConfig, config_hash, dump_config, override
 from inflora.continual import check, identity
+from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_row, metrics_after
 from inflora.runs import train_into
 from inflora.state import RunState, load_state, write_atomically
@@ -48,12 +49,13 @@ REPORTED = {
 
 
 class FinalRun(NamedTuple):
-    """One config trained with one seed."""
+    """One config trained with one seed, evaluated on test images, or on validation images while still choosing."""
 
     label: str
     seed: int
     config: RunConfig
     folder: Path
+    evaluate_on: EvaluateOn = "test"
 
 
 class Spread(NamedTuple):
@@ -63,8 +65,15 @@ class Spread(NamedTuple):
     std: float
 
 
-def plan(configs: Mapping[str, RunConfig], seeds: Sequence[int], out: Path) -> list[FinalRun]:
-    """Every config with every seed.
+def plan(
+    configs: Mapping[str, RunConfig],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    orders: Sequence[int | None] | None = None,
+    evaluate_on: EvaluateOn = "test",
+) -> list[FinalRun]:
+    """Every config with every seed, and on every class order (None: each config's own).
 
     Raises:
         ConfigError: Settings that do not fit each other, before anything is trained.
@@ -72,9 +81,10 @@ def plan(configs: Mapping[str, RunConfig], seeds: Sequence[int], out: Path) -> l
     runs = []
     for label, config in configs.items():
         check(config)
-        for seed in seeds:
-            folder = out / f"{label}-{_identity(config)}" / f"seed-{seed}"
-            runs.append(FinalRun(label, seed, config.model_copy(update={"seed": seed}), folder))
+        for each in [config] if orders is None else [override(config, {"data.order_seed": order}) for order in orders]:
+            for seed in seeds:
+                folder = out / f"{label}-{_identity(each)}" / f"seed-{seed}"
+                runs.append(FinalRun(label, seed, each.model_copy(update={"seed": seed}), folder, evaluate_on))
     return runs
 
 
@@ -107,7 +117,7 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
 
 def _train_one(run: FinalRun, threads: int) -> float:
     torch.set_num_threads(threads)
-    return _final_metrics(train_into(run.folder, run.config, "test", resume=True))["acc/final"]
+    return _final_metrics(train_into(run.folder, run.config, run.evaluate_on, resume=True))["acc/final"]
 
 
 def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
@@ -136,9 +146,13 @@ def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sp
     lines = ["# Final results, on test images", "", header, "|---" * (len(REPORTED) + 2) + "|"]
     for label, metrics in summary.items():
         cells = [f"{100 * metrics[name].mean:.1f} ± {100 * metrics[name].std:.1f}" for name in REPORTED]
-        seeds = ", ".join(str(run.seed) for run in runs if run.label == label)
+        seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in runs if run.label == label))
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {seeds} |")
-    lines += ["", "In percent: mean ± sample standard deviation over the seeds.", ""]
+    lines += [
+        "",
+        "In percent: mean ± sample standard deviation over the runs (seeds, and class orders where several).",
+        "",
+    ]
     lines += [f"- `{name}`: {meaning}" for name, meaning in REPORTED.items()]
     lines += ["", "A single task (joint training) has no forgetting, and its task is always known.", ""]
     write_atomically(out / "report.md", "\n".join(lines).encode())

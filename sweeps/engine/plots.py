@@ -1,9 +1,7 @@
-"""Pictures of trials and sweeps: static ones with matplotlib, interactive ones with Optuna's plotly."""
+"""Static pictures of runs."""
 
-import html
 from collections.abc import Mapping, Sequence
 
-import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,23 +41,3 @@ def accuracy_curves(curves: Mapping[str, Sequence[Sequence[float]]], ylabel: str
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def sweep_page(study: optuna.Study) -> str | None:
-    """Interactive plots of a study on one HTML page that needs nothing else; None before a trial has finished."""
-    values = [t.value for t in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])]
-    if not values:
-        return None
-    show = optuna.visualization
-    figures = [
-        show.plot_optimization_history(study),
-        show.plot_parallel_coordinate(study),
-        show.plot_slice(study),
-        show.plot_intermediate_values(study),
-    ]
-    if len(values) > 3 and len(set(values)) > 1:
-        figures.append(show.plot_param_importances(study))
-    # The first figure brings plotly's script along, the others share it.
-    parts = [figure.to_html(full_html=False, include_plotlyjs=index == 0) for index, figure in enumerate(figures)]
-    title = html.escape(study.study_name)
-    return f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1>" + "".join(parts)

@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Run, RunTag
 from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
 
 from inflora.config import RunConfig, config_hash, dump_config
-from sweeps.engine import plots
+from sweeps.engine import report as sweep_report
 from sweeps.engine.ledger import Reader, load_study
 from sweeps.engine.mlflow_store import (
     experiment_id,
@@ -78,9 +78,7 @@ class Mirror:
             last = best.reports[-1]
             metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
             self.client.log_batch(self.parent, metrics=metrics, tags=[RunTag("inflora.best_trial", str(best.number))])
-        page = plots.sweep_page(self.study)
-        if page is not None:
-            self.client.log_text(self.parent, page, "plots.html")
+        self.client.log_text(self.parent, sweep_report.page(self.sweep, self.study), "report.html")
         self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
 
     def _find_or_create_parent(self) -> str:
@@ -106,7 +104,11 @@ class Mirror:
         return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:
-        return {"inflora.sweep": self.sweep.study_name, "inflora.objective": self.sweep.objective}
+        return {
+            "inflora.sweep": self.sweep.study_name,
+            "inflora.objective": ", ".join(self.sweep.objectives),
+            "inflora.protocol": self.sweep.protocol,
+        }
 
     def _sync_trial(self, record: TrialRecord, reports_sent: int) -> None:
         """Send what is new of a trial in one batch; sent again by another start it changes nothing."""

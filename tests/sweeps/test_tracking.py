@@ -60,7 +60,7 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["inflora.best_trial"] == "0"
     assert parent.data.metrics["best/acc/final"] == 0.5
-    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"plots.html", "sweep.json"}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
 
     assert {n: (r.info.status, r.data.tags["inflora.outcome"]) for n, r in children.items()} == {
         0: ("FINISHED", "finished"),

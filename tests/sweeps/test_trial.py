@@ -27,8 +27,9 @@ class MemorySession:
         return [TaskReport.model_validate_json(metrics["report"]) for metrics in self.heard]
 
 
-def settings_of(config, tasks_done=0):
-    return {"config": config.model_dump(mode="json"), "tasks_done": tasks_done, "number": 0}
+def settings_of(config, tasks_done=0, tasks=None):
+    settings = {"tasks_done": tasks_done, "tasks": tasks, "number": 0, "gpus": 0}
+    return {"config": config.model_dump(mode="json"), **settings}
 
 
 def test_a_report_per_task_and_the_objective_only_with_the_last(tiny_sweep):

@@ -1,0 +1,189 @@
+"""A sweep on one HTML page that needs nothing else: what was found, how, what failed and what it cost."""
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from inflora.config import dump_config
+from inflora.metrics import forgetting
+from sweeps.engine.budget import gpu_hours_spent, progress
+from sweeps.engine.ledger import pareto_front, read_records
+from sweeps.engine.metrics import direction
+from sweeps.engine.records import Outcome, TrialRecord, ranking
+from sweeps.engine.spec import Sweep
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .7em; text-align: right }
+th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
+td.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
+"""
+_SHOWN = 6
+"""Trials whose matrices and curves are drawn: the best."""
+
+
+def page(sweep: Sweep, study: optuna.Study) -> str:
+    """The whole report as one HTML document, with plotly's script inside."""
+    records = read_records(study)
+    parts = [
+        f"<h1>{html.escape(sweep.name)}</h1>",
+        _paragraphs([*progress(sweep, records, study.user_attrs.get("hours", 0.0)), _setup(sweep)]),
+        *_best(sweep, records),
+        "<h2>Trials</h2>",
+        _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set()),
+        "<h2>Pruned and failed trials</h2>",
+        _endings(records),
+        "<h2>Search</h2>",
+        *(_embed(figure) for figure in search_figures(sweep, study)),
+        "<h2>Learning</h2>",
+        *(_embed(figure) for figure in learning_figures(records)),
+        "<h2>Cost</h2>",
+        *(_embed(figure) for figure in cost_figures(sweep, records)),
+    ]
+    head = f"<meta charset='utf-8'><title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}"
+
+
+def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
+    """How the search went: history, where good settings lie, what matters; for every objective."""
+    finished = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    if not finished:
+        return
+    show = optuna.visualization
+    if sweep.tradeoffs and len(sweep.objectives) <= 3:
+        yield show.plot_pareto_front(study, target_names=list(sweep.objectives))
+    names = sorted({name for trial in finished for name in trial.params})
+    for index, objective in enumerate(sweep.objectives):
+        told: dict[str, Any] = {"target_name": objective}
+        if sweep.tradeoffs:
+            told["target"] = _nth(index)
+        yield show.plot_optimization_history(study, **told)
+        yield show.plot_parallel_coordinate(study, **told)
+        yield show.plot_slice(study, **told)
+        if len(finished) > 3 and len({trial.values[index] for trial in finished}) > 1:
+            # Of several objectives Optuna asks what makes a value low.
+            low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
+            yield show.plot_param_importances(study, **low)
+        if len(names) > 1 and len(finished) > 3:
+            yield show.plot_contour(study, params=names[:4], **told)
+
+
+def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
+    sign = 1 if better == "minimize" else -1
+    return lambda trial: sign * trial.values[index]
+
+
+def learning_figures(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Accuracy after every task of all trials; forgetting and matrices of the best; memory where it was reported."""
+    told = [record for record in records if record.reports]
+    if told:
+        seen = {_name(record): [100 * report.metrics["acc/seen"] for report in record.reports] for record in told}
+        yield _curves("accuracy on all classes seen (%)", seen)
+    best = ranking(records)[:_SHOWN]
+    matrices = {_name(record): [report.accuracies for report in record.reports] for record in best}
+    if best and len(best[0].reports) > 1:
+        curves = {name: [100 * forgetting(m[:i]) for i in range(1, len(m) + 1)] for name, m in matrices.items()}
+        yield _curves("forgetting so far (points)", curves)
+    for metric in sorted({name for r in best for x in r.reports for name in x.metrics if name.startswith("memory/")}):
+        yield _curves(metric, {_name(r): [x.metrics.get(metric) for x in r.reports] for r in best})
+    for name, matrix in matrices.items():
+        yield accuracy_matrix(f"{name}: accuracy (%) on each task after each task", matrix)
+
+
+def accuracy_matrix(title: str, matrix: Sequence[Sequence[float]]) -> go.Figure:
+    """a[i][j] in percent, rows from the first task down."""
+    tasks = [str(index + 1) for index in range(len(matrix))]
+    cells = [[100 * value for value in row] for row in matrix]
+    heat = go.Heatmap(z=cells, x=tasks, y=tasks, zmin=0, zmax=100, colorscale="Viridis", texttemplate="%{z:.0f}")
+    layout = {"title": title, "xaxis_title": "on task", "yaxis_title": "after task", "yaxis_autorange": "reversed"}
+    return go.Figure(heat, {**layout, "height": 420, "width": 560, "xaxis_type": "category", "yaxis_type": "category"})
+
+
+def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Where the time went, trial by trial."""
+    told = [record for record in records if record.reports]
+    if not told:
+        return
+    bars = [
+        go.Bar(
+            name=str(outcome),
+            x=[str(record.number) for record in told if record.outcome is outcome],
+            y=[sum(report.seconds for report in record.reports) / 60 for record in told if record.outcome is outcome],
+        )
+        for outcome in Outcome
+    ]
+    gpus = gpu_hours_spent(sweep, records)
+    title = "Training time per trial" + (f"; {gpus:.2f} GPU-hours in all" if gpus else "")
+    yield go.Figure(bars, {"title": title, "xaxis_title": "trial", "yaxis_title": "minutes", "barmode": "stack"})
+
+
+def _curves(ylabel: str, curves: dict[str, list[Any]]) -> go.Figure:
+    tasks = list(range(1, max(map(len, curves.values())) + 1))
+    lines = [go.Scatter(name=name, x=tasks[: len(y)], y=y, mode="lines+markers") for name, y in curves.items()]
+    return go.Figure(lines, {"xaxis_title": "tasks learnt", "yaxis_title": ylabel, "xaxis_dtick": 1, "title": ylabel})
+
+
+def _embed(figure: go.Figure) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False)
+
+
+def _name(record: TrialRecord) -> str:
+    return f"trial {record.number}"
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "<p>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
+
+
+def _setup(sweep: Sweep) -> str:
+    wanted = ", ".join(f"{direction(metric)} {metric}" for metric in sweep.objectives)
+    bounds = "".join(f", {constraint.text}" for constraint in sweep.constraints)
+    return (
+        f"{wanted}{bounds}; protocol {sweep.protocol}; sampler {sweep.sampler}, early stopping {sweep.early_stopping}; "
+        f"dataset {sweep.base.data.dataset}, study {sweep.study_name}"
+    )
+
+
+def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
+    yield "<h2>Best configuration</h2>"
+    best = next(iter(ranking(records)), None)
+    if best is None:
+        yield "<p>No trial has finished.</p>"
+        return
+    config = dump_config(sweep.config(best.settings))
+    yield _paragraphs([f"{_name(best)}: {sweep.objective} {best.value:.4f}"])
+    yield f"<pre>{html.escape(config)}</pre>"
+
+
+def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) -> str:
+    best = next(iter(ranking(records)), None)
+    columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "minutes"]
+    rows = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
+    for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
+        values = [record.settings.get(path, "") for path in sweep.space]
+        objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
+        minutes = sum(report.seconds for report in record.reports) / 60
+        marks = " *" if record.number in front else ""
+        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, minutes]
+        shown = (f"{cell:.4g}" if isinstance(cell, float) else html.escape(str(cell)) for cell in cells)
+        kind = " class='best'" if record is best else ""
+        rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
+    star = "<p>* on the Pareto front</p>" if front else ""
+    return f"<div class='wide'><table>{''.join(rows)}</table></div>{star}"
+
+
+def _endings(records: Sequence[TrialRecord]) -> str:
+    rows = [
+        f"<tr><td>{record.number}</td><td class='text'>{record.outcome}</td><td>{max(1, len(record.failures))}</td>"
+        f"<td class='text'>{html.escape(record.reason)}</td></tr>"
+        for record in records
+        if record.outcome in (Outcome.PRUNED, Outcome.FAILED)
+    ]
+    head = "<tr><th>trial</th><th>outcome</th><th>tries</th><th>reason</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>None.</p>"

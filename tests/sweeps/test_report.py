@@ -1,0 +1,89 @@
+"""A sweep's page says everything, needs nothing, and a browser draws all of it."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from sweeps.engine.ledger import Ledger, load_study
+from sweeps.engine.report import page
+from sweeps.engine.spec import Sweep
+
+from .conftest import learn_all, report
+
+BROWSER = os.environ.get("INFLORA_BROWSER") or next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+def with_changes(sweep, **changes) -> Sweep:
+    return Sweep.model_validate({**sweep.model_dump(), **changes})
+
+
+def some_trials(sweep, folder, finished=5):
+    ledger = Ledger(sweep, folder)
+    for index in range(finished):
+        number = ledger.propose().number
+        for done in range(1, 5):
+            ledger.report(number, report(done, 0.9 - 0.02 * done + 0.01 * index))
+        last = report(5, 0.7 + 0.02 * index)
+        own = {"forgetting": 0.1 + 0.01 * index, "memory/occupied": 0.3}
+        ledger.report(number, last.model_copy(update={"metrics": last.metrics | own}))
+        ledger.close(number)
+    number = ledger.propose().number
+    ledger.report(number, report(1, 0.1))
+    assert ledger.report(number, report(2, 0.1))
+    ledger.fail(ledger.propose().number, "FloatingPointError: the loss <b>is</b> nan")
+    return load_study(sweep, folder)
+
+
+@pytest.fixture
+def sweep(tiny_sweep) -> Sweep:
+    return with_changes(tiny_sweep, trials=9)
+
+
+def test_the_page_tells_the_best_config_every_trial_and_why_some_ended(sweep, tmp_path):
+    text = page(sweep, some_trials(sweep, tmp_path))
+    assert "trial 4: acc/final 0.7800" in text
+    assert "rank: " in text
+    assert "behind others after 2 tasks" in text
+    assert "the loss &lt;b&gt;is&lt;/b&gt; nan" in text, "what trials say is text, not markup"
+    assert "7 of 9 trials ended: 5 finished, 1 pruned, 1 failed" in text
+
+
+def test_the_page_needs_nothing_from_elsewhere(sweep, tmp_path):
+    text = page(sweep, some_trials(sweep, tmp_path))
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text)
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_there_is_a_page_before_much_is_known(sweep, tmp_path, finished):
+    ledger = Ledger(sweep, tmp_path)
+    for _ in range(finished):
+        learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    assert ("No trial has finished" in page(sweep, load_study(sweep, tmp_path))) is (finished == 0)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path, and INFLORA_BROWSER names none")
+@pytest.mark.parametrize("tradeoffs", [(), ("forgetting",)], ids=["one objective", "two objectives"])
+def test_a_browser_draws_every_plot_without_a_word_on_its_console(sweep, tmp_path, tradeoffs):
+    sweep = with_changes(sweep, tradeoffs=tradeoffs)
+    text = page(sweep, some_trials(sweep, tmp_path))
+    plots = text.count('class="plotly-graph-div"')
+    assert plots >= 13
+    (tmp_path / "report.html").write_text(text)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--enable-logging=stderr"]
+    command = [
+        BROWSER,
+        *options,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path}/report.html",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert re.findall(r"CONSOLE.*", done.stderr) == []
+    drawn = re.findall(r'class="plotly-graph-div js-plotly-plot"', done.stdout)
+    assert len(drawn) == plots
+    assert done.stdout.count('class="main-svg"') >= plots
