@@ -18,7 +18,7 @@ from inflora.data.loader import Batch, Input, evaluation_batches, seeded, traini
 from inflora.data.store import open_split
 from inflora.data.stream import make_stream
 from inflora.methods import TaskData, make_method
-from inflora.methods.inflora import input_covariances
+from inflora.methods.statistics import input_covariances
 from inflora.metrics import accuracy_matrix
 from inflora.model import ContinualModel
 from inflora.state import RunState, load_state, save_state
@@ -39,7 +39,9 @@ def passes_of(config: RunConfig, device: torch.device):
     rows = stream.tasks[0].train_rows
 
     def passes(purpose: str):
-        return training_batches(stream.train, rows, input, BATCH, seeded(0, 0, purpose))
+        generator = seeded(0, 0, purpose)
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        return training_batches(stream.train, shuffled, input, BATCH, generator)
 
     return stream, passes, evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows, input, 7)
 
@@ -53,7 +55,7 @@ def covariances_of(config: RunConfig) -> dict[str, torch.Tensor]:
     stream, passes, _ = passes_of(config, torch.device("cpu"))
     model, method = ContinualModel(build_backbone(config.backbone), 32), make_method(config.method)
     method.prepare(model)
-    return input_covariances(model, TaskData(stream.tasks[0], 5, 0, passes), "before")
+    return input_covariances(model, TaskData(stream.tasks[0], 5, 0, passes, lambda: passes("")), "before")
 
 
 def work(rank: int, world: int, folder: Path, tiny: RunConfig) -> None:
