@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inflora import data
 from inflora.config import RunConfig, parse_config
 from inflora.continual import TaskResult, run
-from inflora.data.store import write_store
+from inflora.data import prepare_store
+from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.methods.inflora import memory_of
 
 TRACE = Path(__file__).parents[2] / "shared" / "reference" / "a_adam.npz"
@@ -31,30 +31,24 @@ def trace() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def replayed(trace, tmp_path_factory) -> list[TaskResult]:
-    """The recorded run again, from its images, weights, classifiers and orders; logits in the place of the model."""
+def replayed(trace, tmp_path_factory) -> list[tuple[TaskResult, Tensor]]:
+    """Each task of the recorded run again, from its images, weights, classifiers and orders; and its test logits."""
     folder = tmp_path_factory.mktemp("replay")
-    config = replay_config(trace, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "trace", lambda to: store_of(trace, to))
-        results = []
-        for t, result in enumerate(run(config, evaluate_on="test")):
-            images = trace["x_test"][trace[f"t{t}/test_index"].long()].permute(0, 3, 1, 2).float() / 255
-            with torch.no_grad():
-                logits = result.model.logits(result.model.features(images))
-            results.append((result, logits))
+    prepare_store("trace", Dataset(lambda *_: images_of(trace), needs=None), folder, Options(), root=str(folder))
+    results = []
+    for t, result in enumerate(run(replay_config(trace, folder), evaluate_on="test")):
+        images = trace["x_test"][trace[f"t{t}/test_index"].long()].permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            results.append((result, result.model.logits(result.model.features(images))))
     return results
 
 
-def store_of(trace: dict[str, Tensor], folder: Path):
-    """The images with their labels renumbered in the order they are learnt."""
+def images_of(trace: dict[str, Tensor]) -> Source:
+    """The images, with their labels renumbered in the order they are learnt."""
     place = torch.empty(20, dtype=torch.int64)
     place[trace["class_order"].long()] = torch.arange(20)
-    splits = {split: (trace[f"x_{split}"].numpy(), place[trace[f"y_{split}"].long()].numpy()) for split in SPLITS}
-    return write_store(folder, dataset="trace", source="trace", classes=[f"{k:02}" for k in range(20)], splits=splits)
-
-
-SPLITS = ("train", "test")
+    train, test = (Arrays(trace[f"x_{s}"].numpy(), place[trace[f"y_{s}"].long()].numpy()) for s in ("train", "test"))
+    return Source("the trace", tuple(f"{k:02}" for k in range(20)), {"train": train, "test": test})
 
 
 def replay_config(trace: dict[str, Tensor], folder: Path) -> RunConfig:
