@@ -71,7 +71,7 @@ def _metrics(
     report = TaskReport(
         tasks_done=tasks_done,
         tasks=tasks,
-        metrics={**metrics_after(evaluations, tasks), **own},
+        metrics={**metrics_after(evaluations, tasks), **state.diagnostics[tasks_done - 1], **own},
         accuracies=accuracy_row(evaluations[-1]),
         seconds=seconds,
         time_ms=now_ms(),
