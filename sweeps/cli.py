@@ -21,14 +21,16 @@ from inflora.config import ConfigError, RunConfig, dump_config, explain, load_co
 from inflora.data.stream import EvaluateOn
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
+from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import FinalRun, log_final, plan, summarise, train_all, write_report
 from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_judgement
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
+from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.report import page
-from sweeps.engine.runner import connect, describe, run_sweep, say_to_stdout, slots
+from sweeps.engine.runner import connect, run_sweep, say_to_stdout, slots
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,6 +64,9 @@ def main(*sweeps: Sweep) -> None:
         target: Annotated[float | None, typer.Option(help="Stop when a finished trial has this objective.")] = None,
         patience: Annotated[int | None, typer.Option(help="Stop when so many trials ended without a new best.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Check everything, run one tiny trial, say what the sweep will take.")
+        ] = False,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
@@ -81,6 +86,9 @@ def main(*sweeps: Sweep) -> None:
             sweep = changed(by_name[name], changes)
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
+            if dry_run:
+                check_all(sweep, folder, uri, address=address, say=say_to_stdout)
+                return
             first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
             result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout, warm_start=first)
         if result.over:

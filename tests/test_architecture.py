@@ -25,10 +25,10 @@ FLOORS = {
     10: ("sweeps.engine.spec",),
     11: ("sweeps.engine.budget", "sweeps.engine.samplers", "sweeps.engine.mlflow_store", "sweeps.engine.trial"),
     12: ("sweeps.engine.ledger",),
-    13: ("sweeps.engine.search", "sweeps.engine.report"),
+    13: ("sweeps.engine.search", "sweeps.engine.report", "sweeps.engine.progress", "sweeps.engine.checkpoints"),
     14: ("sweeps.engine.tracking",),
     15: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.final"),
-    16: ("sweeps.engine.judge",),
+    16: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
     17: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

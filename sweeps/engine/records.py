@@ -56,6 +56,11 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+def trial_name(study_name: str, number: int) -> str:
+    """The folder of a trial's state; the same name makes an interrupted trial resume."""
+    return f"{study_name}-{number:04d}"
+
+
 def best_record(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """The best of ``ranking``."""
     return next(iter(ranking(records)), None)

@@ -1,6 +1,7 @@
 """A sweep on one HTML page that needs nothing else: what was found, how, what failed and what it cost."""
 
 import html
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from sweeps.engine.spec import Sweep
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .2em .7em; text-align: right }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .2em .7em }
+td, th { text-align: right; }
 th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
 td.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
 """
@@ -68,7 +70,9 @@ def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
         if len(finished) > 3 and len({trial.values[index] for trial in finished}) > 1:
             # Of several objectives Optuna asks what makes a value low.
             low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
-            yield show.plot_param_importances(study, **low)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                yield show.plot_param_importances(study, **low)
         if len(names) > 1 and len(finished) > 3:
             yield show.plot_contour(study, params=names[:4], **told)
 

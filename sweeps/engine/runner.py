@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import ray
 from ray import tune
 from ray.util.state import list_actors
+from rich.console import Console
 
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
+from sweeps.engine.checkpoints import Housekeeping, trials_folder
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
-from sweeps.engine.records import Outcome, TrialRecord
+from sweeps.engine.progress import LiveTable, ProgressLines
+from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 from sweeps.engine.tracking import Tracker
@@ -115,13 +118,17 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"the sweep in {folder} is being run by another process") from None
-        spec = folder / SPEC_FILE
-        if spec.exists() and read_sweep(folder).study_name != sweep.study_name:
-            raise ConfigError(
-                f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
-            )
-        write_atomically(spec, sweep.model_dump_json(indent=2).encode())
+        check_folder(sweep, folder)
+        write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
+
+
+def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError if ``folder`` holds another sweep."""
+    if (folder / SPEC_FILE).exists() and read_sweep(folder).study_name != sweep.study_name:
+        raise ConfigError(
+            f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
+        )
 
 
 def connect(address: str | None) -> None:
@@ -177,14 +184,14 @@ def slots(resources: Resources) -> int:
 def _run_trials(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
     resources, at_a_time = sweep.resources, slots(sweep.resources)
     if sweep.executor == "inline":
-        trainable = inline_trial(resources, folder / "trials", sweep.study_name)
+        trainable = inline_trial(resources, trials_folder(folder), sweep.study_name)
         needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
             [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
         )
     else:
         check_state_api()
         backend = pick_backend(resources)
-        trainable = train_driver(resources, backend, folder / "trials", sweep.study_name)
+        trainable = train_driver(resources, backend, trials_folder(folder), sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {"node:__internal_head__": 0.001}
     fit(sweep, folder, ledger, tune.with_resources(trainable, needs), min(at_a_time, remaining), say)
@@ -192,6 +199,8 @@ def _run_trials(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say:
 
 def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: int, say: Callable[[str], None]) -> None:
     """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
+    shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
+    housekeeping = Housekeeping(ledger, folder)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -204,14 +213,15 @@ def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: i
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
-            callbacks=[ProgressLines(ledger, say)],
+            callbacks=[shown, housekeeping],
             stop=WhenOver(ledger),
             verbose=0,
         ),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), shown.shown():
         warnings.simplefilter("ignore")
         tuner.fit()
+    housekeeping.tidy()
 
 
 class WhenOver(tune.Stopper):
@@ -225,48 +235,6 @@ class WhenOver(tune.Stopper):
 
     def stop_all(self) -> bool:
         return bool(self.ledger.why_over())
-
-
-class ProgressLines(tune.Callback):
-    """A line when a trial starts, has learnt a task, or ends."""
-
-    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
-        self.ledger, self.say = ledger, say
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self.ledger.record_of(trial.config["number"])
-        self.say(f"trial {record.number:3d} starts  {describe(record.settings)}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if "tasks_done" in result:
-            number = trial.config["number"]
-            self.say(f"trial {number:3d} task {result['tasks_done']}  acc/seen {100 * result['acc/seen']:.1f} %")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say_outcome(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say_outcome(trial)
-
-    def _say_outcome(self, trial: Any) -> None:
-        record = self.ledger.record_of(trial.config["number"])
-        if record.outcome is Outcome.RUNNING:
-            if record.again:
-                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
-            return
-        ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
-        value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
-        reason = f"  {record.reason}" if record.reason else ""
-        self.say(f"trial {record.number:3d} {record.outcome}{value}{reason}  ({len(ended)}/{self.ledger.sweep.trials})")
-
-
-def describe(settings: dict[str, Any]) -> str:
-    """Settings in a line."""
-    return "  ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
-    )
 
 
 def say_to_stdout(line: str) -> None:

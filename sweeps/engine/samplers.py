@@ -88,7 +88,7 @@ def _make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
         case "hyperband":
             return pruners.HyperbandPruner(
                 min_resource=sweep.grace_tasks,
-                max_resource=max(sweep.grace_tasks, sweep.base.data.tasks),
+                max_resource=max(sweep.grace_tasks, sweep.base.data.task_count),
                 reduction_factor=sweep.reduction,
             )
         case "median":

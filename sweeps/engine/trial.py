@@ -24,7 +24,7 @@ from inflora.config import parse_config
 from inflora.continual import run
 from inflora.metrics import accuracy_row, metrics_after
 from inflora.state import RunState, has_state, load_state, save_state
-from sweeps.engine.records import TaskReport, now_ms
+from sweeps.engine.records import TaskReport, now_ms, trial_name
 from sweeps.engine.spec import Resources
 
 
@@ -123,7 +123,7 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
 
     def trial(settings: dict[str, Any]) -> None:
         torch.set_num_threads(resources.cpus_per_worker)
-        learn(settings, InlineSession(storage / f"{study_name}-{settings['number']:04d}"))
+        learn(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
 
     return trial
 
@@ -145,7 +145,7 @@ def train_driver(
             ),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=f"{study_name}-{settings['number']:04d}",
+                name=trial_name(study_name, settings["number"]),
                 storage_path=str(storage),
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
