@@ -6,13 +6,13 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep test unit cluster compare check format clean
+.PHONY: sweep test unit cluster hosts compare check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
 	$(BIN)/sweeps export digits -o results/digits.yaml
 
-test: check unit cluster  ## everything CI runs
+test: check unit cluster hosts  ## everything CI runs
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
@@ -23,7 +23,10 @@ unit: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -m "not cluster and not e2e"
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
-	$(BIN)/python -m pytest -m "cluster or e2e"
+	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts"
+
+hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
+	$(BIN)/python -m pytest -m hosts
 
 compare: $(READY)  ## every method tuned with the same budget, then trained over three seeds and tested, side by side
 	for sweep in digits digits-sequential digits-frozen digits-joint; do \

@@ -80,7 +80,7 @@ def drive_with_ray(ledger: Ledger, folder: Path, tasks: int) -> None:
 
 def measure(sweep: Sweep, *, with_mlflow: bool, with_ray: bool) -> dict[str, float]:
     """One sweep from start to end."""
-    tasks, process = sweep.base.data.tasks, psutil.Process()
+    tasks, process = sweep.base.data.task_count, psutil.Process()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ledger = Ledger(sweep, folder)

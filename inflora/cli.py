@@ -1,7 +1,7 @@
 """``inflora``: one run, no Ray."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from inflora.config import (
     ConfigError,
+    RunConfig,
+    config_hash,
     load_config,
     override,
     parse_assignments,
@@ -26,6 +28,7 @@ from inflora.data.source import Options
 from inflora.data.store import DataError, Manifest, open_split, read_manifest
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import Evaluation, accuracy_matrix, metrics_after, seen
+from inflora.presets import PRESETS, comparison, find_preset
 from inflora.runs import train_into
 from inflora.state import StateError
 from inflora.training import EpochDone
@@ -54,23 +57,50 @@ def one_line_errors() -> Iterator[None]:
 
 @app.command()
 def train(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
-    assignments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="method.rank=8 ...")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the config, the state and the results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
     """Learn the stream of tasks once, print the accuracies and keep the model."""
     with one_line_errors():
-        config = override(load_config(config_file), parse_assignments(assignments or []))
+        base, assignments = _base_config(arguments or [], preset)
+        config = override(base, parse_assignments(assignments))
         with _progress() as on_epoch:
             state = train_into(
                 out, config, _parse_split(evaluate_on), resume=resume, on_task=_print_task, on_epoch=on_epoch
             )
     Console().print(accuracy_table(state.evaluations))
-    for name, value in metrics_after(state.evaluations, state.tasks).items():
+    metrics = metrics_after(state.evaluations, state.tasks)
+    for name, value in metrics.items():
         print(f"{name:20} {value:.4f}")
     print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
+    if preset:
+        for line in beside_published(preset, config, evaluate_on, metrics):
+            print(line)
+
+
+def _base_config(arguments: list[str], preset: str | None) -> tuple[RunConfig, list[str]]:
+    """The config to start from, and the assignments to change it with."""
+    if preset:
+        return find_preset(preset).config, arguments
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(f"give a CONFIG file or --preset, one of {', '.join(PRESETS)}")
+    return load_config(Path(arguments[0])), arguments[1:]
+
+
+def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: Mapping[str, float]) -> list[str]:
+    """What is to be said of a preset's result and the published one."""
+    experiment = find_preset(preset)
+    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
+        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
+    if not experiment.published:
+        return [f"no published numbers of {preset} are known here"]
+    final, average = 100 * metrics["acc/final"], 100 * metrics["acc/avg_incremental"]
+    return [line for published in experiment.published for line in comparison(published, final, average)]
 
 
 @data_app.command()

@@ -19,6 +19,8 @@ from rich.table import Table
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
 from inflora.data.stream import EvaluateOn
+from inflora.metrics import metrics_after
+from inflora.runs import train_into
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
 from sweeps.engine.dryrun import dry_run as check_all
@@ -27,10 +29,13 @@ from sweeps.engine.final import FinalRun, log_final, plan, summarise, train_all,
 from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_judgement
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
+from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.report import page
-from sweeps.engine.runner import connect, run_sweep, say_to_stdout, slots
+from sweeps.engine.runner import Cluster, connect, run_sweep, say_to_stdout, trials_at_a_time
+from sweeps.engine.shared import SharedFolder
+from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -38,6 +43,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Storage = Annotated[Path | None, typer.Option(help="Where sweeps are kept; default: $INFLORA_STORAGE or ./results.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
+]
+
+Shared = Annotated[
+    str | None,
+    typer.Option(
+        help="Where all nodes find the trials, a folder or s3://bucket/path; "
+        "default: $INFLORA_SHARED or the sweep's own folder."
+    ),
 ]
 
 
@@ -68,11 +81,21 @@ def main(*sweeps: Sweep) -> None:
             bool, typer.Option("--dry-run", help="Check everything, run one tiny trial, say what the sweep will take.")
         ] = False,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
+        smoke: Annotated[
+            bool, typer.Option("--smoke", help="The whole path in a minute: generated images, tiny model, CPU.")
+        ] = False,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
         address: Annotated[
             str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
         ] = None,
+        shared: Shared = None,
+        at_a_time: Annotated[
+            int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
+        ] = None,
+        workers: Annotated[int | None, typer.Option(help="Ray Train workers per trial.")] = None,
+        cpus: Annotated[int | None, typer.Option(help="CPUs per worker.")] = None,
+        gpus: Annotated[float | None, typer.Option(help="GPUs per worker; a fraction shares one.")] = None,
     ) -> None:
         quiet_libraries()
         with one_line_errors():
@@ -82,15 +105,20 @@ def main(*sweeps: Sweep) -> None:
             limits = given(hours=hours, gpu_hours=gpu_hours, target=target, patience=patience)
             changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
             changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
+            resources = given(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+            changes["resources"] = {**dict(by_name[name].resources), **resources}
             changes["budget"] = {**dict(by_name[name].budget), **limits}
             sweep = changed(by_name[name], changes)
+            if smoke:
+                sweep = _sample_sweep(sweep, storage_root(storage))
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
+            cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
             if dry_run:
-                check_all(sweep, folder, uri, address=address, say=say_to_stdout)
+                check_all(sweep, folder, uri, cluster=cluster, say=say_to_stdout)
                 return
             first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
-            result = run_sweep(sweep, folder, uri, address=address, say=say_to_stdout, warm_start=first)
+            result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
         if result.over:
             print(f"ended early: {result.over}")
         print_table(trials_table(sweep, result.records, front_of(sweep, folder)))
@@ -102,8 +130,26 @@ def main(*sweeps: Sweep) -> None:
             raise typer.Exit(130)
         if best_record(result.records) is None:
             raise typer.Exit(1)
+        if smoke:
+            with one_line_errors():
+                _train_best(sweep, folder, result.records)
 
     typer.run(recipe)
+
+
+def _sample_sweep(sweep: Sweep, storage: Path) -> Sweep:
+    small = in_small(sweep, storage / "samples")
+    prepare_sample(small, storage / f"{small.name}-source", storage / "samples")
+    return small
+
+
+def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
+    """What a user does with a finished sweep: export its best config and train with it."""
+    best = find_best(sweep, records)
+    exported, out = folder / "best.yaml", folder / "trained"
+    write_atomically(exported, dump_config(export_config(sweep, best, len(records), None)).encode())
+    state = train_into(out, load_config(exported), "test", resume=(out / "state").exists())
+    print(f"trained with {exported}: {metrics_after(state.evaluations, state.tasks)['acc/final']:.4f} on test images")
 
 
 def quiet_libraries() -> None:
@@ -278,7 +324,7 @@ def final(
     orders: Annotated[str, typer.Option(help="Class orders (seeds) to train on; default: each config's own.")] = "",
     top: Annotated[int, typer.Option(min=1, help="Of a sweep: how many of its best trials are judged.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and report; default: final/ in the storage.")
+        Path | None, typer.Option(help="Folder for runs and report, seen by all nodes; default: final/ in the storage.")
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -341,7 +387,8 @@ class Trained(NamedTuple):
         """The runs of these configs, trained unless they are there already."""
         runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
         connect(self.address)
-        slots(self.resources)
+        check_nodes(SharedFolder(str(folder)))
+        trials_at_a_time(self.resources, say_to_stdout)
         train_all(runs, self.resources, say_to_stdout)
         return runs
 

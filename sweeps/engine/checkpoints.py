@@ -1,36 +1,22 @@
-"""The room that a sweep takes on its storage: states of ended trials go as the sweep goes, the best one's stays."""
+"""The room that trials take: states of ended ones are deleted as the sweep goes, the best one's stays."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome, best_record, trial_name
+from sweeps.engine.shared import SharedFolder
 
-
-def trials_folder(folder: Path) -> Path:
-    """Where the states of a sweep's trials are, a folder each."""
-    return folder / "trials"
-
-
-def bytes_in(folder: Path) -> int:
-    """The bytes of all files below ``folder``."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # gone while we looked
-    return total
+TRIALS = "trials"
+"""Where the states of a sweep's trials are in its shared place, a folder each."""
 
 
 class Housekeeping(tune.Callback):
     """Deletes what no trial will go on from, when a trial ends; ends the sweep where it still needs too much room."""
 
-    def __init__(self, ledger: Ledger, folder: Path) -> None:
-        self.ledger, self.folder = ledger, trials_folder(folder)
+    def __init__(self, ledger: Ledger, place: SharedFolder) -> None:
+        self.ledger, self.place = ledger, place
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.tidy()
@@ -40,11 +26,11 @@ class Housekeeping(tune.Callback):
 
     def tidy(self) -> None:
         """Delete the states of ended trials but the best one's; a worker that is being stopped may write once more."""
-        records = self.ledger.records()
+        records, study_name = self.ledger.records(), self.ledger.sweep.study_name
         best = best_record(records)
-        for record in records:
-            if record.outcome is not Outcome.RUNNING and record is not best:
-                shutil.rmtree(self.folder / trial_name(self.ledger.sweep.study_name, record.number), ignore_errors=True)
+        ended = {r.number for r in records if r.outcome is not Outcome.RUNNING and r is not best}
+        for name in self.place.folders(TRIALS) & {trial_name(study_name, number) for number in ended}:
+            self.place.discard(f"{TRIALS}/{name}")
         bound = self.ledger.sweep.budget.storage_gb
-        if bound is not None and (used := bytes_in(self.folder) / 1e9) > bound:
-            self.ledger.end_early(f"storage budget spent: {used:.2f} of {bound:g} GB in {self.folder}")
+        if bound is not None and (used := self.place.bytes_in(TRIALS) / 1e9) > bound:
+            self.ledger.end_early(f"storage budget spent: {used:.2f} of {bound:g} GB in {self.place.address}")

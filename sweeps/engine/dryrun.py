@@ -14,7 +14,8 @@ from mlflow.exceptions import MlflowException
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
 from sweeps.engine.mlflow_store import make_client
-from sweeps.engine.runner import check_folder, check_state_api, connect, slots
+from sweeps.engine.nodes import check_nodes
+from sweeps.engine.runner import Cluster, check_folder, check_state_api, connect, trials_at_a_time, trials_place
 from sweeps.engine.spec import Sweep
 
 _EPOCHS = 2
@@ -35,7 +36,7 @@ class Estimate(NamedTuple):
     gpu_hours: float
 
 
-def dry_run(sweep: Sweep, folder: Path, uri: str, *, address: str | None, say: Callable[[str], None]) -> Estimate:
+def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Callable[[str], None]) -> Estimate:
     """Check everything in turn, run the first task of one trial for two epochs, and say what to expect.
 
     Nothing is left behind in ``folder``.
@@ -48,14 +49,16 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, address: str | None, say: C
         check(config)
     data, backbone = sweep.base.data, sweep.base.backbone
     say(f"settings: {len(corners)} configs at the corners of the space fit {data.dataset} and {backbone.name}")
+    place = trials_place(sweep, folder, cluster)
     check_folder(sweep, folder)
     check_storage(folder)
     say(f"storage: {folder} can be written, a database works there")
     check_tracking(uri)
     say(f"tracking: {uri} answers")
-    connect(address)
+    connect(cluster.address)
     try:
-        at_a_time = slots(sweep.resources)
+        check_nodes(place)
+        at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
         if sweep.executor == "train":
             check_state_api()
         say(f"cluster: room for {at_a_time} trials at a time")

@@ -27,6 +27,9 @@ from sweeps.engine.records import Outcome, TaskReport, TrialRecord, now_ms
 from sweeps.engine.samplers import Rungs, make_sampler
 from sweeps.engine.spec import Sweep
 
+STUDY_FILE = "study.db"
+"""The study, in the sweep's folder."""
+
 _SAME_SETTINGS_TRIES = 50
 
 
@@ -296,12 +299,12 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
         return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
     except (KeyError, SQLAlchemyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / 'study.db'}: {reason}") from None
+        raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / STUDY_FILE}: {reason}") from None
 
 
 def study_url(folder: Path) -> str:
     """Where a sweep's study is: one database file in its folder, written by the driver alone."""
-    return f"sqlite:///{(folder / 'study.db').absolute()}"
+    return f"sqlite:///{(folder / STUDY_FILE).absolute()}"
 
 
 def open_storage(folder: Path) -> optuna.storages.BaseStorage:

@@ -18,12 +18,14 @@ from rich.console import Console
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
-from sweeps.engine.checkpoints import Housekeeping, trials_folder
-from sweeps.engine.ledger import Ledger
+from sweeps.engine.checkpoints import TRIALS, Housekeeping
+from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
+from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
+from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
@@ -35,10 +37,19 @@ _QUICK_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+# A trial that waits for room is not late: its place in the queue is what the cluster grows for. A new GPU node takes
+# minutes; giving the place up and asking again every minute would make the cluster shrink and grow.
+_PATIENT_TRAIN = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600"}
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
 }
+
+
+DRIVER = "trial_driver"
+"""The custom resource by which a cluster's head says how many trials it drives at a time."""
+
+logger = logging.getLogger(__name__)
 
 
 class SweepResult(NamedTuple):
@@ -53,16 +64,31 @@ class SweepResult(NamedTuple):
     over: str
 
 
+class Cluster(NamedTuple):
+    """Where a sweep runs, and where it keeps its trials so that every node finds them.
+
+    ``address`` None is the cluster found, else this machine; ``shared`` None is the sweep's own folder; ``at_a_time``
+    None is what the cluster declares or has room for.
+    """
+
+    address: str | None = None
+    shared: str | None = None
+    at_a_time: int | None = None
+
+
+THIS_MACHINE = Cluster()
+
+
 def run_sweep(
     sweep: Sweep,
     folder: Path,
     tracking_uri: str,
     *,
-    address: str | None,
+    cluster: Cluster = THIS_MACHINE,
     say: Callable[[str], None],
     warm_start: tuple[Sequence[Mapping[str, Any]], str] | None = None,
 ) -> SweepResult:
-    """Run what is left of a sweep's trials, on the cluster at ``address`` (None: the one found, else this machine).
+    """Run what is left of a sweep's trials.
 
     ``warm_start`` are settings to try first and where they come from.
 
@@ -74,7 +100,10 @@ def run_sweep(
         check(config)
     make_client(tracking_uri)
     folder = folder.absolute()
+    place = trials_place(sweep, folder, cluster)
     with claimed(sweep, folder):
+        if fetch_database(folder / STUDY_FILE, place):
+            say(f"sweep {sweep.name}: the study is the one kept in {place.address}")
         ledger = Ledger(sweep, folder)
         if warm_start is not None:
             found = ledger.warm_start(*warm_start)
@@ -85,20 +114,36 @@ def run_sweep(
         commit = git_commit()
         tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
         if remaining:
-            connect(address)
+            connect(cluster.address)
+            check_nodes(place)
         tracker = Tracker(sweep, folder, tracking_uri, tags)
         tracker.start()
         try:
             if remaining:
-                _run_trials(sweep, folder, ledger, remaining, say)
+                at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
+                _run_trials(sweep, folder, place, ledger, min(at_a_time, remaining), say)
         finally:
             over = ledger.why_over()
             complete = ledger.remaining() == 0 or bool(over)
             ray.shutdown()
+            if cluster.shared:
+                keep_database(folder / STUDY_FILE, place)
             delivered = tracker.close(complete=complete, over=over)
         if hopeless := ledger.why_hopeless():
             raise ConfigError(hopeless)
         return SweepResult(ledger.records(), complete, delivered, over)
+
+
+def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
+    """Where the trials of a sweep in ``folder`` are kept.
+
+    Raises:
+        ConfigError: Not a place that the sweep's executor can keep them in.
+    """
+    place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
+    if sweep.executor == "inline" and not place.is_local:
+        raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
+    return place
 
 
 @contextmanager
@@ -138,7 +183,9 @@ def connect(address: str | None) -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    environment = {name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _QUIET).items()}
+    environment = {
+        name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _PATIENT_TRAIN | _QUIET).items()
+    }
     try:
         ray.init(
             address=address,
@@ -163,8 +210,26 @@ def check_state_api() -> None:
         ) from None
 
 
+def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
+    """As many as the cluster declares drivers for, else as many as its nodes have room for.
+
+    A cluster that declares them may grow: a trial then waits for its nodes, however long they take.
+
+    Raises:
+        ConfigError: Nothing is declared and there is no room for a single trial.
+    """
+    declared = int(ray.cluster_resources().get(DRIVER, 0))
+    if not declared:
+        return slots(resources)
+    try:
+        slots(resources)
+    except ConfigError as error:
+        say(f"waiting for nodes: {error}")
+    return declared
+
+
 def slots(resources: Resources) -> int:
-    """How many trials the cluster can train at a time.
+    """How many trials the nodes that are there can train at a time.
 
     Raises:
         ConfigError: Not even one.
@@ -181,26 +246,40 @@ def slots(resources: Resources) -> int:
     return workers // resources.workers
 
 
-def _run_trials(sweep: Sweep, folder: Path, ledger: Ledger, remaining: int, say: Callable[[str], None]) -> None:
-    resources, at_a_time = sweep.resources, slots(sweep.resources)
+def _run_trials(
+    sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
+) -> None:
+    resources, trials = sweep.resources, f"{place.address}/{TRIALS}"
+    housekeeping = Housekeeping(ledger, place)
+    callbacks: list[tune.Callback] = [housekeeping]
+    callbacks += [] if place.address == str(folder) else [StudyKeeper(folder, place)]
     if sweep.executor == "inline":
-        trainable = inline_trial(resources, trials_folder(folder), sweep.study_name)
+        folder = Path(place.address)  # Train's drivers stay on the head, inline trials do not
+        trainable = inline_trial(resources, Path(trials), sweep.study_name)
         needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
             [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
         )
     else:
         check_state_api()
         backend = pick_backend(resources)
-        trainable = train_driver(resources, backend, trials_folder(folder), sweep.study_name)
+        trainable = train_driver(resources, backend, trials, sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
-        needs = {"node:__internal_head__": 0.001}
-    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), min(at_a_time, remaining), say)
+        needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
+    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), at_a_time, say, callbacks)
+    housekeeping.tidy()
 
 
-def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: int, say: Callable[[str], None]) -> None:
+def fit(
+    sweep: Sweep,
+    folder: Path,
+    ledger: Ledger,
+    trainable: Any,
+    at_a_time: int,
+    say: Callable[[str], None],
+    callbacks: Sequence[tune.Callback] = (),
+) -> None:
     """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
     shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
-    housekeeping = Housekeeping(ledger, folder)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -213,7 +292,7 @@ def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: i
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
-            callbacks=[shown, housekeeping],
+            callbacks=[shown, *callbacks],
             stop=WhenOver(ledger),
             verbose=0,
         ),
@@ -221,7 +300,6 @@ def fit(sweep: Sweep, folder: Path, ledger: Ledger, trainable: Any, at_a_time: i
     with warnings.catch_warnings(), shown.shown():
         warnings.simplefilter("ignore")
         tuner.fit()
-    housekeeping.tidy()
 
 
 class WhenOver(tune.Stopper):
@@ -235,6 +313,19 @@ class WhenOver(tune.Stopper):
 
     def stop_all(self) -> bool:
         return bool(self.ledger.why_over())
+
+
+class StudyKeeper(tune.Callback):
+    """Keeps a copy of the study where the trials are: a head that is lost takes only its running trials along."""
+
+    def __init__(self, folder: Path, place: SharedFolder) -> None:
+        self.folder, self.place = folder, place
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        try:
+            keep_database(self.folder / STUDY_FILE, self.place)
+        except OSError as error:  # the next trial's end is the next try
+            logger.warning("the study could not be kept in %s: %s", self.place.address, error)
 
 
 def say_to_stdout(line: str) -> None:

@@ -8,6 +8,7 @@ from ray.tune.search import Searcher
 
 from sweeps.engine.failures import Failure, headline, kind_of
 from sweeps.engine.ledger import Ledger
+from sweeps.engine.nodes import code_version
 from sweeps.engine.records import TaskReport
 from sweeps.engine.spec import Resources
 
@@ -29,6 +30,7 @@ class StudySearcher(Searcher):
         return {
             "number": proposal.number,
             "tasks_done": proposal.tasks_done,
+            "code": code_version(),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": with_room(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),

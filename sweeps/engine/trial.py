@@ -24,6 +24,7 @@ from inflora.config import parse_config
 from inflora.continual import run
 from inflora.metrics import accuracy_row, metrics_after
 from inflora.state import RunState, has_state, load_state, save_state
+from sweeps.engine.nodes import require_code
 from sweeps.engine.records import TaskReport, now_ms, trial_name
 from sweeps.engine.spec import Resources
 
@@ -122,15 +123,14 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
     """The trainable that learns inside the Tune trial: no processes of its own, so a trial starts at once."""
 
     def trial(settings: dict[str, Any]) -> None:
+        require_code(settings["code"])
         torch.set_num_threads(resources.cpus_per_worker)
         learn(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
 
     return trial
 
 
-def train_driver(
-    resources: Resources, backend: str, storage: Path, study_name: str
-) -> Callable[[dict[str, Any]], None]:
+def train_driver(resources: Resources, backend: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
 
     def trial(settings: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def train_driver(
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
                 name=trial_name(study_name, settings["number"]),
-                storage_path=str(storage),
+                storage_path=storage,
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
                 failure_config=ray.train.FailureConfig(max_failures=1),
@@ -160,7 +160,7 @@ def train_driver(
 def pick_backend(resources: Resources) -> str:
     """What the workers talk through; asked where they will be: a GPU of the cluster's may be one in name only.
 
-    It must be right at once: a backend that fails to start leaks its workers.
+    It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
     """
     if not resources.gpus_per_worker:
         return "gloo"
@@ -169,6 +169,7 @@ def pick_backend(resources: Resources) -> str:
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
+    require_code(settings["code"])
     torch.set_num_threads(settings["threads"])
     if torch.cuda.is_available():
         # Train shows all of a node's GPUs to each of its workers; "cuda" must mean this worker's own.

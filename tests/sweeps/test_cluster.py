@@ -13,7 +13,7 @@ from sweeps.engine.records import Outcome, TaskReport
 from sweeps.engine.runner import check_state_api, claimed, run_sweep, slots
 from sweeps.engine.spec import Real, Resources, read_sweep
 
-from .conftest import PAPER, undisturbed
+from .conftest import PAPER, Recipe, undisturbed
 
 pytestmark = pytest.mark.cluster
 
@@ -129,7 +129,7 @@ def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tm
             "trials": 3,
         }
     )
-    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
     assert records[1].outcome is Outcome.PRUNED
     assert records[2].reports, "the trial after the stopped one got the worker's place"
     assert records[2].start_ms >= records[1].end_ms
@@ -139,7 +139,7 @@ def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tm
 def test_two_workers_learn_what_one_does(tiny_sweep, local_cluster, tmp_path):
     local_cluster(num_cpus=2)
     sweep = tiny_sweep.model_copy(update={"trials": 1, "resources": Resources(workers=2)})
-    (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
+    (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
     assert record.outcome is Outcome.FINISHED
     for ours, alone in zip([r.accuracies for r in record.reports], undisturbed(sweep, PAPER), strict=True):
         assert ours == pytest.approx(alone, abs=0.05)  # an image or two may fall on the other side by rounding
@@ -150,7 +150,7 @@ def test_gpus_in_name_only_are_shared_in_fractions_and_nothing_asks_for_nccl(tin
     resources = Resources(gpus_per_worker=0.5)
     assert slots(resources) == 2
     sweep = tiny_sweep.model_copy(update={"trials": 2, "resources": resources})
-    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
     assert len(records) == 2
     assert_every_finished_trial_is_undisturbed(sweep, records)
 
@@ -168,7 +168,7 @@ def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_sweep_goes_on
     sweep = tiny_sweep.model_copy(
         update={"trials": 2, "first": (hopeless, PAPER), "space": space, "executor": "inline"}
     )
-    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), address=None, say=print).records
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
     assert [record.outcome for record in records] == [Outcome.FAILED, Outcome.FINISHED]
     assert "FloatingPointError" in records[0].reason
     assert_mlflow_agrees(tmp_path, records)
@@ -194,7 +194,7 @@ def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_it
 
 def test_two_drivers_do_not_run_one_sweep(tiny_sweep, tmp_path):
     with claimed(tiny_sweep, tmp_path), pytest.raises(ConfigError, match="is being run by another process"):
-        run_sweep(tiny_sweep, tmp_path, sqlite(tmp_path), address=None, say=print)
+        run_sweep(tiny_sweep, tmp_path, sqlite(tmp_path), say=print)
 
 
 def test_another_base_does_not_take_over_a_sweeps_folder(tiny_sweep, tmp_path):
@@ -202,7 +202,7 @@ def test_another_base_does_not_take_over_a_sweeps_folder(tiny_sweep, tmp_path):
         pass
     other = tiny_sweep.model_copy(update={"base": tiny_sweep.config({"optim.epochs": 7})})
     with pytest.raises(ConfigError, match="holds a sweep with another base or space"):
-        run_sweep(other, tmp_path, sqlite(tmp_path), address=None, say=print)
+        run_sweep(other, tmp_path, sqlite(tmp_path), say=print)
     assert read_sweep(tmp_path) == tiny_sweep
 
 
@@ -216,3 +216,35 @@ def test_nothing_learns_on_when_the_driver_is_killed(recipe):
     driver.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, [p.cmdline() for p in alive]
+
+
+def test_a_sweep_whose_first_trials_all_fail_alike_stops_with_the_reason_in_one_line(tiny_sweep, tmp_path, data_root):
+    hopeless = Real(low=1e29, high=1e30)
+    space = tiny_sweep.space | {"optim.lr": hopeless}
+    recipe = Recipe(tmp_path, tiny_sweep.model_copy(update={"space": space, "first": (), "trials": 9}), data_root)
+    assert recipe.start("--executor", "inline").wait(timeout=280) == 2
+    (last,) = [line for line in recipe.log.read_text().splitlines() if line.startswith("error:")]
+    assert "the first 3 trials all failed alike: FloatingPointError" in last
+    assert len(recipe.records()) <= 5, "at most what ran beside them"
+
+
+def test_a_trial_whose_actor_dies_is_tried_again_from_its_last_task(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=1)
+    killed = []
+
+    def kill_once(line):
+        if "task 2 " in line and not killed:
+            family = psutil.Process().children(recursive=True)
+            killed.extend(p for p in family if "ImplicitFunc" in " ".join(p.cmdline()))
+            for process in killed:
+                process.kill()
+
+    sweep = tiny_sweep.model_copy(
+        update={"trials": 1, "executor": "inline", "base": tiny_sweep.config({"optim.epochs": 5})}
+    )
+    (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=kill_once).records
+    assert killed
+    assert record.outcome is Outcome.FINISHED
+    assert len(record.failures) == 1
+    assert_every_finished_trial_is_undisturbed(sweep, [record])
+    assert_mlflow_agrees(tmp_path, [record])

@@ -4,6 +4,7 @@ import pytest
 
 from inflora.config import ConfigError
 from sweeps.engine.dryrun import Timing, check_storage, check_tracking, dry_run, estimate, time_one_task
+from sweeps.engine.runner import Cluster
 from sweeps.engine.spec import Resources, Sweep
 
 from .test_tracking import free_port
@@ -54,7 +55,7 @@ def test_a_dry_run_checks_all_and_leaves_nothing(tiny_sweep, tmp_path, monkeypat
     monkeypatch.setenv("RAY_ADDRESS", "local")
     lines: list[str] = []
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    expected = dry_run(tiny_sweep, tmp_path / "sweep", uri, address="local", say=lines.append)
+    expected = dry_run(tiny_sweep, tmp_path / "sweep", uri, cluster=Cluster("local"), say=lines.append)
     assert [line.split(":")[0] for line in lines] == [
         "settings",
         "storage",

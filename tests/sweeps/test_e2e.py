@@ -117,3 +117,16 @@ def test_bad_input_is_one_line_and_exit_code_two(swept, line, message):
     assert done.returncode == 2
     (only,) = done.stderr.strip().splitlines()
     assert message in only
+
+
+@pytest.mark.parametrize("recipe", ["cifar100", "imagenet_r", "domainnet"])
+def test_a_recipe_runs_in_small_from_the_archive_to_the_trained_model(recipe, user):
+    shutil.copy(RECIPE.parent / f"{recipe}.py", user.folder / f"my_{recipe}.py")
+    executor = "" if recipe == "cifar100" else " --executor inline"
+    out = ok(user(f"python my_{recipe}.py --smoke{executor}"))
+    assert "2 trials, judged on validation images" in out
+    (trained,) = user.folder.glob(f"results/{recipe.replace('_', '-')}*-smoke/trained/result.json")
+    result = json.loads(trained.read_text())
+    assert result["evaluated_on"] == "test"
+    assert result["config"]["data"]["dataset"] == recipe
+    assert len(result["accuracy_matrix"]) == result["config"]["data"]["tasks"]

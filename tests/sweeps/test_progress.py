@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeps.engine.checkpoints import Housekeeping, trials_folder
+from sweeps.engine.checkpoints import TRIALS, Housekeeping
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import trial_name
+from sweeps.engine.shared import SharedFolder
 from sweeps.engine.spec import Sweep
 
 from .conftest import learn_all, report
@@ -62,11 +63,11 @@ def test_a_terminal_has_one_table_with_what_runs_what_ended_and_what_is_left(led
 
 
 def states(folder: Path) -> set[int]:
-    return {int(path.name[-4:]) for path in trials_folder(folder).iterdir()}
+    return {int(path.name[-4:]) for path in (folder / TRIALS).iterdir()}
 
 
 def keep_state(ledger: Ledger, folder: Path, number: int, size: int = 1000) -> None:
-    path = trials_folder(folder) / trial_name(ledger.sweep.study_name, number)
+    path = (folder / TRIALS) / trial_name(ledger.sweep.study_name, number)
     path.mkdir(parents=True, exist_ok=True)
     (path / "state").write_bytes(bytes(size))
 
@@ -74,7 +75,7 @@ def keep_state(ledger: Ledger, folder: Path, number: int, size: int = 1000) -> N
 def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(tiny_sweep, tmp_path):
     sweep = tiny_sweep.model_copy(update={"early_stopping": "none"})
     ledger = Ledger(sweep, tmp_path)
-    housekeeping = Housekeeping(ledger, tmp_path)
+    housekeeping = Housekeeping(ledger, SharedFolder(str(tmp_path)))
     numbers = [ledger.propose().number for _ in range(4)]
     for number in numbers:
         keep_state(ledger, tmp_path, number)
@@ -94,9 +95,9 @@ def test_a_sweep_that_needs_more_room_than_it_has_ends_and_says_so(tiny_sweep, t
     ledger = Ledger(Sweep.model_validate(tiny_sweep.model_dump() | {"budget": {"storage_gb": 1e-6}}), tmp_path)
     number = ledger.propose().number
     keep_state(ledger, tmp_path, number, size=999)
-    Housekeeping(ledger, tmp_path).tidy()
+    Housekeeping(ledger, SharedFolder(str(tmp_path))).tidy()
     assert ledger.why_over() == ""
     keep_state(ledger, tmp_path, number, size=2000)
-    Housekeeping(ledger, tmp_path).tidy()
+    Housekeeping(ledger, SharedFolder(str(tmp_path))).tidy()
     assert ledger.why_over().startswith("storage budget spent")
     assert ledger.propose() is None

@@ -1,0 +1,43 @@
+"""A sweep in small: generated images in the dataset's own form, a tiny transformer, the CPU, two trials.
+
+Every step of the real path runs: archive, preparation, sweep, export, training. The numbers mean nothing.
+"""
+
+from pathlib import Path
+
+from inflora.config import BackboneSettings, override
+from inflora.data import DATASETS, prepare_store
+from inflora.data.samples import SAMPLES
+from inflora.data.source import Options
+from sweeps.engine.spec import Budget, Resources, Sweep
+
+_CLASSES_PER_TASK, _IMAGES_PER_CLASS = 2, 8
+_BACKBONE = BackboneSettings(
+    name="vit_tiny_patch16_224",
+    pretrained=False,
+    options={"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2},
+)
+
+
+def in_small(sweep: Sweep, root: Path) -> Sweep:
+    """The sweep with the same space over a run of seconds, on the dataset's sample store below ``root``."""
+    settings = {"data.root": str(root), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
+    base = override(sweep.base, {**settings, "device": "cpu"}).model_copy(update={"backbone": _BACKBONE})
+    changes = {
+        "name": f"{sweep.name}-smoke",
+        "base": base,
+        "trials": 2,
+        "budget": Budget(),
+        "resources": Resources(),
+    }
+    return sweep.model_copy(update=changes)
+
+
+def prepare_sample(sweep: Sweep, folder: Path, root: Path) -> None:
+    """Write a tiny distribution of the sweep's dataset into ``folder`` and prepare its store below ``root``."""
+    data = sweep.base.data
+    if data.dataset not in SAMPLES or (root / data.dataset).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    source = SAMPLES[data.dataset](folder, _CLASSES_PER_TASK * data.task_count, _IMAGES_PER_CLASS)
+    prepare_store(data.dataset, DATASETS[data.dataset], source, Options(), str(root), subset=True)

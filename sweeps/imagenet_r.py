@@ -1,0 +1,51 @@
+"""ImageNet-R in 5, 10 or 20 tasks, ViT-B/16: the paper's experiments, their settings searched. One GPU per trial.
+
+inflora data prepare imagenet_r --source imagenet-r.tar             once
+python sweeps/imagenet_r.py                                         10 tasks
+python sweeps/imagenet_r.py --sweep imagenet-r-20                   20 tasks
+python sweeps/imagenet_r.py --smoke                                 the whole path, generated images, CPU, a minute
+"""
+
+from inflora.presets import for_tuning
+from sweeps.cli import main
+from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+
+space = {
+    "method.rank": Integer(low=2, high=64, log=True),
+    "method.energy": NearOne(low=0.9, high=0.9995),
+    "optim.lr": Real(low=1e-4, high=5e-3, log=True),
+}
+paper = {"method.rank": 10, "method.energy": 0.98, "optim.lr": 5e-4}
+# JPEGs are decoded on the worker's CPUs.
+resources = Resources(cpus_per_worker=8, gpus_per_worker=1)
+
+tasks_10 = Sweep(
+    name="imagenet-r-10",
+    base=for_tuning("imagenet-r-10"),
+    space=space,
+    first=(paper,),
+    trials=24,
+    grace_tasks=3,
+    resources=resources,
+)
+tasks_5 = Sweep(
+    name="imagenet-r-5",
+    base=for_tuning("imagenet-r-5"),
+    space=space,
+    first=(paper,),
+    trials=24,
+    grace_tasks=2,
+    resources=resources,
+)
+tasks_20 = Sweep(
+    name="imagenet-r-20",
+    base=for_tuning("imagenet-r-20"),
+    space=space,
+    first=(paper,),
+    trials=24,
+    grace_tasks=5,
+    resources=resources,
+)
+
+if __name__ == "__main__":
+    main(tasks_10, tasks_5, tasks_20)

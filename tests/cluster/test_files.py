@@ -1,0 +1,161 @@
+"""The cluster files, against the schemas of those who read them; a typo fails."""
+
+import copy
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+from referencing import Registry, Resource
+
+PROJECT = Path(__file__).parents[2]
+CLUSTER = PROJECT / "cluster"
+LAUNCHER_FILES = ("gpu.yaml", "local.yaml")
+
+KUBERNETES = importlib.resources.files(kubernetes_validate) / "kubernetes-json-schema"
+
+
+def launcher(name):
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def kuberay():
+    return list(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))
+
+
+def check_launcher(config):
+    """By Ray's schema, and by what `ray up` checks before it reaches for a machine."""
+    schema = importlib.resources.files("ray") / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(config, json.loads(schema.read_text()))
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def check_ray_job(document):
+    """By the schema of KubeRay, and that of Kubernetes for its pods."""
+    definitions = json.loads((KUBERNETES / "v1.34.0-local-strict" / "_definitions.json").read_text())
+    registry = Registry().with_resource(definitions["$id"], Resource.from_contents(definitions))
+    schema = json.loads((Path(__file__).parent / "rayjob.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema, registry=registry).validate(document)
+
+
+def typos(node, path=()) -> Iterator[tuple]:
+    """The paths of all keys of mappings whose keys are the schema's, not the user's."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield (*path, key)
+            yield from typos(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from typos(value, (*path, index))
+
+
+def with_typo(document, path):
+    """A copy with the key at ``path`` misspelt."""
+    wrong = copy.deepcopy(document)
+    parent = wrong
+    for step in path[:-1]:
+        parent = parent[step]
+    parent[f"{path[-1]}x"] = parent.pop(path[-1])
+    return wrong
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_a_launcher_file_is_what_ray_expects(name):
+    check_launcher(launcher(name))
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_a_misspelt_key_of_a_launcher_file_is_refused(name):
+    config = launcher(name)
+    for key in config:
+        with pytest.raises(jsonschema.ValidationError):
+            check_launcher(with_typo(config, (key,)))
+
+
+def test_what_kubernetes_gets_is_what_it_expects():
+    *ordinary, job = kuberay()
+    assert [document["kind"] for document in (*ordinary, job)] == ["ConfigMap", "PersistentVolumeClaim", "RayJob"]
+    for document in ordinary:
+        kubernetes_validate.validate(document, "1.34", strict=True)
+    check_ray_job(job)
+
+
+# Keys that are names of the user's own or of a resource, so that no schema can know them.
+FREE = {"data", "limits", "requests", "rayStartParams"}
+
+
+def test_a_misspelt_key_of_the_ray_job_is_refused():
+    job = kuberay()[-1]
+    paths = [path for path in typos(job) if not FREE & set(path[:-1])]
+    assert len(paths) > 60
+    for path in paths:
+        with pytest.raises(jsonschema.ValidationError):
+            check_ray_job(with_typo(job, path))
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_nothing_is_mounted_where_it_would_be_imported_instead_of_the_package(name):
+    """``ray submit`` runs ``~/recipe.py``: the home folder is first on the import path."""
+    in_home = {target.removeprefix("~/").split("/")[0] for target in launcher(name)["file_mounts"]}
+    assert in_home.isdisjoint({"inflora", "sweeps", "ray", "mlflow", "torch"})
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_every_mounted_file_is_there(name):
+    sources = [Path(source) for source in launcher(name)["file_mounts"].values() if not source.startswith("~")]
+    assert sources
+    assert [source for source in sources if not (PROJECT / source).exists()] == []
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_every_start_of_ray_asks_for_the_token_and_tells_nobody(name):
+    config = launcher(name)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (start,) = [command for command in config[key] if "ray start" in command]
+        assert re.search(r"export [^;]*RAY_AUTH_MODE=token[^;]*;.*ray start", start)
+        assert "RAY_USAGE_STATS_ENABLED=0" in start
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    assert "~/.ray/auth_token" in config["file_mounts"]
+
+
+def test_no_trial_runs_on_a_head():
+    assert "--num-cpus=0" in " ".join(launcher("local.yaml")["head_start_ray_commands"])
+    gpu = launcher("gpu.yaml")
+    assert gpu["available_node_types"][gpu["head_node_type"]]["resources"].items() >= {"CPU": 0, "GPU": 0}.items()
+    assert kuberay()[-1]["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_every_cluster_drives_as_many_trials_as_it_can_train():
+    gpu = launcher("gpu.yaml")["available_node_types"]
+    spot = gpu["gpu_spot"]
+    assert gpu["head"]["resources"]["trial_driver"] == spot["max_workers"] * spot["resources"]["GPU"]
+    job = kuberay()[-1]["spec"]["rayClusterSpec"]
+    drivers = json.loads(json.loads(job["headGroupSpec"]["rayStartParams"]["resources"].strip("'")))
+    assert drivers["trial_driver"] == job["workerGroupSpecs"][0]["maxReplicas"]
+
+
+def test_spot_machines_train_and_an_on_demand_head_drives():
+    types = launcher("gpu.yaml")["available_node_types"]
+    spot = {name for name, each in types.items() if "InstanceMarketOptions" in each["node_config"]}
+    assert spot == {"gpu_spot"}
+    assert types["gpu_reserve"]["resources"] == types["gpu_spot"]["resources"]
+    assert types["gpu_reserve"]["priority"] < types["gpu_spot"]["priority"]
+
+
+def test_the_pinned_versions_are_ones_that_the_package_accepts():
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (CLUSTER / "constraints.txt").read_text(), re.MULTILINE))
+    wanted = {r.name: r.specifier for r in map(Requirement, requires("inflora-sweeps") or []) if r.marker is None}
+    assert set(pinned) <= set(wanted)
+    assert [name for name, version in pinned.items() if not wanted[name].contains(version)] == []
+    ray = pinned["ray"]
+    assert launcher("gpu.yaml")["docker"]["image"].startswith(f"rayproject/ray:{ray}-")
+    assert f"FROM rayproject/ray:{ray}-" in (CLUSTER / "Dockerfile").read_text()
+    assert kuberay()[-1]["spec"]["rayClusterSpec"]["rayVersion"] == ray

@@ -1,0 +1,162 @@
+"""GPU-shaped scheduling on several nodes, in one process, with GPUs in name only."""
+
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as Nodes
+
+from sweeps.engine.ledger import STUDY_FILE
+from sweeps.engine.records import Outcome
+from sweeps.engine.runner import Cluster, run_sweep
+from sweeps.engine.spec import Real, Resources
+
+from .conftest import PAPER
+
+PROJECT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A head that drives so many trials and trains none, and workers; each as ``ray start`` would be told."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cluster = Nodes()
+
+    def start(drivers, *workers):
+        cluster.add_node(num_cpus=0, num_gpus=0, resources={"trial_driver": drivers}, include_dashboard=True)
+        for worker in workers:
+            cluster.add_node(**worker)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        cluster.wait_for_nodes()
+
+    yield start
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def sqlite(folder):
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def training(record):
+    """When a trial learnt, from the start of its first task to the end of its last, in ms."""
+    first, last = record.reports[0], record.reports[-1]
+    return first.time_ms - 1000 * first.seconds, last.time_ms
+
+
+def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gpu_on(nodes, tiny_sweep, tmp_path):
+    nodes(3, {"num_cpus": 1, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1})
+    learns, cannot_learn = PAPER | {"optim.lr": 5e-3}, PAPER | {"optim.lr": 1e-12}
+    sweep = tiny_sweep.model_copy(
+        update={
+            "base": tiny_sweep.config({"backbone": {"name": "glyph_vit"}}),
+            "space": tiny_sweep.space | {"optim.lr": Real(low=1e-12, high=1e-2, log=True)},
+            "first": (learns, cannot_learn, learns | {"method.rank": 4}),
+            "trials": 3,
+            "resources": Resources(gpus_per_worker=1),
+        }
+    )
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
+    assert {record.outcome for record in records} <= {Outcome.FINISHED, Outcome.PRUNED}
+    assert Outcome.PRUNED in {record.outcome for record in records}
+    in_turn = sorted(training(record) for record in records)
+    assert all(end <= start for (_, end), (start, _) in pairwise(in_turn)), "one GPU, one trial"
+    started = [record.start_ms for record in records]
+    assert max(started) < in_turn[0][1], "all three drivers were there while the first trial learnt"
+
+
+def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp_path):
+    nodes(8, {"num_cpus": 4, "num_gpus": 1}, {"num_cpus": 4, "num_gpus": 1})
+    sweep = tiny_sweep.model_copy(
+        update={
+            "base": tiny_sweep.config({"optim.epochs": 3}),
+            "trials": 6,
+            "executor": "inline",
+            "resources": Resources(gpus_per_worker=0.5),
+            "grace_tasks": 5,
+        }
+    )
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
+    assert [record.outcome for record in records] == [Outcome.FINISHED] * 6
+    spans = [training(record) for record in records]
+    at_once = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
+    assert 2 <= at_once <= 4
+
+
+def test_a_sweep_waits_for_a_node_that_is_still_to_come(tiny_sweep, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cluster = Nodes()
+    cluster.add_node(num_cpus=0, resources={"trial_driver": 1}, include_dashboard=True)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    said = []
+
+    def say(line):
+        if "waiting for nodes" in line:
+            cluster.add_node(num_cpus=1)
+        said.append(line)
+
+    try:
+        (record,) = run_sweep(tiny_sweep.model_copy(update={"trials": 1}), tmp_path, sqlite(tmp_path), say=say).records
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert record.outcome is Outcome.FINISHED
+    assert any("waiting for nodes: a trial needs 1 workers of 1 CPUs" in line for line in said)
+
+
+def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path):
+    nodes(1, {"num_cpus": 1})
+    sweep, cluster = tiny_sweep.model_copy(update={"trials": 1}), Cluster(shared=f"{bucket}/sweeps")
+    before = run_sweep(sweep, tmp_path / "head", sqlite(tmp_path), cluster=cluster, say=print).records
+    assert [record.outcome for record in before] == [Outcome.FINISHED]
+    assert not (tmp_path / "head" / "trials").exists(), "checkpoints are in the bucket"
+
+    after = run_sweep(sweep, tmp_path / "new-head", sqlite(tmp_path), cluster=cluster, say=print)
+    assert (after.records, after.complete) == (before, True)
+    assert (tmp_path / "new-head" / STUDY_FILE).exists()
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What Amazon tells a machine about itself; the machine is taken back once it has asked twice."""
+
+    asked = 0
+
+    def do_PUT(self):
+        self._answer("token")
+
+    def do_GET(self):
+        assert self.headers["X-aws-ec2-metadata-token"] == "token"
+        Metadata.asked += 1
+        end = datetime.now(UTC) + timedelta(seconds=120)
+        self._answer(end.strftime("%Y-%m-%dT%H:%M:%SZ") if Metadata.asked > 2 else None)
+
+    def _answer(self, text):
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_spot_machine_that_is_taken_back_is_drained(nodes):
+    nodes(1)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    watcher = [sys.executable, str(PROJECT / "cluster" / "spot_watcher.py"), f"http://127.0.0.1:{server.server_port}"]
+    try:
+        done = subprocess.run(watcher, capture_output=True, text=True, timeout=120)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert Metadata.asked == 3
+    draining = ray._private.state.state.get_draining_nodes()
+    assert list(draining) == [ray.nodes()[0]["NodeID"]]

@@ -1,0 +1,94 @@
+"""The paper's experiments by name, and what is said of a run's numbers beside the published ones."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from inflora.cli import app, beside_published
+from inflora.config import ConfigError, dump_config, override, parse_config
+from inflora.presets import PRESETS, Published, comparison, find_preset, for_tuning
+
+METRICS = {"acc/final": 0.8600, "acc/avg_incremental": 0.9100}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains_on_all_images_and_its_tuning_form_holds_some_out(name):
+    config = PRESETS[name].config
+    assert config.data.train_on == "train+validation"
+    assert for_tuning(name) == override(config, {"data.train_on": "train"})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        # dataset, tasks, rank, energy, optimiser, lr, epochs, shorter side of evaluation
+        ("cifar100-10", ("cifar100", 10, 10, 0.95, "adam", 5e-4, 20, None)),
+        ("imagenet-r-5", ("imagenet_r", 5, 10, 0.98, "adam", 5e-4, 50, 256)),
+        ("imagenet-r-10", ("imagenet_r", 10, 10, 0.98, "adam", 5e-4, 50, 256)),
+        ("imagenet-r-20", ("imagenet_r", 20, 10, 0.98, "adam", 5e-4, 50, 256)),
+        ("domainnet-5", ("domainnet", 5, 30, 0.95, "sgd", 5e-3, 5, 256)),
+    ],
+)
+def test_a_preset_is_the_papers_setting(name, settings):
+    config = PRESETS[name].config
+    data, method, optim = config.data, config.method, config.optim
+    found = (data.dataset, data.tasks, method.rank, method.energy, optim.name, optim.lr, optim.epochs, data.eval_resize)
+    assert found == settings
+    assert (optim.batch_size, method.energy_end, data.order_seed) == (128, 1.0, None)
+    assert (data.mean, data.std, data.augment.scale, data.augment.flip) == (0.0, 1.0, (0.08, 1.0), True)
+    assert config.backbone.name == "vit_base_patch16_224.augreg_in21k"
+
+
+def test_a_result_is_called_within_or_outside_the_published_spread():
+    published = Published(86.33, 91.18, "logs", spread=0.81, seeds=5)
+    (line, verdict) = comparison(published, 86.0, 91.0)
+    assert line == "logs: final 86.33 ± 0.81 over 5 seeds, average incremental 91.18; this run: 86.00, 91.00"
+    assert "-0.33 points on the final accuracy: within two standard deviations (1.62)" in verdict
+    assert "+1.97 points on the final accuracy: outside" in comparison(published, 88.3, 91.0)[1]
+
+
+def test_without_a_published_spread_no_verdict_is_given():
+    (_, verdict) = comparison(Published(77.52, 82.01, "the paper"), 75.0, 80.0)
+    assert "-2.52 points" in verdict and "no spread is published" in verdict
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"device": "cpu"}, {"data.root": "/elsewhere"}])
+def test_another_seed_or_place_is_still_the_published_experiment(change):
+    config = override(find_preset("cifar100-10").config, change)
+    assert beside_published("cifar100-10", config, "test", METRICS)[0].startswith("the paper: final 86.51")
+
+
+@pytest.mark.parametrize("change", [{"method.rank": 11}, {"optim.epochs": 1}, {"data.tasks": 20}])
+def test_other_settings_are_not_compared(change):
+    config = override(find_preset("cifar100-10").config, change)
+    (line,) = beside_published("cifar100-10", config, "test", METRICS)
+    assert line.startswith("not the published experiment cifar100-10")
+
+
+def test_results_on_validation_images_are_not_compared():
+    config = for_tuning("cifar100-10")
+    assert beside_published("cifar100-10", config, "validation", METRICS)[0].startswith("not the published")
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"unknown --preset 'cifar10'; known: cifar100-10, .*domainnet-5"):
+        find_preset("cifar10")
+
+
+def test_a_preset_can_be_written_as_a_config_file_and_read_again():
+    for preset in PRESETS.values():
+        assert parse_config(yaml.safe_load(dump_config(preset.config))) == preset.config
+
+
+def test_a_preset_whose_dataset_is_not_prepared_says_how_to(tmp_path):
+    arguments = ["train", "--preset", "cifar100-10", f"data.root={tmp_path}", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "inflora data prepare cifar100 --source PATH" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["seed=1"]])
+def test_train_needs_a_config_or_a_preset(arguments):
+    result = CliRunner().invoke(app, ["train", *arguments])
+    assert result.exit_code == 2
+    assert "give a CONFIG file or --preset, one of cifar100-10" in result.stderr
