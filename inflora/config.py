@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -75,6 +75,9 @@ class DataSettings(Settings):
     split_seed: int = Field(default=0, ge=0)
     train_on: Literal["train", "train+validation"] = "train"
     augment: AugmentSettings | Literal["none"] = AugmentSettings()
+    order: Path | None = Field(
+        default=None, description="a .safetensors file with every pass's images, in place of shuffling"
+    )
     eval_resize: int | None = Field(
         default=None, ge=1, description="shorter side before the central crop of evaluation; None: the input's side"
     )
@@ -110,17 +113,45 @@ class BackboneSettings(Settings):
     options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's VisionTransformer")
 
 
-class InfLoRASettings(Settings):
+Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+class LoRASettings(Settings):
+    """What every method with low-rank adapters has."""
+
+    name: str
+    rank: int = Field(default=10, ge=1)
+    blocks: int | None = Field(default=None, ge=1, description="adapt the first n blocks only; None: all")
+    targets: tuple[Target, ...] = Field(default=("k", "v"), min_length=1, description="what is adapted in a block")
+
+    @field_validator("targets")
+    @classmethod
+    def _each_once(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        if len(set(targets)) < len(targets):
+            raise ValueError("must name each target once")
+        return targets
+
+
+class AlignmentSettings(Settings):
+    """Classifier alignment: after each task but the first, all classifiers learn on features drawn from Gaussians."""
+
+    epochs: int = Field(default=0, ge=0, description="0: no alignment; the published runs have 5")
+    lr: float = Field(default=0.01, gt=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    samples: int = Field(default=256, ge=1, description="features drawn per class seen and epoch; also the batch size")
+    temperature: float | None = Field(default=None, gt=0, description="of the normalised logits; None: not normalised")
+
+
+class InfLoRASettings(LoRASettings):
     """InfLoRA: adapters designed not to disturb the old tasks."""
 
     name: Literal["inflora"] = "inflora"
-    rank: int = Field(default=10, ge=1)
     energy: float = Field(default=0.95, gt=0, le=1, description="share of input energy the memory keeps, first task")
     energy_end: float = Field(default=1.0, gt=0, le=1, description="where the threshold would arrive after the last")
     total_tasks: int | None = Field(default=None, ge=1, description="T of the schedule; None: the stream's length")
     memory: Literal["dualgpm", "gpm"] = "dualgpm"
     energy_of: Literal["covariance", "inputs"] = "covariance"
-    blocks: int | None = Field(default=None, ge=1, description="adapt the first n blocks only; None: all")
+    classifier_alignment: AlignmentSettings = AlignmentSettings()
 
     @model_validator(mode="after")
     def _threshold_rises(self) -> Self:
@@ -129,16 +160,36 @@ class InfLoRASettings(Settings):
         return self
 
 
-AFTER_FIRST_TASK = frozenset({"energy", "energy_end", "total_tasks", "memory", "energy_of"})
+AFTER_FIRST_TASK = frozenset(
+    {"energy", "energy_end", "total_tasks", "memory", "energy_of"}
+    | {f"classifier_alignment.{name}" for name in AlignmentSettings.model_fields}
+)
 """Settings of methods that are felt from the second task on: what is remembered, not how the first task is learnt."""
 
 
-class SequentialSettings(Settings):
+class SequentialSettings(LoRASettings):
     """Plain LoRA trained task after task with nothing protected: the lower bound."""
 
     name: Literal["sequential"] = "sequential"
-    rank: int = Field(default=10, ge=1)
-    blocks: int | None = Field(default=None, ge=1)
+
+
+class JointSettings(LoRASettings):
+    """Plain LoRA on all tasks at once: the upper bound."""
+
+    name: Literal["joint"] = "joint"
+
+
+class OLoRASettings(LoRASettings):
+    """O-LoRA: plain LoRA whose new A is pulled towards being orthogonal to the old ones."""
+
+    name: Literal["olora"] = "olora"
+    penalty: float = Field(default=0.5, ge=0, description="weight of the squared products of new and old rows of A")
+
+
+class SDLoRASettings(LoRASettings):
+    """SD-LoRA: old directions are kept, their magnitudes go on learning."""
+
+    name: Literal["sdlora"] = "sdlora"
 
 
 class FrozenSettings(Settings):
@@ -147,16 +198,61 @@ class FrozenSettings(Settings):
     name: Literal["frozen"] = "frozen"
 
 
-class JointSettings(Settings):
-    """Plain LoRA on all tasks at once: the upper bound."""
+class NCMSettings(Settings):
+    """Nearest class mean on the features of the pre-trained backbone: nothing is trained."""
 
-    name: Literal["joint"] = "joint"
-    rank: int = Field(default=10, ge=1)
-    blocks: int | None = Field(default=None, ge=1)
+    name: Literal["ncm"] = "ncm"
+
+
+class L2PSettings(Settings):
+    """L2P: a pool of prompts, of which each image picks those with the nearest keys."""
+
+    name: Literal["l2p"] = "l2p"
+    pool: int = Field(default=10, ge=1, description="prompts in the pool")
+    length: int = Field(default=5, ge=1, description="tokens per prompt")
+    top: int = Field(default=5, ge=1, description="prompts that an image picks")
+    pull: float = Field(default=0.5, ge=0, description="weight of the distance between an image and the keys it picks")
+
+    @model_validator(mode="after")
+    def _enough_prompts(self) -> Self:
+        if self.top > self.pool:
+            raise ValueError(f"top must be at most pool ({self.pool}), got {self.top}")
+        return self
+
+
+class DualPromptSettings(Settings):
+    """DualPrompt: prompts common to all tasks in the first blocks, a task's own in the blocks that follow."""
+
+    name: Literal["dualprompt"] = "dualprompt"
+    general_blocks: int = Field(default=2, ge=0)
+    general_length: int = Field(default=5, ge=1)
+    expert_blocks: int = Field(default=3, ge=1)
+    expert_length: int = Field(default=20, ge=1)
+    pull: float = Field(default=1.0, ge=0, description="weight of the distance between an image and its task's key")
+
+
+class CODAPromptSettings(Settings):
+    """CODA-Prompt: each image's prompt is a weighted sum of components; every task adds some."""
+
+    name: Literal["codaprompt"] = "codaprompt"
+    components: int = Field(default=10, ge=1, description="components that each task adds")
+    length: int = Field(default=8, ge=2, multiple_of=2, description="tokens: half for the keys, half for the values")
+    blocks: int = Field(default=5, ge=1, description="prompt the first n blocks")
+    orthogonality: float = Field(default=0.1, ge=0, description="weight of the components' squared overlaps")
 
 
 MethodSettings = Annotated[
-    InfLoRASettings | SequentialSettings | FrozenSettings | JointSettings, Field(discriminator="name")
+    InfLoRASettings
+    | SequentialSettings
+    | FrozenSettings
+    | JointSettings
+    | NCMSettings
+    | OLoRASettings
+    | SDLoRASettings
+    | L2PSettings
+    | DualPromptSettings
+    | CODAPromptSettings,
+    Field(discriminator="name"),
 ]
 
 
@@ -174,11 +270,34 @@ class OptimSettings(Settings):
     name: Literal["adam", "sgd"] = "adam"
     lr: float = Field(default=5e-4, gt=0, description="of the adapters, and of the classifier unless head_lr is set")
     head_lr: float | None = Field(default=None, gt=0)
-    head_init: Literal["uniform", "zero"] = "uniform"
+    head_init: Literal["uniform", "zero"] | Path = Field(
+        default="uniform", description="nn.Linear's own, zeros, or a .safetensors file (docs/fidelity.md)"
+    )
     epochs: int = Field(default=20, ge=1)
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="step: the epochs (from 0) that lower the rate"
+    )
+    decay: float = Field(default=0.1, gt=0, le=1, description="step: by this factor")
     batch_size: int = Field(default=128, ge=1, description="images per update, over all workers together")
     weight_decay: float = Field(default=0.0, ge=0)
     first_task: FirstTaskSettings = FirstTaskSettings()
+
+    @field_validator("head_init")
+    @classmethod
+    def _known_start(cls, start: str | Path) -> str | Path:
+        if isinstance(start, Path) and start.suffix != ".safetensors":
+            raise ValueError("must be 'uniform', 'zero' or a .safetensors file")
+        return start
+
+    @model_validator(mode="after")
+    def _milestones_for_steps(self) -> Self:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones belong to schedule step, and it needs some; got schedule {self.schedule}, "
+                f"milestones {list(self.milestones)}"
+            )
+        return self
 
     def of_task(self, index: int) -> "OptimSettings":
         """The settings that task ``index`` (from 0) trains with."""
@@ -239,11 +358,10 @@ def _explain_one(root: type[BaseModel] | None, error: Any) -> str:
 
 
 _METHODS: dict[str, type[Settings]] = {
-    cls.model_fields["name"].default: cls
-    for cls in (InfLoRASettings, SequentialSettings, FrozenSettings, JointSettings)
+    cls.model_fields["name"].default: cls for cls in get_args(get_args(MethodSettings)[0])
 }
 # Parts of pydantic's error locations that are not names of settings: the branch of a union.
-_TAGS = {*_METHODS, "AugmentSettings", "literal['none']"}
+_TAGS = {*_METHODS, "AugmentSettings", "literal['none']", "literal['uniform','zero']", "path"}
 
 
 def _known_names(model: type[BaseModel], path: Sequence[str]) -> list[str]:

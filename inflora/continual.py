@@ -2,21 +2,27 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
-from inflora.data.loader import Input, seeded, training_batches
+from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
+from inflora.data.order import ordered_rows, read_given
 from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
+from inflora.drift import drift, probe
 from inflora.methods import Method, TaskData, make_method
-from inflora.metrics import accuracy_row, metrics_after
+from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
+from inflora.shared import Shared, keys_of
 from inflora.state import RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
 
@@ -24,8 +30,12 @@ from inflora.training import EpochDone, evaluate, train_task
 class TaskResult(NamedTuple):
     """What is known when a task is done.
 
-    ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), ``accuracies`` the task's row
-    of the accuracy matrix, ``state`` all that is needed to go on from here.
+    ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), the method's diagnostics,
+    ``params/trainable`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix; ``losses`` the mean
+    loss of every epoch and ``step_losses`` that of every batch; ``factors`` the adapters' A and B, which are merged by
+    now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all that is needed to go on from here, the memory among it.
+    ``saved_s`` is the time that results shared with other runs have saved; ``model`` is the live model: the next task
+    changes it.
     """
 
     task: int
@@ -33,8 +43,12 @@ class TaskResult(NamedTuple):
     metrics: dict[str, float]
     accuracies: list[float]
     losses: list[float]
+    step_losses: list[list[float]]
+    factors: dict[str, Tensor]
     seconds: float
+    saved_s: float
     state: RunState
+    model: ContinualModel
 
 
 def run(
@@ -43,8 +57,11 @@ def run(
     *,
     evaluate_on: EvaluateOn = "validation",
     on_epoch: Callable[[EpochDone], None] = lambda _: None,
+    shared: Shared | None = None,
 ) -> Iterator[TaskResult]:
     """Learn the stream's tasks one after another, going on from ``state`` where one is given.
+
+    With ``shared`` what the first task has in common with other runs is computed by one of them, to the same bits.
 
     The test images are opened only with ``evaluate_on`` "test", which is no setting: no config can ask for it.
 
@@ -71,21 +88,58 @@ def run(
     model.load_learnt_state(state.model)
     method.load_state(state.method)
     model.to(device)
+    given = _Given.of(config)
+    dataset = read_manifest(ensure_store(config.data.dataset, config.data.root)).content_hash
+    keys = keys_of(config, f"{dataset} {stream.split_hash} {fresh.backbone_hash}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
-        losses = _learn(model, method, stream, index, config, input, on_epoch)
-        evaluation = evaluate(model, stream, stream.tasks[: index + 1], input)
-        evaluations = (*state.evaluations, evaluation)
-        state = state._replace(evaluations=evaluations, model=model.learnt_state(), method=method.state())
+        # Orders and classifiers from files are in no key: such runs keep to themselves.
+        with_others = shared if index == 0 and shared is not None and given == _Given(None, None) else Shared()
+        learnt = _learn(model, method, stream, index, config, input, given, on_epoch, with_others, keys)
+        seen = stream.tasks[: index + 1]
+        evaluation = evaluate(model, stream, seen, input)
+        probes = {str(task.index): probe(model, stream.evaluate, task, input) for task in seen}
+        state = state._replace(
+            evaluations=(*state.evaluations, evaluation),
+            model=model.learnt_state(),
+            method=method.state(),
+            probes=probes | state.probes,
+            diagnostics=(*state.diagnostics, learnt.diagnostics | _drifts(state.probes, probes)),
+        )
         yield TaskResult(
             task=index,
             classes=stream.tasks[index].classes,
-            metrics=metrics_after(evaluations, state.tasks),
+            metrics=state.metrics(index + 1),
             accuracies=accuracy_row(evaluation),
-            losses=losses,
+            losses=[fmean(losses) for losses in learnt.step_losses],
+            step_losses=learnt.step_losses,
+            factors=learnt.factors,
             seconds=time.perf_counter() - start,
+            saved_s=with_others.saved_s,
             state=state,
+            model=model,
         )
+
+
+class _Given(NamedTuple):
+    """What the config gives in files, where a run would draw it: the order of passes, the classifiers' beginnings."""
+
+    orders: dict[str, Tensor] | None
+    heads: dict[str, Tensor] | None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "_Given":
+        order, heads = config.data.order, config.optim.head_init
+        return cls(
+            None if order is None else read_given(order, "data.order"),
+            read_given(heads, "optim.head_init") if isinstance(heads, Path) else None,
+        )
+
+
+class _Learnt(NamedTuple):
+    step_losses: list[list[float]]
+    factors: dict[str, Tensor]
+    diagnostics: dict[str, float]
 
 
 def _learn(
@@ -95,21 +149,62 @@ def _learn(
     index: int,
     config: RunConfig,
     input: Input,
+    given: _Given,
     on_epoch: Callable[[EpochDone], None],
-) -> list[float]:
+    shared: Shared,
+    keys: Mapping[str, str],
+) -> _Learnt:
     """The three moments of one task."""
     task, optim = stream.tasks[index], config.optim.of_task(index)
 
-    def passes(purpose: str) -> Iterator:
+    def passes(purpose: str) -> Iterator[Batch]:
         generator = seeded(config.seed, index, purpose)
-        return training_batches(stream.train, task.train_rows, input, optim.batch_size, generator)
+        if given.orders is None:
+            rows = task.train_rows[torch.randperm(len(task.train_rows), generator=generator)]
+        else:
+            rows = ordered_rows(given.orders, index, purpose, task.train_rows)
+        return training_batches(stream.train, rows, input, optim.batch_size, generator)
 
-    data = TaskData(task, len(stream.tasks), config.seed, passes)
-    model.add_head(len(task.classes), optim.head_init, seeded(config.seed, index, "head"))
+    def plain() -> Iterator[Batch]:
+        return evaluation_batches(stream.train, task.train_rows, input, optim.batch_size)
+
+    def once(moment: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return shared.once(f"{keys[moment]}-covariance", compute)
+
+    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once)
+    if given.heads is None:
+        assert isinstance(optim.head_init, str)
+        model.add_head(len(task.classes), optim.head_init, seeded(config.seed, index, "head"))
+    else:
+        _load_head(model.add_head(len(task.classes), "zero", torch.Generator()), given.heads, index)
     method.begin_task(model, data)
-    losses = train_task(model, method, task, optim, passes, on_epoch)
-    method.end_task(model, data)
-    return losses
+    trainable = method.trainable(model)
+
+    def train() -> dict[str, Tensor]:
+        step_losses = train_task(model, method, task, optim, passes, on_epoch)
+        return {"step_losses": torch.tensor(step_losses, dtype=torch.float64), **trainable.named()}
+
+    trained = shared.once(f"{keys['after']}-trained", train)
+    trainable.load(trained)
+    factors = method.end_task(model, data)
+    diagnostics = {"params/trainable": float(trainable.size)} | method.diagnostics()
+    return _Learnt(trained["step_losses"].tolist(), factors, diagnostics)
+
+
+def _load_head(head: torch.nn.Linear, heads: dict[str, Tensor], index: int) -> None:
+    try:
+        head.load_state_dict({name: heads[f"{index}.{name}"] for name in ("weight", "bias")})
+    except (KeyError, RuntimeError):
+        raise ConfigError(
+            f"optim.head_init must hold {index}.weight {tuple(head.weight.shape)} and {index}.bias, it holds "
+            + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(heads.items()))[:200]
+        ) from None
+
+
+def _drifts(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
+    """``drift/task<j>`` of every old task, and ``drift/mean`` over them."""
+    drifts = {f"drift/task{task}": drift(features, now[task]) for task, features in before.items()}
+    return drifts | ({"drift/mean": fmean(drifts.values())} if drifts else {})
 
 
 def check(config: RunConfig) -> None:
@@ -134,6 +229,7 @@ def check(config: RunConfig) -> None:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
+    _Given.of(config)
     pick_device(config.device)
 
 

@@ -24,6 +24,22 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first(tensor: Tensor) -> Tensor:
+    """The first process's ``tensor`` in all of them; the others' may have other sizes, but as many dimensions.
+
+    What decides the subspace of an adapter goes through here: on unlike devices the same decomposition may differ in
+    its signs, or in how many directions it takes.
+    """
+    if world_size() == 1:
+        return tensor
+    sizes = torch.tensor(tensor.shape, device=tensor.device)
+    dist.broadcast(sizes, 0)
+    received = tensor.contiguous() if rank() == 0 else tensor.new_empty(sizes.tolist())
+    if received.numel():
+        dist.broadcast(received, 0)
+    return received
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum the gradients over all processes, in one message.
 

@@ -1,65 +1,84 @@
-"""The adapter: low-rank updates of the keys and values in timm's fused ``qkv`` projection.
+"""The adapter: a low-rank update of some of a linear layer's outputs, e.g. the keys and values of timm's fused ``qkv``.
 
-Shapes: B batch, N tokens, D width, E attention width (D unless heads are resized), R rank.
+Shapes: B batch, N tokens, D the layer's input width, R rank, O adapted outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from inflora.config import ConfigError
+from inflora.config import ConfigError, Target
+
+_OF_QKV: dict[Target, int] = {"q": 0, "k": 1, "v": 2}
 
 
-class LoRAQKV(nn.Linear):
-    """A fused ``qkv`` linear layer with an optional adapter on its keys and values.
+class LoRALinear(nn.Linear):
+    """A linear layer with an optional adapter on ``rows`` of its output.
 
-    It keeps the layer's own parameter names, so a state dict of the plain model fits. Without an adapter it computes
-    what the plain layer does; with one, ``W + [0; B A]``, where ``lora_A`` (R x D) reads the input and ``lora_B``
-    (2E x R, rows [k; v]) writes to keys and values. Queries are never adapted.
+    It takes over the plain layer's parameters and their names, so a state dict of the plain model fits. Without an
+    adapter it computes what the plain layer does; with one, its weight's ``rows`` are ``W + B A``, where ``lora_A``
+    (R x D) reads the input and ``lora_B`` (O x R) writes to those outputs; all other outputs stay as they are.
     """
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
 
-    def __init__(self, plain: nn.Linear) -> None:
+    def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (slice(None),)) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
         self.weight, self.bias = plain.weight, plain.bias
+        self.rows = tuple(rows)
+        self.sizes = [len(range(plain.out_features)[part]) for part in self.rows]
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        qkv = super().forward(x_BND)
-        if self.lora_A is None or self.lora_B is None:
-            return qkv
-        keys_values = qkv[..., self._first_key_row :]
-        keys_values += nn.functional.linear(nn.functional.linear(x_BND, self.lora_A), self.lora_B)
-        return qkv
+        out = super().forward(x_BND)
+        if self.lora_A is not None and self.lora_B is not None:
+            self.add_to_rows(out, nn.functional.linear(nn.functional.linear(x_BND, self.lora_A), self.lora_B))
+        return out
+
+    def add_to_rows(self, out: Tensor, update_BNO: Tensor) -> None:
+        """Add to the adapted outputs, in place."""
+        for rows, part in zip(self.rows, update_BNO.split(self.sizes, dim=-1), strict=True):
+            out[..., rows] += part
 
     def attach(self, lora_A: Tensor, *, train_A: bool = False) -> None:
         """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change."""
-        rows = self.out_features - self._first_key_row
         self.lora_A = nn.Parameter(lora_A.to(self.weight), requires_grad=train_A)
-        self.lora_B = nn.Parameter(self.weight.new_zeros(rows, lora_A.shape[0]))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(sum(self.sizes), lora_A.shape[0]))
+
+    def detach_adapter(self) -> tuple[Tensor, Tensor] | None:
+        """Remove the adapter; its A and B, or None where there is none."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        factors = self.lora_A.detach(), self.lora_B.detach()
+        self.lora_A = self.lora_B = None
+        return factors
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> tuple[Tensor, Tensor] | None:
         """Add the adapter into the weight and remove it: the model does not grow with the tasks."""
-        if self.lora_A is None or self.lora_B is None:
-            return
-        self.weight[self._first_key_row :] += self.lora_B @ self.lora_A
-        self.lora_A = self.lora_B = None
-
-    @property
-    def _first_key_row(self) -> int:
-        return self.out_features // 3
+        factors = self.detach_adapter()
+        if factors is not None:
+            lora_A, lora_B = factors
+            for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
+                self.weight[rows] += part @ lora_A
+        return factors
 
 
-def inject(vit: nn.Module, blocks: int | None = None) -> None:
-    """Make the fused ``qkv`` of the first ``blocks`` blocks (None: all) adaptable, in place.
+def inject(
+    vit: nn.Module,
+    blocks: int | None = None,
+    targets: Sequence[Target] = ("k", "v"),
+    layer_type: type[LoRALinear] = LoRALinear,
+) -> None:
+    """Make ``targets`` of the first ``blocks`` blocks (None: all) adaptable, in place.
+
+    q, k and v read the same input and share one adapter's A; every other target has an adapter of its own.
 
     Raises:
-        ConfigError: The model has no blocks with a fused ``qkv`` linear layer, or fewer than ``blocks``.
+        ConfigError: The model has no blocks, fewer than ``blocks``, or a block lacks the linear layer of a target.
     """
     layers = getattr(vit, "blocks", None)
     kind = type(vit).__name__
@@ -67,21 +86,52 @@ def inject(vit: nn.Module, blocks: int | None = None) -> None:
         raise ConfigError(f"{kind} cannot be adapted: it has no list of transformer blocks named 'blocks'")
     if blocks is not None and blocks > len(layers):
         raise ConfigError(f"method.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
+    paths = dict.fromkeys("attn.qkv" if target in _OF_QKV else target for target in targets)
     for index, block in enumerate(layers[:blocks]):
-        attention = getattr(block, "attn", None)
-        qkv = getattr(attention, "qkv", None)
-        if not isinstance(qkv, nn.Linear) or qkv.out_features % 3:
-            raise ConfigError(f"{kind} cannot be adapted: blocks.{index}.attn has no fused linear 'qkv'")
-        assert isinstance(attention, nn.Module)
-        attention.qkv = LoRAQKV(qkv)
+        for path in paths:
+            *parents, name = path.split(".")
+            parent = _descend(block, parents)
+            plain = getattr(parent, name, None)
+            if not isinstance(plain, nn.Linear) or (name == "qkv" and plain.out_features % 3):
+                what = "fused linear" if name == "qkv" else "linear"
+                raise ConfigError(
+                    f"{kind} cannot be adapted: blocks.{index}.{'.'.join(parents)} has no {what} '{name}'"
+                )
+            rows = _qkv_rows(plain.out_features // 3, targets) if name == "qkv" else (slice(None),)
+            setattr(parent, name, layer_type(plain, rows))
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRAQKV]]:
+def _descend(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in names:
+        found = getattr(found, name, None)
+    return found
+
+
+def _qkv_rows(width: int, targets: Sequence[Target]) -> tuple[slice, ...]:
+    """Where the chosen ones of queries, keys and values are in the fused output; neighbours are one slice."""
+    parts = sorted(_OF_QKV[target] for target in targets if target in _OF_QKV)
+    starts = [part for part in parts if part - 1 not in parts]
+    ends = [part + 1 for part in parts if part + 1 not in parts]
+    return tuple(slice(start * width, end * width) for start, end in zip(starts, ends, strict=True))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """The adaptable layers of ``model`` with their names, in order of depth."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAQKV))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def merge_all(model: nn.Module) -> None:
-    """Merge every adapter of ``model`` into its layer."""
-    for _, layer in adapted_layers(model):
-        layer.merge()
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the attached adapters train."""
+    factors = (factor for _, layer in adapted_layers(model) for factor in (layer.lora_A, layer.lora_B))
+    return [factor for factor in factors if factor is not None and factor.requires_grad]
+
+
+def merge_all(model: nn.Module) -> dict[str, Tensor]:
+    """Merge every adapter of ``model`` into its layer; their factors, as ``<layer>.lora_A`` and ``<layer>.lora_B``."""
+    learnt: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model):
+        factors = layer.merge()
+        if factors is not None:
+            learnt |= {f"{name}.lora_A": factors[0], f"{name}.lora_B": factors[1]}
+    return learnt

@@ -4,16 +4,29 @@ import torch
 from torch import Tensor, nn
 
 from inflora.lora import adapted_layers
+from inflora.prompts import Prompts
 
 
 class ContinualModel(nn.Module):
-    """Frozen backbone features (B x D) and the classifiers of all tasks learnt so far, each with its own bias."""
+    """Frozen backbone features (B x D) and the classifiers of all tasks learnt so far, each with its own bias.
+
+    ``prompts``, where a method has them, ask the backbone in the place of a plain call.
+    """
+
+    prompts: Prompts | None
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.width = width
         self.heads = nn.ModuleList()
+        self.prompts = None
+        self._pretrained = frozenset(self.state_dict())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
 
     def add_head(self, classes: int, init: str, generator: torch.Generator) -> nn.Linear:
         """A classifier for ``classes`` new classes; ``init`` "uniform" is ``nn.Linear``'s own, "zero" all zeros."""
@@ -22,28 +35,47 @@ class ContinualModel(nn.Module):
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.uniform_(-bound, bound, generator=generator) if bound else parameter.zero_()
-        self.heads.append(head.to(next(self.backbone.parameters()).device))
+        self.heads.append(head.to(self.device))
         return head
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B x D) after the final norm: what the classifiers see."""
-        return self.backbone(images)
+        if self.prompts is None:
+            return self.backbone(images)
+        return self.prompts(self.backbone, images).features
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits over the classes of all tasks so far, in order of learning."""
         return torch.cat([head(features) for head in self.heads], dim=1)
 
     def learnt_state(self) -> dict[str, Tensor]:
-        """Copies of the tensors that learning has changed: merged weights and classifiers."""
-        learnt = {f"{name}.weight": layer.weight for name, layer in adapted_layers(self)}
-        learnt |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
-        return {name: tensor.detach().cpu().clone() for name, tensor in learnt.items()}
+        """Copies of the tensors that learning has changed or added: merged weights, classifiers, prompts."""
+        merged = {f"{name}.weight" for name, _ in adapted_layers(self)}
+        state = self.state_dict()
+        learnt = [name for name in state if name in merged or name not in self._pretrained]
+        return {name: state[name].detach().cpu().clone() for name in learnt}
 
     def load_learnt_state(self, state: dict[str, Tensor]) -> None:
-        """Restore ``learnt_state`` onto a freshly built model; the classifiers are made as they are needed."""
+        """Restore ``learnt_state`` onto a freshly built and prepared model; what learning has added is made anew."""
         heads = sum(name.startswith("heads.") and name.endswith(".weight") for name in state)
         for index in range(heads):
             self.add_head(len(state[f"heads.{index}.bias"]), "zero", torch.Generator())
-        unknown = self.load_state_dict(state, strict=False).unexpected_keys
-        if unknown:
-            raise ValueError(f"the saved state does not fit this model: unexpected {', '.join(unknown)}")
+        for name, tensor in state.items():
+            self._restore(name, tensor)
+
+    def _restore(self, name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = self.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"the saved state does not fit this model: unexpected {name}") from None
+        tensor = tensor.to(self.device)
+        if name in self._pretrained or path.startswith("heads."):
+            with torch.no_grad():
+                module.get_parameter(leaf).copy_(tensor)
+        elif leaf in module._buffers:
+            module._buffers[leaf] = tensor.clone()
+        elif path:
+            module.register_parameter(leaf, nn.Parameter(tensor.clone(), requires_grad=False))
+        else:
+            raise ValueError(f"the saved state does not fit this model: unexpected {name}")

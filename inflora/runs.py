@@ -8,7 +8,7 @@ from pathlib import Path
 from inflora.config import ConfigError, RunConfig, dump_config
 from inflora.continual import TaskResult, identity, run
 from inflora.data.stream import EvaluateOn
-from inflora.metrics import accuracy_matrix, metrics_after
+from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, has_state, load_state, save_state, write_atomically
 from inflora.training import EpochDone
 
@@ -62,7 +62,7 @@ def summary(config: RunConfig, state: RunState) -> dict[str, object]:
     """A finished run as plain values: metrics, accuracy matrix, settings and what the numbers depend on."""
     return {
         "evaluated_on": state.evaluate_on,
-        "metrics": metrics_after(state.evaluations, state.tasks),
+        "metrics": state.metrics(state.tasks_done),
         "accuracy_matrix": accuracy_matrix(state.evaluations),
         "identity": identity(config),
         "config": config.model_dump(mode="json"),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from inflora.metrics import Evaluation
+from inflora.metrics import Evaluation, metrics_after
 
 _MANIFEST = "state.json"
 
@@ -21,8 +21,9 @@ class StateError(ValueError):
 class RunState(NamedTuple):
     """A run after some of its tasks.
 
-    ``model`` holds what learning has changed, ``method`` what the method remembers; random numbers need no state, each
-    task draws from generators of its own.
+    ``model`` holds what learning has changed, ``method`` what the method remembers, ``probes`` a few features of every
+    task's images when it had just been learnt; random numbers need no state, each task draws from generators of its
+    own. ``diagnostics`` are what is known after each task besides the evaluations.
     """
 
     config_hash: str
@@ -32,6 +33,12 @@ class RunState(NamedTuple):
     evaluations: tuple[Evaluation, ...] = ()
     model: dict[str, Tensor] = {}
     method: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}
+    diagnostics: tuple[dict[str, float], ...] = ()
+
+    def metrics(self, tasks_done: int) -> dict[str, float]:
+        """Everything known after the first ``tasks_done`` tasks, by metric name."""
+        return metrics_after(self.evaluations[:tasks_done], self.tasks) | self.diagnostics[tasks_done - 1]
 
     @property
     def tasks_done(self) -> int:
@@ -54,6 +61,7 @@ class _Facts(BaseModel):
     evaluate_on: str
     tasks: int
     evaluations: tuple[Evaluation, ...]
+    diagnostics: tuple[dict[str, float], ...]
 
 
 class _Manifest(BaseModel):
@@ -74,7 +82,7 @@ def save_state(state: RunState, folder: Path) -> None:
     The tensors go to a file named by their content, then one rename makes the manifest point to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    groups = {"model": state.model, "method": state.method}
+    groups = {"model": state.model, "method": state.method, "probes": state.probes}
     content = save({f"{group}/{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()})
     facts = _Facts.model_validate(state._asdict(), extra="ignore")
     sha256 = _sha256(facts, content)
@@ -103,11 +111,11 @@ def load_state(folder: Path) -> RunState:
     if _sha256(manifest.facts, content) != manifest.sha256:
         raise StateError(f"{folder / manifest.tensors} is damaged: its content does not match its hash")
     tensors = load(content)
-    model, method = (
+    model, method, probes = (
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
-        for group in ("model/", "method/")
+        for group in ("model/", "method/", "probes/")
     )
-    return RunState(**dict(manifest.facts), model=model, method=method)
+    return RunState(**dict(manifest.facts), model=model, method=method, probes=probes)
 
 
 def has_state(folder: Path) -> bool:

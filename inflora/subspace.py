@@ -74,13 +74,29 @@ def update(
     free_DF = free_basis(memory, width).to(cov_DD.device)
     energies_F, directions_DF = _energies(cov_DD, free_DF, energy_of)
     total = _gram(cov_DD, energy_of).diagonal().sum()
-    taken = _count(energies_F, total, threshold, memory)
+    number = _count(energies_F, total, threshold, memory)
     if memory is not None and memory.kind == "retain":
-        return Memory("retain", directions_DF[:, taken:].float())
-    if may_flip and 2 * (width - free_DF.shape[1] + taken) > width:
-        return Memory("retain", directions_DF[:, taken:].float())
+        return Memory("retain", _orthonormal(directions_DF[:, number:]).float())
+    if may_flip and 2 * (width - free_DF.shape[1] + number) > width:
+        return Memory("retain", _orthonormal(directions_DF[:, number:]).float())
     old_DK = free_DF[:, :0] if memory is None else memory.basis_DK.to(free_DF)
-    return Memory("remove", _orthonormal(torch.cat([old_DK, directions_DF[:, :taken]], dim=1)).float())
+    return Memory("remove", _orthonormal(torch.cat([old_DK, directions_DF[:, :number]], dim=1)).float())
+
+
+def taken_count(memory: Memory | None, width: int) -> int:
+    """Number of directions that old tasks use."""
+    if memory is None:
+        return 0
+    columns = memory.basis_DK.shape[1]
+    return columns if memory.kind == "remove" else width - columns
+
+
+def energy_inside(cov_DD: Tensor, memory: Memory | None, energy_of: Energy = "covariance") -> float:
+    """Share of the inputs' energy that lies in the directions that old tasks use; 0 when there is no input."""
+    free_DF = free_basis(memory, cov_DD.shape[0]).to(cov_DD.device)
+    gram_DD = _gram(cov_DD, energy_of)
+    total = gram_DD.diagonal().sum()
+    return float(1 - (free_DF * (gram_DD @ free_DF)).sum() / total) if total > 0 else 0.0
 
 
 def _gram(cov_DD: Tensor, energy_of: Energy) -> Tensor:

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from inflora import distributed
 from inflora.config import OptimSettings
 from inflora.data.loader import Batch, Input, evaluation_batches
 from inflora.data.stream import Stream, Task
-from inflora.lora import adapted_layers
 from inflora.methods import Method
+from inflora.methods.base import Trainable
 from inflora.metrics import Evaluation, TaskCounts
 from inflora.model import ContinualModel
 
@@ -30,30 +31,34 @@ class EpochDone(NamedTuple):
     data_wait: float  # share of the epoch's time in which nothing could be computed for want of images
 
 
-def lr_factor(name: Literal["adam", "sgd"], epoch: int, epochs: int) -> float:
-    """Learning rate of ``epoch`` (from 0) as a share of the full one, as in the authors' experiments."""
-    if name == "sgd":
+def lr_factor(settings: OptimSettings, epoch: int) -> float:
+    """Learning rate of ``epoch`` (from 0) as a share of the full one, as in the authors' experiments.
+
+    "cosine" is half a cosine with SGD; with Adam almost a quarter of one, whose first two epochs are both at the full
+    rate. "step" multiplies by ``decay`` at every milestone.
+    """
+    epochs = settings.epochs
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "step":
+        return settings.decay ** sum(epoch >= milestone for milestone in settings.milestones)
+    if settings.name == "sgd":
         return (1 + math.cos(math.pi * epoch / epochs)) / 2
     if epochs == 1:
         return 1.0
     return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * (epochs - 1)))
 
 
-def make_optimizer(model: ContinualModel, settings: OptimSettings) -> torch.optim.Optimizer:
-    """A fresh optimiser over the adapters and the newest classifier: nothing else is trained."""
-    adapters = [p for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B) if _is_trained(p)]
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.heads[-1].parameters()), "lr": settings.head_lr or settings.lr}
+def make_optimizer(trainable: Trainable, settings: OptimSettings) -> torch.optim.Optimizer:
+    """A fresh optimiser over what the task trains and nothing else, so that nothing else is decayed either."""
+    groups = [
+        {"params": trainable.classifier, "lr": settings.head_lr or settings.lr},
+        {"params": trainable.adapted, "lr": settings.lr},
     ]
-    if adapters:
-        groups.append({"params": adapters, "lr": settings.lr})
+    groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay)
     return torch.optim.Adam(groups, weight_decay=settings.weight_decay)
-
-
-def _is_trained(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def train_task(
@@ -63,30 +68,34 @@ def train_task(
     settings: OptimSettings,
     passes: Callable[[str], Iterator[Batch]],
     on_epoch: Callable[[EpochDone], None],
-) -> list[float]:
-    """All epochs of one task; the mean loss of each epoch.
+) -> list[list[float]]:
+    """All epochs of one task; the loss of each global batch, epoch by epoch (none where nothing is trained).
 
     Raises:
         FloatingPointError: The loss is no longer a finite number.
     """
-    optimizer = make_optimizer(model, settings)
+    trainable = method.trainable(model)
+    if not trainable.size:
+        return []
+    optimizer = make_optimizer(trainable, settings)
     full_lrs = [group["lr"] for group in optimizer.param_groups]
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    epoch_losses = []
+    trained = [*trainable.classifier, *trainable.adapted]
+    step_losses = []
     for epoch in range(settings.epochs):
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
-            group["lr"] = full_lr * lr_factor(settings.name, epoch, settings.epochs)
-        start, losses, waited = time.perf_counter(), [], 0.0
+            group["lr"] = full_lr * lr_factor(settings, epoch)
+        start, parts, waited = time.perf_counter(), [], 0.0
         for batch in passes(f"train-{epoch}"):
-            losses.append(_step(model, method, task, optimizer, trained, batch))
+            parts.append(_step(model, method, task, optimizer, trained, batch))
             waited += batch.waited
-        loss = float(distributed.all_sum(torch.stack(losses)).mean())
+        losses = distributed.all_sum(torch.stack(parts)).tolist()
+        loss = fmean(losses)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of task {task.index}, epoch {epoch} is {loss}; try a smaller optim.lr")
-        epoch_losses.append(loss)
+        step_losses.append(losses)
         data_wait = waited / (time.perf_counter() - start)
         on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss, data_wait))
-    return epoch_losses
+    return step_losses
 
 
 def _step(

@@ -7,9 +7,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
 
 from inflora.config import RunConfig, parse_config
 from inflora.data import ensure_store
+from inflora.state import RunState
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
@@ -28,6 +30,30 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def digits(data_root: Path) -> Path:
     """The store of the digits; read it, do not write to it."""
     return ensure_store("digits", str(data_root))
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_state(a: RunState, b: RunState) -> bool:
+    """Bit for bit."""
+    rest = [state._replace(model={}, method={}, probes={}) for state in (a, b)]
+    tensors = (same_tensors(x, y) for x, y in ((a.model, b.model), (a.method, b.method), (a.probes, b.probes)))
+    return rest[0] == rest[1] and all(tensors)
+
+
+SMALL = {
+    "l2p": {"pool": 4, "length": 2, "top": 2},
+    "dualprompt": {"general_blocks": 1, "general_length": 2, "expert_blocks": 1, "expert_length": 3},
+    "codaprompt": {"components": 3, "length": 4, "blocks": 2},
+}
+"""Settings with which a method fits the tiny run, where its own are too large for it."""
+
+
+def method_of(name: str) -> dict:
+    """The settings of a method in the tiny run."""
+    return {"name": name} | SMALL.get(name, {})
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
-    1: ("inflora.data", "inflora.lora", "inflora.state", "inflora.presets"),
-    2: ("inflora.backbone", "inflora.model"),
+    1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.presets"),
+    2: ("inflora.backbone", "inflora.model", "inflora.shared"),
     3: ("inflora.methods",),
-    4: ("inflora.training",),
+    4: ("inflora.training", "inflora.drift"),
     5: ("inflora.continual",),
     6: ("inflora.runs",),
     7: ("inflora.cli",),

@@ -85,6 +85,11 @@ def leaves(settings: dict, prefix: str = "") -> dict[str, object]:
         ({"backbone": {"weight": "x"}}, "backbone.weight", ("name", "weights", "options")),
         ({"method": {"name": "inflora", "rnk": 1}}, "method.rnk", ("rank", "energy", "memory")),
         ({"method": {"name": "frozen", "rank": 1}}, "method.rank", ("name",)),
+        (
+            {"method": {"name": "inflora", "classifier_alignment": {"epoch": 1}}},
+            "method.classifier_alignment.epoch",
+            ("epochs", "lr"),
+        ),
         ({"optim": {"first_task": {"learning_rate": 1}}}, "optim.first_task.learning_rate", ("lr", "epochs")),
     ],
 )
@@ -96,7 +101,7 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(settings, u
 
 
 def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ConfigError, match=r"method: .*'ewc'.*'inflora', 'sequential', 'frozen', 'joint'"):
+    with pytest.raises(ConfigError, match=r"method: .*'ewc'.*'inflora', 'sequential', 'frozen', 'joint', 'ncm'"):
         parse_config({"method": {"name": "ewc"}})
 
 
@@ -115,6 +120,18 @@ def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
         ("optim.lr", float("nan")),
         ("optim.epochs", 0),
         ("optim.name", "adamw"),
+        ("optim.schedule", "linear"),
+        ("optim.schedule", "step"),
+        ("optim.milestones", [3]),
+        ("optim.milestones", [0]),
+        ("optim.decay", 0),
+        ("optim.head_init", "unifrom"),
+        ("method.targets", []),
+        ("method.targets", ["k", "k"]),
+        ("method.targets", ["mlp"]),
+        ("method.classifier_alignment.epochs", -1),
+        ("method.classifier_alignment.temperature", 0),
+        ("method.classifier_alignment.samples", 0),
         ("optim.first_task.lr", -1),
         ("data.validation", 0),
         ("data.validation", 1),
@@ -263,6 +280,7 @@ CHANGES = {
     "data.validation": 0.2,
     "data.split_seed": 1,
     "data.train_on": "train+validation",
+    "data.order": Path("orders.safetensors"),
     "data.augment.scale": (0.5, 1.0),
     "data.augment.ratio": (1.0, 1.0),
     "data.augment.flip": False,
@@ -279,6 +297,12 @@ CHANGES = {
     "method.memory": "gpm",
     "method.energy_of": "inputs",
     "method.blocks": 1,
+    "method.targets": ("q", "v"),
+    "method.classifier_alignment.epochs": 5,
+    "method.classifier_alignment.lr": 0.1,
+    "method.classifier_alignment.weight_decay": 0.1,
+    "method.classifier_alignment.samples": 3,
+    "method.classifier_alignment.temperature": 0.1,
     "optim.name": "sgd",
     "optim.lr": 0.1,
     "optim.head_lr": 0.1,
@@ -286,6 +310,9 @@ CHANGES = {
     "optim.epochs": 3,
     "optim.batch_size": 3,
     "optim.weight_decay": 0.1,
+    "optim.schedule": "constant",
+    "optim.milestones": None,
+    "optim.decay": 0.5,
     "optim.first_task.lr": 0.1,
     "optim.first_task.epochs": 3,
     "optim.first_task.weight_decay": 0.1,
@@ -295,7 +322,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("path", sorted(CHANGES))
 def test_every_other_setting_is_part_of_a_runs_identity(path):
-    changes = {"method": {"name": "sequential"}} if path == "method.name" else {path: CHANGES[path]}
+    together = {
+        "method.name": {"method": {"name": "sequential"}},
+        "optim.milestones": {"optim.schedule": "step", "optim.milestones": [2]},
+    }
+    changes = together.get(path, {path: CHANGES[path]})
     assert config_hash(override(RunConfig(), changes)) != config_hash(RunConfig())
 
 

@@ -14,33 +14,14 @@ from inflora.backbone import build_backbone
 from inflora.config import ConfigError, RunConfig, config_hash, override
 from inflora.continual import TaskResult, check, identity, run
 from inflora.data.store import DataError
-from inflora.methods import METHODS
-from inflora.metrics import accuracy_matrix
 from inflora.runs import train_into
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.subspace import Memory, free_basis
-
-EVERY_METHOD = pytest.mark.parametrize("method", sorted(METHODS))
-
-
-def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_state(a: RunState, b: RunState) -> bool:
-    """Bit for bit."""
-    rest = [state._replace(model={}, method={}) for state in (a, b)]
-    return rest[0] == rest[1] and same_tensors(a.model, b.model) and same_tensors(a.method, b.method)
+from tests.conftest import method_of, same_state, same_tensors
 
 
 def with_method(tiny: RunConfig, name: str, **changes) -> RunConfig:
-    return override(tiny, {"method": {"name": name}} | changes)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny) -> dict[str, list[TaskResult]]:
-    """Every task of the tiny run, by each method."""
-    return {method: list(run(with_method(tiny, method))) for method in METHODS}
+    return override(tiny, {"method": method_of(name)} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +33,14 @@ def results(tiny) -> list[TaskResult]:
 # The stream of results.
 
 
-@EVERY_METHOD
-def test_a_run_yields_one_result_per_task_and_final_metrics_with_the_last(method, uninterrupted):
-    results = uninterrupted[method]
-    assert [result.task for result in results] == list(range(1 if method == "joint" else 5))
-    assert ["acc/final" in result.metrics for result in results] == [r.state.is_complete for r in results]
-    assert results[-1].state.is_complete
-    assert accuracy_matrix(results[-1].state.evaluations) == [result.accuracies for result in results]
-    assert [name for result in results for name in result.classes] == [str(digit) for digit in range(10)]
-
-
-@EVERY_METHOD
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(method, tiny):
-    config = with_method(tiny, method, **{"data.tasks": 2})
-    first, again, other = (list(run(c))[-1].state for c in (config, config, override(config, {"seed": 1})))
-    assert same_state(first, again)
-    assert not same_tensors(first.model, other.model)
-
-
 def test_a_run_depends_neither_on_randomness_used_elsewhere_nor_on_the_tasks_still_to_come(tiny, results):
     torch.manual_seed(123)
     torch.rand(7)
     assert same_state(next(run(tiny)).state, results[0].state)
 
 
-def test_learning_every_task_at_once_is_one_task_with_all_classes(uninterrupted):
-    (result,) = uninterrupted["joint"]
+def test_learning_every_task_at_once_is_one_task_with_all_classes(tiny):
+    (result,) = run(with_method(tiny, "joint"))
     assert len(result.classes) == 10
     assert result.metrics["acc/final"] == result.metrics["acc/seen"]
     assert result.metrics["forgetting"] == 0
@@ -180,20 +143,6 @@ def test_the_schedule_of_a_longer_stream_gives_the_memory_less_after_the_same_ta
 
 
 # Killed and resumed.
-
-
-@EVERY_METHOD
-@pytest.mark.parametrize("done", [1, 2, 4])
-def test_a_run_killed_after_any_task_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
-    method, done, tiny, uninterrupted, tmp_path
-):
-    config, whole = with_method(tiny, method), uninterrupted[method]
-    save_state(whole[min(done, len(whole)) - 1].state, tmp_path)
-    resumed = list(run(config, load_state(tmp_path)))
-    assert [r.task for r in resumed] == list(range(done, len(whole)))
-    for ours, theirs in zip(resumed, whole[done:], strict=True):
-        assert same_state(ours.state, theirs.state)
-        assert (ours.metrics, ours.losses, ours.accuracies) == (theirs.metrics, theirs.losses, theirs.accuracies)
 
 
 @pytest.mark.filterwarnings("ignore:.*free directions left")
@@ -317,7 +266,7 @@ def test_nothing_in_a_saved_state_is_pickled(results, tmp_path):
     json.loads((tmp_path / "state.json").read_text())
     content = tensors_file(tmp_path).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert {name.split("/")[0] for name in header} <= {"model", "method", "__metadata__"}
+    assert {name.split("/")[0] for name in header} <= {"model", "method", "probes", "__metadata__"}
 
 
 def test_a_missing_state_is_an_error_that_names_the_folder(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,18 +20,26 @@ from inflora.data.loader import Batch, Input, evaluation_batches, seeded, traini
 from inflora.data.store import open_split
 from inflora.data.stream import make_stream
 from inflora.methods import TaskData, make_method
-from inflora.methods.inflora import input_covariances
+from inflora.methods import inflora as method_module
+from inflora.methods.inflora import memory_of
+from inflora.methods.statistics import input_covariances
 from inflora.metrics import accuracy_matrix
 from inflora.model import ContinualModel
 from inflora.state import RunState, load_state, save_state
+from inflora.subspace import Memory, design, update
+from tests.conftest import same_state
 
 TASKS, BATCH = 2, 40
-METHODS = ("inflora", "frozen")
+RUNS = {
+    "inflora": {},
+    "every target": {"method.targets": ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]},
+    "aligned": {"method.classifier_alignment.epochs": 2, "method.classifier_alignment.samples": 16},
+}
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
 
-def config_of(tiny: RunConfig, method: str) -> RunConfig:
-    return override(tiny, {"method": {"name": method}, "optim.batch_size": BATCH})
+def config_of(tiny: RunConfig, kind: str) -> RunConfig:
+    return override(tiny, RUNS[kind] | {"optim.batch_size": BATCH})
 
 
 def passes_of(config: RunConfig, device: torch.device):
@@ -39,7 +49,9 @@ def passes_of(config: RunConfig, device: torch.device):
     rows = stream.tasks[0].train_rows
 
     def passes(purpose: str):
-        return training_batches(stream.train, rows, input, BATCH, seeded(0, 0, purpose))
+        generator = seeded(0, 0, purpose)
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        return training_batches(stream.train, shuffled, input, BATCH, generator)
 
     return stream, passes, evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows, input, 7)
 
@@ -53,7 +65,25 @@ def covariances_of(config: RunConfig) -> dict[str, torch.Tensor]:
     stream, passes, _ = passes_of(config, torch.device("cpu"))
     model, method = ContinualModel(build_backbone(config.backbone), 32), make_method(config.method)
     method.prepare(model)
-    return input_covariances(model, TaskData(stream.tasks[0], 5, 0, passes), "before")
+    return input_covariances(model, TaskData(stream.tasks[0], 5, 0, passes, lambda: passes("")), "before")
+
+
+@contextmanager
+def unlike_the_first(rank: int) -> Iterator[None]:
+    """Every process but the first decomposes as another device might: other signs, other numbers of directions."""
+
+    def other_design(*args):
+        return -design(*args)[rank:]
+
+    def other_update(*args, **options):
+        memory = update(*args, **options)
+        return Memory("retain", -memory.basis_DK[:, rank:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(method_module, "design", other_design)
+            patch.setattr(method_module, "update", other_update)
+        yield
 
 
 def work(rank: int, world: int, folder: Path, tiny: RunConfig) -> None:
@@ -63,10 +93,13 @@ def work(rank: int, world: int, folder: Path, tiny: RunConfig) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
     out = folder / str(rank)
     out.mkdir()
-    for method in METHODS:
-        results = list(islice(run(config_of(tiny, method)), TASKS))
-        save_state(results[-1].state, out / method)
-        (out / f"{method}.json").write_text(json.dumps([result.losses for result in results]))
+    for kind in RUNS:
+        results = list(islice(run(config_of(tiny, kind)), TASKS))
+        save_state(results[-1].state, out / kind)
+        (out / f"{kind}.json").write_text(json.dumps([result.losses for result in results]))
+    with unlike_the_first(rank):
+        *_, last = islice(run(config_of(tiny, "inflora")), TASKS)
+        save_state(last.state, out / "unlike")
     config = config_of(tiny, "inflora")
     _, passes, plain = passes_of(config, torch.device("cpu"))
     save_file(named("train", list(passes("train-0"))) | named("plain", list(plain)), out / "batches.safetensors")
@@ -95,15 +128,15 @@ def processes(tiny, digits, tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
-def state_of(processes: dict[int, Path], world: int, rank: int, method: str) -> RunState:
-    return load_state(processes[world] / str(rank) / method)
+def state_of(processes: dict[int, Path], world: int, rank: int, kind: str) -> RunState:
+    return load_state(processes[world] / str(rank) / kind)
 
 
-def logits_of(state: RunState, tiny: RunConfig, digits: Path) -> torch.Tensor:
-    model = ContinualModel(build_backbone(tiny.backbone), 32)
-    make_method(tiny.method).prepare(model)
+def logits_of(state: RunState, config: RunConfig, digits: Path) -> torch.Tensor:
+    model = ContinualModel(build_backbone(config.backbone), 32)
+    make_method(config.method).prepare(model)
     model.load_learnt_state(state.model)
-    images, input = open_split(digits, "test"), Input(tiny.data, 32, 1, torch.device("cpu"))
+    images, input = open_split(digits, "test"), Input(config.data, 32, 1, torch.device("cpu"))
     (batch,) = evaluation_batches(images, torch.arange(100), input, 100)
     with torch.no_grad():
         return model.logits(model.features(batch.images))
@@ -146,31 +179,44 @@ def test_covariances_are_those_of_one_process(world, processes):
 
 
 @WORLDS
-def test_the_memory_is_that_of_one_process(world, processes):
-    whole, shared = (state_of(processes, n, 0, "inflora").method for n in (1, world))
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_memory_and_the_class_statistics_are_those_of_one_process(world, kind, processes):
+    whole, shared = (state_of(processes, n, 0, kind).method for n in (1, world))
     assert shared.keys() == whole.keys()
-    for name, basis_DK in whole.items():
-        ours = shared[name]
-        torch.testing.assert_close(ours @ ours.T, basis_DK @ basis_DK.T, atol=1e-4, rtol=0)
+    for name, basis_DK in memory_of(whole).items():
+        ours = memory_of(shared)[name]
+        assert ours.kind == basis_DK.kind
+        torch.testing.assert_close(projector(ours), projector(basis_DK), atol=1e-4, rtol=0)
+    classes = [{name: t for name, t in state.items() if name.startswith("classes/")} for state in (shared, whole)]
+    torch.testing.assert_close(*classes, atol=1e-4, rtol=1e-3)
+
+
+def projector(memory: Memory) -> torch.Tensor:
+    return memory.basis_DK @ memory.basis_DK.T
 
 
 @WORLDS
-@pytest.mark.parametrize("method", METHODS)
-def test_all_workers_hold_the_same_model(world, method, processes):
-    first, *others = (state_of(processes, world, rank, method) for rank in range(world))
-    for other in others:
-        assert other.evaluations == first.evaluations
-        assert all(torch.equal(first.model[name], other.model[name]) for name in first.model)
+@pytest.mark.parametrize("kind", RUNS)
+def test_all_workers_hold_the_same_model_and_memory(world, kind, processes):
+    first, *others = (state_of(processes, world, rank, kind) for rank in range(world))
+    assert all(same_state(first, other) for other in others)
 
 
 @WORLDS
-@pytest.mark.parametrize("method", METHODS)
-def test_losses_accuracies_and_logits_are_those_of_one_process(world, method, processes, tiny, digits):
-    whole, shared = state_of(processes, 1, 0, method), state_of(processes, world, 0, method)
-    losses = [json.loads((processes[n] / "0" / f"{method}.json").read_text()) for n in (1, world)]
+def test_workers_that_would_decompose_differently_still_hold_the_first_ones_adapters_and_memory(world, processes):
+    expected = state_of(processes, world, 0, "inflora")
+    assert all(same_state(expected, state_of(processes, world, rank, "unlike")) for rank in range(world))
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", RUNS)
+def test_losses_accuracies_and_logits_are_those_of_one_process(world, kind, processes, tiny, digits):
+    whole, shared = state_of(processes, 1, 0, kind), state_of(processes, world, 0, kind)
+    losses = [json.loads((processes[n] / "0" / f"{kind}.json").read_text()) for n in (1, world)]
     torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=0)
     assert accuracy_matrix(shared.evaluations) == accuracy_matrix(whole.evaluations)
-    torch.testing.assert_close(logits_of(shared, tiny, digits), logits_of(whole, tiny, digits), atol=1e-3, rtol=0)
+    logits = [logits_of(state, config_of(tiny, kind), digits) for state in (shared, whole)]
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
 
 
 def test_without_a_process_group_nothing_is_exchanged():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from inflora.config import ConfigError
-from inflora.lora import LoRAQKV, adapted_layers, inject, merge_all
+from inflora.lora import LoRALinear, adapted_layers, inject, merge_all
 
 WIDTH, RANK = 8, 3
 LAYERS = pytest.mark.parametrize("plain", [(WIDTH, True), (WIDTH, False), (12, True)], indirect=True, ids=str)
@@ -27,10 +27,15 @@ def x() -> torch.Tensor:
     return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def adapted(plain: nn.Linear) -> LoRAQKV:
+def on_keys_and_values(plain: nn.Linear) -> LoRALinear:
+    width = plain.out_features // 3
+    return LoRALinear(plain, (slice(width, 3 * width),))
+
+
+def adapted(plain: nn.Linear) -> LoRALinear:
     """The layer with an adapter that has learnt something."""
     generator = torch.Generator().manual_seed(2)
-    layer = LoRAQKV(copy.deepcopy(plain))
+    layer = on_keys_and_values(copy.deepcopy(plain))
     layer.attach(torch.randn(RANK, WIDTH, generator=generator))
     assert layer.lora_B is not None
     nn.init.normal_(layer.lora_B, generator=generator)
@@ -54,12 +59,12 @@ def stack(*qkvs: nn.Module | None) -> nn.Module:
 
 @LAYERS
 def test_without_an_adapter_the_layer_is_the_plain_one(plain, x):
-    assert torch.equal(LoRAQKV(plain)(x), plain(x))
+    assert torch.equal(on_keys_and_values(plain)(x), plain(x))
 
 
 @LAYERS
 def test_an_adapter_starts_as_the_identity(plain, x):
-    layer = LoRAQKV(plain)
+    layer = on_keys_and_values(plain)
     layer.attach(torch.randn(RANK, WIDTH))
     assert torch.equal(layer(x), plain(x))
 
@@ -109,14 +114,14 @@ def test_after_merging_the_layer_is_as_large_as_the_plain_one(plain):
 
 @LAYERS
 def test_the_parameters_keep_the_plain_layers_names(plain):
-    layer = LoRAQKV(plain)
+    layer = on_keys_and_values(plain)
     assert layer.state_dict().keys() == plain.state_dict().keys()
     layer.load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize("train_A", [False, True])
 def test_gradients_reach_B_always_and_A_only_when_asked(plain, x, train_A):
-    layer = LoRAQKV(plain.requires_grad_(False))
+    layer = on_keys_and_values(plain.requires_grad_(False))
     layer.attach(torch.randn(RANK, WIDTH), train_A=train_A)
     layer(x).square().sum().backward()
     assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"lora_B"} | (
@@ -125,7 +130,7 @@ def test_gradients_reach_B_always_and_A_only_when_asked(plain, x, train_A):
 
 
 def test_an_adapter_of_rank_zero_changes_nothing(plain, x):
-    layer = LoRAQKV(copy.deepcopy(plain))
+    layer = on_keys_and_values(copy.deepcopy(plain))
     layer.attach(torch.zeros(0, WIDTH))
     assert torch.equal(layer(x), plain(x))
     layer.merge()

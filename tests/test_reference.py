@@ -1,85 +1,136 @@
-"""The method against a recorded run of the InfLoRA authors' experiment code, number by number."""
+"""The method against a recorded run of the InfLoRA authors' experiment code, number by number.
+
+The recorded run is replayed through the public seams that docs/fidelity.md describes, and through nothing else.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import save_file
+from torch import Tensor
 
-from inflora.config import InfLoRASettings, OptimSettings
-from inflora.data.loader import Batch
-from inflora.data.stream import Task
-from inflora.lora import adapted_layers
-from inflora.methods import make_method
-from inflora.methods.base import TaskData
-from inflora.model import ContinualModel
-from inflora.training import train_task
+from inflora.config import RunConfig, parse_config
+from inflora.continual import TaskResult, run
+from inflora.data import prepare_store
+from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.methods.inflora import memory_of
 
 TRACE = Path(__file__).parents[2] / "shared" / "reference" / "a_adam.npz"
-CLASSES, BATCH, TASKS = 4, 32, 5
+TASKS, LAYERS = 5, 3
+
+pytestmark = pytest.mark.skipif(
+    not TRACE.exists(), reason="the recorded trace is not beside this checkout (../shared/reference)"
+)
 
 
-def largest_difference(ours, theirs):
-    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
-    return float((ours - theirs).abs().max().detach() / theirs.abs().max())
+@pytest.fixture(scope="module")
+def trace() -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in np.load(TRACE).items() if array.dtype.kind in "iufb"}
 
 
-@pytest.mark.skipif(not TRACE.exists(), reason="the recorded trace is not beside this checkout (../shared/reference)")
-def test_every_task_of_the_recorded_run_is_reproduced():
-    trace = {name: torch.from_numpy(array) for name, array in np.load(TRACE).items() if array.dtype.kind in "iufb"}
-    position = torch.empty(20, dtype=torch.int64)
-    position[trace["class_order"].long()] = torch.arange(20)
-    images = trace["x_train"].permute(0, 3, 1, 2).float() / 255
-    labels = position[trace["y_train"].long()]
-    test_images = trace["x_test"].permute(0, 3, 1, 2).float() / 255
-
-    vit = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4, num_classes=0, norm_layer=None, qkv_bias=True
-    )
-    vit.load_state_dict({n.removeprefix("backbone/"): t for n, t in trace.items() if n.startswith("backbone/")})
-    model = ContinualModel(vit, 64)
-    method = make_method(InfLoRASettings(rank=4, energy=0.95))
-    method.prepare(model)
-
-    for t in range(TASKS):
-        rows = ((labels >= t * CLASSES) & (labels < (t + 1) * CLASSES)).nonzero()[:, 0]
-        task = Task(t, t * CLASSES, tuple("abcd"), rows, rows[:0])
-
-        def passes(purpose, t=t, rows=rows):
-            kind, _, epoch = purpose.partition("-")
-            order = {
-                "train": lambda: trace[f"t{t}/order_train"][int(epoch)],
-                "covariance": lambda: trace[f"t{t}/order_{'pre' if epoch == 'before' else 'post'}"],
-            }[kind]()
-            for chosen in order.long().split(BATCH):
-                yield Batch(images[chosen], labels[chosen], 1.0)
-
-        head = model.add_head(CLASSES, "zero", torch.Generator())
-        head.load_state_dict({"weight": trace["head_w_init"][t], "bias": trace["head_b_init"][t]})
-        data = TaskData(task, TASKS + 1, 0, passes)  # the recorded run updates its memory after the last task too
-        method.settings = method.settings.model_copy(update={"total_tasks": TASKS})
-        method.begin_task(model, data)
-        for index, (_, layer) in enumerate(adapted_layers(model)):
-            recorded = trace[f"t{t}/lora_A"][index]
-            assert largest_difference(layer.lora_A.T @ layer.lora_A, recorded.T @ recorded) < 5e-4
-
-        losses = train_task(model, method, task, OptimSettings(epochs=10, batch_size=BATCH), passes, lambda _: None)
-        torch.testing.assert_close(torch.tensor(losses), trace[f"t{t}/loss_epoch"].float(), atol=1e-4, rtol=0)
-        for index, (_, layer) in enumerate(adapted_layers(model)):
-            theirs = [trace[f"t{t}/lora_B_{x}"][index] @ trace[f"t{t}/lora_A"][index] for x in "kv"]
-            assert largest_difference(layer.lora_B @ layer.lora_A, torch.cat(theirs)) < 1e-3
-
-        method.end_task(model, data)
-        for index, (name, _) in enumerate(adapted_layers(model)):
-            memory = method.memory[name]
-            assert memory.kind == ("retain" if trace[f"t{t}/gpm_retain"][index] else "remove")
-            assert memory.basis_DK.shape[1] == trace[f"t{t}/gpm_dim"][index]
-            projector = memory.basis_DK @ memory.basis_DK.T
-            assert largest_difference(projector, trace[f"t{t}/gpm_proj"][index]) < 1e-4
-
+@pytest.fixture(scope="module")
+def replayed(trace, tmp_path_factory) -> list[tuple[TaskResult, Tensor]]:
+    """Each task of the recorded run again, from its images, weights, classifiers and orders; and its test logits."""
+    folder = tmp_path_factory.mktemp("replay")
+    prepare_store("trace", Dataset(lambda *_: images_of(trace), needs=None), folder, Options(), root=str(folder))
+    results = []
+    for t, result in enumerate(run(replay_config(trace, folder), evaluate_on="test")):
+        images = trace["x_test"][trace[f"t{t}/test_index"].long()].permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            logits = model.logits(model.features(test_images[trace[f"t{t}/test_index"].long()]))
-        assert largest_difference(logits, trace[f"t{t}/test_logits"]) < 5e-4
-        accuracy = 100 * (logits.argmax(1) == trace[f"t{t}/test_label"]).float().mean()
-        assert accuracy == pytest.approx(float(trace["acc_total"][t]), abs=0.01)
+            results.append((result, result.model.logits(result.model.features(images))))
+    return results
+
+
+def images_of(trace: dict[str, Tensor]) -> Source:
+    """The images, with their labels renumbered in the order they are learnt."""
+    place = torch.empty(20, dtype=torch.int64)
+    place[trace["class_order"].long()] = torch.arange(20)
+    train, test = (Arrays(trace[f"x_{s}"].numpy(), place[trace[f"y_{s}"].long()].numpy()) for s in ("train", "test"))
+    return Source("the trace", tuple(f"{k:02}" for k in range(20)), {"train": train, "test": test})
+
+
+def replay_config(trace: dict[str, Tensor], folder: Path) -> RunConfig:
+    weights = {name.removeprefix("backbone/"): t for name, t in trace.items() if name.startswith("backbone/")}
+    heads, orders = {}, {}
+    for t in range(TASKS):
+        heads |= {f"{t}.weight": trace["head_w_init"][t].clone(), f"{t}.bias": trace["head_b_init"][t].clone()}
+        orders |= {f"{t}/covariance-before": trace[f"t{t}/order_pre"]}
+        orders |= {f"{t}/train-{epoch}": rows.clone() for epoch, rows in enumerate(trace[f"t{t}/order_train"])}
+        orders |= {f"{t}/covariance-after": trace[f"t{t}/order_post"]}
+    for name, tensors in {"weights": weights, "heads": heads, "orders": orders}.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    options = {"img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 64, "depth": LAYERS, "num_heads": 4}
+    return parse_config(
+        {
+            "data": {
+                "dataset": "trace",
+                "root": folder,
+                "tasks": TASKS,
+                "train_on": "train+validation",
+                "augment": "none",
+                "order": folder / "orders.safetensors",
+            },
+            "backbone": {"name": "glyph_vit", "weights": folder / "weights.safetensors", "options": options},
+            "method": {"name": "inflora", "rank": 4, "energy": 0.95},
+            "optim": {"lr": 5e-4, "epochs": 10, "batch_size": 32, "head_init": folder / "heads.safetensors"},
+            "device": "cpu",
+        }
+    )
+
+
+def largest_difference(ours, theirs) -> float:
+    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+EVERY_TASK = pytest.mark.parametrize("t", range(TASKS))
+EVERY_LAYER = pytest.mark.parametrize("layer", range(LAYERS))
+
+
+@EVERY_TASK
+def test_losses(t, trace, replayed):
+    result, _ = replayed[t]
+    torch.testing.assert_close(torch.tensor(result.step_losses).double(), trace[f"t{t}/loss_step"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(result.losses).double(), trace[f"t{t}/loss_epoch"], atol=1e-4, rtol=0)
+
+
+@EVERY_TASK
+@EVERY_LAYER
+def test_designed_and_trained_matrices(t, layer, trace, replayed):
+    factors = replayed[t][0].factors
+    lora_A, lora_B = (factors[f"backbone.blocks.{layer}.attn.qkv.{name}"] for name in ("lora_A", "lora_B"))
+    recorded_A = trace[f"t{t}/lora_A"][layer]
+    recorded_B = torch.cat([trace[f"t{t}/lora_B_k"][layer], trace[f"t{t}/lora_B_v"][layer]])
+    assert largest_difference(lora_A.T @ lora_A, recorded_A.T @ recorded_A) < 5e-4
+    assert largest_difference(lora_B @ lora_A, recorded_B @ recorded_A) < 1e-3
+
+
+@EVERY_TASK
+@EVERY_LAYER
+def test_memory(t, layer, trace, replayed):
+    memory = memory_of(replayed[t][0].state.method)[f"backbone.blocks.{layer}.attn.qkv"]
+    assert memory.kind == ("retain" if trace[f"t{t}/gpm_retain"][layer] else "remove")
+    assert memory.basis_DK.shape[1] == trace[f"t{t}/gpm_dim"][layer]
+    projector = memory.basis_DK @ memory.basis_DK.T
+    assert largest_difference(projector, trace[f"t{t}/gpm_proj"][layer]) < 1e-4
+
+
+@EVERY_TASK
+def test_classifiers_and_logits(t, trace, replayed):
+    result, logits = replayed[t]
+    assert largest_difference(logits, trace[f"t{t}/test_logits"]) < 5e-4
+    for j in range(t + 1):
+        weight, bias = (result.state.model[f"heads.{j}.{name}"] for name in ("weight", "bias"))
+        assert largest_difference(weight, trace[f"t{t}/head_w"][j]) < 5e-4
+        assert largest_difference(bias, trace[f"t{t}/head_b"][j]) < 5e-4
+
+
+@EVERY_TASK
+def test_accuracies(t, trace, replayed):
+    result, _ = replayed[t]
+    assert 100 * result.metrics["acc/seen"] == pytest.approx(float(trace["acc_total"][t]), abs=0.01)
+    assert 100 * torch.tensor(result.accuracies).double() == pytest.approx(trace["acc_matrix"][t, : t + 1], abs=0.01)
+    assert 100 * result.metrics["acc/task_aware"] == pytest.approx(float(trace["acc_with_task_total"][t]), abs=0.01)
+    assert result.metrics["acc/task_identity"] == pytest.approx(float(trace["acc_task_id"][t]), abs=1e-4)

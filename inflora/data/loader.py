@@ -43,15 +43,14 @@ class Input(NamedTuple):
 def training_batches(
     images: Images, rows: Tensor, input: Input, batch_size: int, generator: torch.Generator
 ) -> Iterator[Batch]:
-    """One shuffled, augmented pass over ``rows``, in global batches of ``batch_size``.
+    """One augmented pass over ``rows`` in the order given, in global batches of ``batch_size``.
 
-    Every worker draws the same order and the same crops and takes every n-th image of each batch, so the global batches
-    do not depend on the number of workers. The last batch may be smaller.
+    Every worker is given the same order, draws the same crops and takes every n-th image of each batch, so the global
+    batches do not depend on the number of workers. The last batch may be smaller.
     """
-    shuffled = rows[torch.randperm(len(rows), generator=generator)]
 
     def started() -> Iterator[_Started]:
-        for chosen in shuffled.split(batch_size):
+        for chosen in rows.split(batch_size):
             crops = _training_crops(images.pixels.sizes(chosen), input, generator)
             mine = slice(distributed.rank(), None, distributed.world_size())
             yield _start(images, chosen[mine], crops.take(mine), input, len(chosen))

@@ -4,9 +4,15 @@ from typing import Any
 
 from inflora.config import MethodSettings
 from inflora.methods.base import Method, TaskData
+from inflora.methods.codaprompt import CODAPrompt
+from inflora.methods.dualprompt import DualPrompt
 from inflora.methods.frozen import Frozen
 from inflora.methods.inflora import InfLoRA
 from inflora.methods.joint import Joint
+from inflora.methods.l2p import L2P
+from inflora.methods.ncm import NCM
+from inflora.methods.olora import OLoRA
+from inflora.methods.sdlora import SDLoRA
 from inflora.methods.sequential import Sequential
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -14,6 +20,12 @@ METHODS: dict[str, type[Method[Any]]] = {
     "sequential": Sequential,
     "frozen": Frozen,
     "joint": Joint,
+    "ncm": NCM,
+    "olora": OLoRA,
+    "sdlora": SDLoRA,
+    "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "codaprompt": CODAPrompt,
 }
 
 __all__ = ["METHODS", "Method", "TaskData", "make_method"]

@@ -1,17 +1,19 @@
 """InfLoRA: interference-free low-rank adaptation (Liang and Li, CVPR 2024, arXiv 2404.00228)."""
 
+import re
 import warnings
 
 import torch
 from torch import Tensor
 
-from inflora import distributed
-from inflora.backbone import gather_covariance
 from inflora.config import InfLoRASettings
+from inflora.distributed import from_first
 from inflora.lora import adapted_layers, inject, merge_all
+from inflora.methods.alignment import Alignment
 from inflora.methods.base import Method, TaskData
+from inflora.methods.statistics import input_covariances
 from inflora.model import ContinualModel
-from inflora.subspace import Memory, design, threshold, update
+from inflora.subspace import Memory, design, energy_inside, taken_count, threshold, update
 
 
 class InfLoRA(Method[InfLoRASettings]):
@@ -20,14 +22,18 @@ class InfLoRA(Method[InfLoRASettings]):
     def __init__(self, settings: InfLoRASettings) -> None:
         super().__init__(settings)
         self.memory: dict[str, Memory] = {}
+        self.alignment = Alignment(settings.classifier_alignment)
+        self._known: dict[str, float] = {}
 
     def prepare(self, model: ContinualModel) -> None:
-        inject(model.backbone, self.settings.blocks)
+        inject(model.backbone, self.settings.blocks, self.settings.targets)
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
-        covariances = input_covariances(model, data, "before")
+        covariances, energy_of = input_covariances(model, data, "before"), self.settings.energy_of
+        self._known = {}
         for name, layer in adapted_layers(model):
-            lora_A = design(covariances[name], self.memory.get(name), self.settings.rank)
+            memory = self.memory.get(name)
+            lora_A = from_first(design(covariances[name], memory, self.settings.rank))
             if len(lora_A) < self.settings.rank:
                 warnings.warn(
                     f"task {data.task.index}: {name} has {len(lora_A)} free directions left, "
@@ -35,44 +41,65 @@ class InfLoRA(Method[InfLoRASettings]):
                     stacklevel=2,
                 )
             layer.attach(lora_A)
+            self._known[f"memory/{short(name)}/overlap"] = energy_inside(covariances[name], memory, energy_of)
 
-    def end_task(self, model: ContinualModel, data: TaskData) -> None:
-        merge_all(model)
-        settings, task = self.settings, data.task
+    def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
+        learnt = merge_all(model)
+        self._remember(input_covariances(model, data, "after"), data)
+        self.alignment.after_task(model, data)
+        return learnt
+
+    def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
+        """DualGPM: what the finished task's inputs use is taken from the directions that are free."""
+        settings = self.settings
         total_tasks = settings.total_tasks or data.stream_tasks
-        if task.index + 1 == data.stream_tasks:
-            return  # no task comes after the last one
-        share = threshold(task.index, total_tasks, settings.energy, settings.energy_end)
-        for name, covariance in input_covariances(model, data, "after").items():
-            self.memory[name] = update(
-                self.memory.get(name),
-                covariance,
-                share,
-                energy_of=settings.energy_of,
-                may_flip=settings.memory == "dualgpm",
+        share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
+        for name, covariance in covariances.items():
+            memory = same_everywhere(
+                update(
+                    self.memory.get(name),
+                    covariance,
+                    share,
+                    energy_of=settings.energy_of,
+                    may_flip=settings.memory == "dualgpm",
+                )
             )
+            self.memory[name] = memory
+            self._known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariance)))
+            self._known[f"memory/{short(name)}/kept"] = energy_inside(covariance, memory, settings.energy_of)
+
+    def diagnostics(self) -> dict[str, float]:
+        """For each adapted layer: ``size``, the directions taken; ``kept``, the share of the task's input energy in
+        them; ``overlap``, the share of it that lay in the old memory before the task was learnt.
+        """
+        return self._known
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{memory.kind}": memory.basis_DK.cpu() for name, memory in self.memory.items()}
+        memory = {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
+        return memory | {f"classes/{name}": tensor for name, tensor in self.alignment.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for key, basis_DK in state.items():
-            name, _, kind = key.rpartition(".")
-            assert kind in ("remove", "retain"), key
-            self.memory[name] = Memory("remove" if kind == "remove" else "retain", basis_DK)
+        classes = {key.removeprefix("classes/"): t for key, t in state.items() if key.startswith("classes/")}
+        self.alignment.load_state(classes)
+        self.memory = memory_of({key: t for key, t in state.items() if not key.startswith("classes/")})
 
 
-def input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
-    """Uncentred covariance (D x D) of what each adapted layer reads, in one augmented pass over the task's images.
+def memory_of(state: dict[str, Tensor]) -> dict[str, Memory]:
+    """Layer name -> memory, from a saved state's ``<layer>.remove`` and ``<layer>.retain``."""
+    memory = {}
+    for key, basis_DK in state.items():
+        name, _, kind = key.rpartition(".")
+        if kind in ("remove", "retain"):
+            memory[name] = Memory("remove" if kind == "remove" else "retain", basis_DK)
+    return memory
 
-    Summed over all workers before anything is decomposed, so that all of them design the same adapters.
-    """
-    with torch.no_grad(), gather_covariance(model) as seen:
-        for batch in data.passes(f"covariance-{moment}"):
-            model.features(batch.images)
-    covariances = {}
-    for name, covariance in seen.items():
-        distributed.all_sum(covariance.sum_DD)
-        distributed.all_sum(covariance.count)
-        covariances[name] = covariance.sum_DD / covariance.count
-    return covariances
+
+def same_everywhere(memory: Memory) -> Memory:
+    """The first worker's memory, on the CPU, where it is kept between tasks."""
+    retain = from_first(torch.tensor([memory.kind == "retain"], device=memory.basis_DK.device, dtype=torch.uint8))
+    return Memory("retain" if retain else "remove", from_first(memory.basis_DK).cpu())
+
+
+def short(layer: str) -> str:
+    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
+    return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")

@@ -2,10 +2,10 @@
 
 from inflora.config import JointSettings
 from inflora.data.stream import Stream
-from inflora.methods.sequential import Sequential
+from inflora.methods.sequential import PlainLoRA
 
 
-class Joint(Sequential[JointSettings]):
+class Joint(PlainLoRA[JointSettings]):
     """The whole stream as one task."""
 
     def arrange(self, stream: Stream) -> Stream:

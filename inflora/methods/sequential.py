@@ -3,21 +3,22 @@
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from inflora.config import JointSettings, SequentialSettings
+from inflora.config import LoRASettings, SequentialSettings
 from inflora.data.loader import seeded
 from inflora.lora import adapted_layers, inject, merge_all
 from inflora.methods.base import Method, TaskData
 from inflora.model import ContinualModel
 
-S = TypeVar("S", SequentialSettings, JointSettings)
+L = TypeVar("L", bound=LoRASettings)
 
 
-class Sequential(Method[S]):
+class PlainLoRA(Method[L]):
     """Both matrices of each adapter are trained, A from LoRA's usual initialisation, and merged after the task."""
 
     def prepare(self, model: ContinualModel) -> None:
-        inject(model.backbone, self.settings.blocks)
+        inject(model.backbone, self.settings.blocks, self.settings.targets)
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         for name, layer in adapted_layers(model):
@@ -26,5 +27,9 @@ class Sequential(Method[S]):
             generator = seeded(data.seed, data.task.index, "lora_A", name)
             layer.attach(torch.empty(shape).uniform_(-bound, bound, generator=generator), train_A=True)
 
-    def end_task(self, model: ContinualModel, data: TaskData) -> None:
-        merge_all(model)
+    def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
+        return merge_all(model)
+
+
+class Sequential(PlainLoRA[SequentialSettings]):
+    """Nothing but plain LoRA, one task after another."""

@@ -12,6 +12,10 @@ TRIALS = "trials"
 """Where the states of a sweep's trials are in its shared place, a folder each."""
 
 
+SHARED = "shared"
+"""Where what their first tasks have in common is; a bucket holds none, as every trial would fetch it from afar."""
+
+
 class Housekeeping(tune.Callback):
     """Deletes what no trial will go on from, when a trial ends; ends the sweep where it still needs too much room."""
 
@@ -32,5 +36,12 @@ class Housekeeping(tune.Callback):
         for name in self.place.folders(TRIALS) & {trial_name(study_name, number) for number in ended}:
             self.place.discard(f"{TRIALS}/{name}")
         bound = self.ledger.sweep.budget.storage_gb
-        if bound is not None and (used := self.place.bytes_in(TRIALS) / 1e9) > bound:
+        if bound is None:
+            return
+        if self._used_gb() > bound:
+            self.place.discard(SHARED)  # only time is lost with it
+        if (used := self._used_gb()) > bound:
             self.ledger.end_early(f"storage budget spent: {used:.2f} of {bound:g} GB in {self.place.address}")
+
+    def _used_gb(self) -> float:
+        return (self.place.bytes_in(TRIALS) + self.place.bytes_in(SHARED)) / 1e9

@@ -19,6 +19,7 @@ class TaskReport(BaseModel):
     accuracies: list[float]
     seconds: float
     time_ms: int
+    saved_s: float = 0.0
 
 
 class Outcome(StrEnum):

@@ -20,8 +20,8 @@ from sweeps.engine.spec import Sweep
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .2em .7em }
-td, th { text-align: right; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .7em; text-align: right }
 th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
 td.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
 """

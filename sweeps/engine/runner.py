@@ -18,7 +18,7 @@ from rich.console import Console
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
-from sweeps.engine.checkpoints import TRIALS, Housekeeping
+from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.nodes import check_nodes
@@ -250,6 +250,7 @@ def _run_trials(
     sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
 ) -> None:
     resources, trials = sweep.resources, f"{place.address}/{TRIALS}"
+    shared = f"{place.address}/{SHARED}" if sweep.share and place.is_local else None
     housekeeping = Housekeeping(ledger, place)
     callbacks: list[tune.Callback] = [housekeeping]
     callbacks += [] if place.address == str(folder) else [StudyKeeper(folder, place)]
@@ -265,7 +266,7 @@ def _run_trials(
         trainable = train_driver(resources, backend, trials, sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
-    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), at_a_time, say, callbacks)
+    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), at_a_time, say, callbacks, shared)
     housekeeping.tidy()
 
 
@@ -277,13 +278,17 @@ def fit(
     at_a_time: int,
     say: Callable[[str], None],
     callbacks: Sequence[tune.Callback] = (),
+    shared: str | None = None,
 ) -> None:
-    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
+    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side.
+
+    ``shared`` is the folder of what trials have in common.
+    """
     shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(ledger),
+            search_alg=StudySearcher(ledger, shared),
             scheduler=StudyScheduler(ledger),
             num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
             max_concurrent_trials=at_a_time,

@@ -1,0 +1,99 @@
+"""Classifier alignment: all classifiers trained together on features drawn from every class's Gaussian.
+
+Zhang et al., "SLCA" (ICCV 2023, arXiv 2303.05118), as InfLoRA's authors combine it with theirs (InfLoRA + CA).
+Shapes: C classes, S features drawn for each of them, D width, B batch.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from inflora import distributed
+from inflora.config import AlignmentSettings
+from inflora.data.loader import seeded
+from inflora.methods.base import TaskData
+from inflora.methods.statistics import class_gaussians
+from inflora.model import ContinualModel
+
+_RIDGE = 1e-4
+
+Drawn = tuple[Tensor, Tensor]
+"""Features (B x D) and their classes (B), counted over all tasks in order of learning."""
+
+
+class Alignment:
+    """The Gaussians of all classes seen: for each task its means (C x D) and covariances (C x D x D)."""
+
+    def __init__(self, settings: AlignmentSettings) -> None:
+        self.settings = settings
+        self.means: list[Tensor] = []
+        self.covs: list[Tensor] = []
+
+    def after_task(self, model: ContinualModel, data: TaskData) -> None:
+        """Remember the task's classes; from the second task on, align all classifiers."""
+        if not self.settings.epochs:
+            return
+        mean_CD, cov_CDD = class_gaussians(model, data)
+        self.means.append(mean_CD.float().cpu())
+        self.covs.append(cov_CDD.float().cpu())
+        if len(self.means) > 1:
+            epochs = (
+                self._draw(seeded(data.seed, data.task.index, "alignment", epoch), model.device)
+                for epoch in range(self.settings.epochs)
+            )
+            align(model.heads, epochs, self.settings)
+
+    def _draw(self, generator: torch.Generator, device: torch.device) -> Iterator[Drawn]:
+        """One epoch's features, shuffled: a batch of S for each class. The means of older tasks are shrunk more."""
+        features = []
+        for index, (mean_CD, cov_CDD) in enumerate(zip(self.means, self.covs, strict=True)):
+            shrink = 0.9 + 0.1 * (index + 1) / len(self.means)
+            scale_CDD = torch.linalg.cholesky(cov_CDD.double() + _RIDGE * torch.eye(cov_CDD.shape[1])).float()
+            noise_CSD = torch.randn(len(mean_CD), self.settings.samples, mean_CD.shape[1], generator=generator)
+            features.append((shrink * mean_CD[:, None] + noise_CSD @ scale_CDD.mT).flatten(0, 1))
+        drawn = torch.cat(features)
+        order = torch.randperm(len(drawn), generator=generator)
+        for rows in order.split(self.settings.samples):
+            yield drawn[rows].to(device), (rows // self.settings.samples).to(device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What ``load_state`` takes back."""
+        gaussians = {f"means/{index}": mean_CD for index, mean_CD in enumerate(self.means)}
+        return gaussians | {f"covariances/{index}": cov_CDD for index, cov_CDD in enumerate(self.covs)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
+        tasks = range(len(state) // 2)
+        self.means = [state[f"means/{index}"] for index in tasks]
+        self.covs = [state[f"covariances/{index}"] for index in tasks]
+
+
+def align(heads: nn.ModuleList, epochs: Iterable[Iterable[Drawn]], settings: AlignmentSettings) -> None:
+    """Train all classifiers on drawn features: SGD with momentum 0.9, one cosine over the epochs, from a fresh start.
+
+    The first worker's result is everyone's.
+    """
+    parameters = list(heads.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    for batches in epochs:
+        for features, classes in batches:
+            optimizer.zero_grad()
+            logits = [head(features) for head in heads]
+            scores = (
+                torch.cat(logits, dim=1) if settings.temperature is None else normalised(logits, settings.temperature)
+            )
+            nn.functional.cross_entropy(scores, classes).backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(distributed.from_first(parameter))
+            parameter.grad = None
+
+
+def normalised(logits: list[Tensor], temperature: float) -> Tensor:
+    """All tasks' logits divided by the mean over tasks of their norms, and by ``temperature``."""
+    norms = torch.stack([task.norm(dim=1) + 1e-7 for task in logits]).mean(0)
+    return torch.cat(logits, dim=1) / norms[:, None] / temperature

@@ -1,0 +1,58 @@
+"""DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): general prompts for all tasks, expert prompts for each.
+
+Shapes: G, E blocks with general and expert prompts, L tokens, W attention width, D width, B batch, T tasks.
+"""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from inflora.config import DualPromptSettings
+from inflora.methods.prompting import PromptMethod, initial, similarity
+from inflora.model import ContinualModel
+from inflora.prompts import Prompted, Prompts, attention, make_promptable, prefixed, query
+
+
+class DualPrompts(Prompts):
+    """Prefixes of keys and values: the general ones always, and those of the task whose key is nearest."""
+
+    def __init__(self, settings: DualPromptSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
+        general, expert = self.settings.general_blocks, self.settings.expert_blocks
+        width, like = attention(vit, 0).attn_dim, next(vit.parameters())
+        if task == 0 and general:
+            shape = (general, 2, self.settings.general_length, width)
+            self.learn("general_G2LW", initial(shape, seed, task, "general"), like)
+        shape = (expert, 2, self.settings.expert_length, width)
+        self.learn(f"expert_{task}", initial(shape, seed, task, "expert"), like)
+        self.learn(f"key_{task}", initial((vit.embed_dim,), seed, task, "key"), like)
+        if general:
+            self.get_parameter("general_G2LW").requires_grad_(True)
+
+    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
+        """Also the paper's matching loss: ``pull`` times the cosine distance to the key of the task being learnt."""
+        match_BT = similarity(query(vit, images), torch.stack(self.of_tasks("key")))
+        chosen_B = match_BT.argmax(1) if task is None else torch.full_like(match_BT[:, 0], task, dtype=torch.int64)
+        expert_BE2LW = torch.stack(self.of_tasks("expert"))[chosen_B]
+        first = self.settings.general_blocks
+        general = self.get_parameter("general_G2LW") if first else ()
+        prefixes = {block: (keys_LW, values_LW) for block, (keys_LW, values_LW) in enumerate(general)}
+        prefixes |= {
+            first + block: (expert_BE2LW[:, block, 0], expert_BE2LW[:, block, 1])
+            for block in range(self.settings.expert_blocks)
+        }
+        distance = 1 - match_BT.gather(1, chosen_B[:, None]).mean()
+        with prefixed(vit, prefixes):
+            return Prompted(vit(images), self.settings.pull * distance)
+
+
+class DualPrompt(PromptMethod[DualPromptSettings]):
+    """Every task trains the general prompts, and its own expert prompts with their key."""
+
+    def prepare(self, model: ContinualModel) -> None:
+        total = self.settings.general_blocks + self.settings.expert_blocks
+        make_promptable(model.backbone, total, "method.general_blocks + method.expert_blocks")
+        model.prompts = DualPrompts(self.settings)

@@ -1,0 +1,81 @@
+"""SD-LoRA: directions of old updates are kept, their magnitudes go on learning (Wu et al., ICLR 2025)."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inflora.config import SDLoRASettings
+from inflora.lora import LoRALinear, inject
+from inflora.methods.base import TaskData, Trainable
+from inflora.methods.sequential import PlainLoRA
+from inflora.model import ContinualModel
+
+
+class DecoupledLinear(LoRALinear):
+    """``W + sum_k m_k B_k A_k / |B_k A_k|_F + B A``: a sum over the old tasks k, and the current task's adapter.
+
+    ``old_A`` (T x R x D) and ``old_B`` (T x O x R) are the old tasks' factors, ``old_B`` divided by the update's norm;
+    ``magnitudes`` (T) are trained. A magnitude starts at its update's norm: a task that begins changes nothing.
+    """
+
+    old_A: Tensor
+    old_B: Tensor
+    magnitudes: nn.Parameter
+
+    def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (slice(None),)) -> None:
+        super().__init__(plain, rows)
+        self.register_buffer("old_A", self.weight.new_zeros(0, 0, self.in_features))
+        self.register_buffer("old_B", self.weight.new_zeros(0, sum(self.sizes), 0))
+        self.magnitudes = nn.Parameter(self.weight.new_zeros(0), requires_grad=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        out = super().forward(x_BND)
+        if len(self.magnitudes):
+            read = nn.functional.linear(x_BND, self.old_A.flatten(0, 1))
+            scaled_B = (self.magnitudes[:, None, None] * self.old_B).permute(1, 0, 2).flatten(1)
+            self.add_to_rows(out, nn.functional.linear(read, scaled_B))
+        return out
+
+    @torch.no_grad()
+    def keep(self) -> tuple[Tensor, Tensor] | None:
+        """Turn the adapter into one more direction with its magnitude; its factors."""
+        factors = self.detach_adapter()
+        if factors is not None:
+            lora_A, lora_B = factors
+            norm = torch.linalg.matrix_norm(lora_B @ lora_A)
+            direction_B = lora_B / norm if norm > 0 else lora_B
+            self.old_A = torch.cat([self.old_A.reshape(-1, *lora_A.shape), lora_A[None]])
+            self.old_B = torch.cat([self.old_B.reshape(-1, *lora_B.shape), direction_B[None]])
+            self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), norm[None]]), requires_grad=False)
+        return factors
+
+
+def decoupled_layers(model: nn.Module) -> Iterator[tuple[str, DecoupledLinear]]:
+    """The adaptable layers of a prepared model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, DecoupledLinear))
+
+
+class SDLoRA(PlainLoRA[SDLoRASettings]):
+    """The model grows by one direction for each layer and task, and so does the cost of a step: it is the method's."""
+
+    def prepare(self, model: ContinualModel) -> None:
+        inject(model.backbone, self.settings.blocks, self.settings.targets, DecoupledLinear)
+
+    def begin_task(self, model: ContinualModel, data: TaskData) -> None:
+        super().begin_task(model, data)
+        for _, layer in decoupled_layers(model):
+            layer.magnitudes.requires_grad_(True)
+
+    def trainable(self, model: ContinualModel) -> Trainable:
+        known = super().trainable(model)
+        magnitudes = [layer.magnitudes for _, layer in decoupled_layers(model) if len(layer.magnitudes)]
+        return known._replace(adapted=known.adapted + magnitudes)
+
+    def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
+        learnt: dict[str, Tensor] = {}
+        for name, layer in decoupled_layers(model):
+            factors = layer.keep()
+            if factors is not None:
+                learnt |= {f"{name}.lora_A": factors[0], f"{name}.lora_B": factors[1]}
+        return learnt

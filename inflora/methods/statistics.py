@@ -1,0 +1,69 @@
+"""What is known of a task's images without keeping any: covariances of layers' inputs, Gaussians of classes' features.
+
+Everything is summed over all workers before it is used, so that all of them work with the same numbers.
+Shapes: C classes of the task, D width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from inflora import distributed
+from inflora.backbone import gather_covariance
+from inflora.methods.base import TaskData
+from inflora.model import ContinualModel
+
+
+def input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
+    """Uncentred covariance (D x D) of what each adapted layer reads, in one augmented pass over the task's images."""
+    covariances = data.once(moment, lambda: _input_covariances(model, data, moment))
+    return {name: covariance.to(model.device) for name, covariance in covariances.items()}
+
+
+def _input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
+    with torch.no_grad(), gather_covariance(model) as seen:
+        for batch in data.passes(f"covariance-{moment}"):
+            if len(batch.images):
+                model.features(batch.images)
+    covariances = {}
+    for name, covariance in seen.items():
+        distributed.all_sum(covariance.sum_DD)
+        distributed.all_sum(covariance.count)
+        covariances[name] = covariance.sum_DD / covariance.count
+    return covariances
+
+
+@torch.no_grad()
+def class_means(model: ContinualModel, data: TaskData) -> Tensor:
+    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation."""
+    count_C = torch.zeros(len(data.task.classes), dtype=torch.float64, device=model.device)
+    sum_CD = count_C.new_zeros(len(count_C), model.width)
+    for features, labels in _features(model, data):
+        count_C.index_add_(0, labels, torch.ones_like(labels, dtype=count_C.dtype))
+        sum_CD.index_add_(0, labels, features)
+    return distributed.all_sum(sum_CD) / distributed.all_sum(count_C).clamp_min(1)[:, None]
+
+
+@torch.no_grad()
+def class_gaussians(model: ContinualModel, data: TaskData) -> tuple[Tensor, Tensor]:
+    """Means (C x D) and unbiased covariances (C x D x D) of the features of the task's classes, float64.
+
+    Two passes, the second around the means of the first. The covariance of a class with one image is zero.
+    """
+    mean_CD = class_means(model, data)
+    count_C, sum_CDD = mean_CD.new_zeros(len(mean_CD)), mean_CD.new_zeros(*mean_CD.shape, mean_CD.shape[1])
+    for features, labels in _features(model, data):
+        for label in labels.unique().tolist():
+            centred = features[labels == label] - mean_CD[label]
+            count_C[label] += len(centred)
+            sum_CDD[label] += centred.T @ centred
+    distributed.all_sum(count_C)
+    return mean_CD, distributed.all_sum(sum_CDD) / (count_C - 1).clamp_min(1)[:, None, None]
+
+
+def _features(model: ContinualModel, data: TaskData) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's share: features (float64) and labels within the task, batch by batch."""
+    for batch in data.plain():
+        if len(batch.images):
+            yield model.features(batch.images).double(), batch.labels - data.task.first_label
