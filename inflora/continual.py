@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from inflora.drift import drift, probe
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
+from inflora.shared import Shared, keys_of
 from inflora.state import RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
 
@@ -33,7 +34,8 @@ class TaskResult(NamedTuple):
     ``params/trainable`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix; ``losses`` the mean
     loss of every epoch and ``step_losses`` that of every batch; ``factors`` the adapters' A and B, which are merged by
     now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all that is needed to go on from here, the memory among it.
-    ``model`` is the live model: the next task changes it.
+    ``saved_s`` is the time that results shared with other runs have saved; ``model`` is the live model: the next task
+    changes it.
     """
 
     task: int
@@ -44,6 +46,7 @@ class TaskResult(NamedTuple):
     step_losses: list[list[float]]
     factors: dict[str, Tensor]
     seconds: float
+    saved_s: float
     state: RunState
     model: ContinualModel
 
@@ -54,8 +57,11 @@ def run(
     *,
     evaluate_on: EvaluateOn = "validation",
     on_epoch: Callable[[EpochDone], None] = lambda _: None,
+    shared: Shared | None = None,
 ) -> Iterator[TaskResult]:
     """Learn the stream's tasks one after another, going on from ``state`` where one is given.
+
+    With ``shared`` what the first task has in common with other runs is computed by one of them, to the same bits.
 
     The test images are opened only with ``evaluate_on`` "test", which is no setting: no config can ask for it.
 
@@ -83,9 +89,13 @@ def run(
     method.load_state(state.method)
     model.to(device)
     given = _Given.of(config)
+    dataset = read_manifest(ensure_store(config.data.dataset, config.data.root)).content_hash
+    keys = keys_of(config, f"{dataset} {stream.split_hash} {fresh.backbone_hash}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
-        learnt = _learn(model, method, stream, index, config, input, given, on_epoch)
+        # Orders and classifiers from files are in no key: such runs keep to themselves.
+        with_others = shared if index == 0 and shared is not None and given == _Given(None, None) else Shared()
+        learnt = _learn(model, method, stream, index, config, input, given, on_epoch, with_others, keys)
         seen = stream.tasks[: index + 1]
         evaluation = evaluate(model, stream, seen, input)
         probes = {str(task.index): probe(model, stream.evaluate, task, input) for task in seen}
@@ -105,6 +115,7 @@ def run(
             step_losses=learnt.step_losses,
             factors=learnt.factors,
             seconds=time.perf_counter() - start,
+            saved_s=with_others.saved_s,
             state=state,
             model=model,
         )
@@ -140,6 +151,8 @@ def _learn(
     input: Input,
     given: _Given,
     on_epoch: Callable[[EpochDone], None],
+    shared: Shared,
+    keys: Mapping[str, str],
 ) -> _Learnt:
     """The three moments of one task."""
     task, optim = stream.tasks[index], config.optim.of_task(index)
@@ -155,17 +168,27 @@ def _learn(
     def plain() -> Iterator[Batch]:
         return evaluation_batches(stream.train, task.train_rows, input, optim.batch_size)
 
-    data = TaskData(task, len(stream.tasks), config.seed, passes, plain)
+    def once(moment: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return shared.once(f"{keys[moment]}-covariance", compute)
+
+    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once)
     if given.heads is None:
         assert isinstance(optim.head_init, str)
         model.add_head(len(task.classes), optim.head_init, seeded(config.seed, index, "head"))
     else:
         _load_head(model.add_head(len(task.classes), "zero", torch.Generator()), given.heads, index)
     method.begin_task(model, data)
-    trainable = method.trainable(model).size
-    step_losses = train_task(model, method, task, optim, passes, on_epoch)
+    trainable = method.trainable(model)
+
+    def train() -> dict[str, Tensor]:
+        step_losses = train_task(model, method, task, optim, passes, on_epoch)
+        return {"step_losses": torch.tensor(step_losses, dtype=torch.float64), **trainable.named()}
+
+    trained = shared.once(f"{keys['after']}-trained", train)
+    trainable.load(trained)
     factors = method.end_task(model, data)
-    return _Learnt(step_losses, factors, {"params/trainable": float(trainable)} | method.diagnostics())
+    diagnostics = {"params/trainable": float(trainable.size)} | method.diagnostics()
+    return _Learnt(trained["step_losses"].tolist(), factors, diagnostics)
 
 
 def _load_head(head: torch.nn.Linear, heads: dict[str, Tensor], index: int) -> None:

@@ -23,15 +23,17 @@ from inflora.metrics import metrics_after
 from inflora.runs import train_into
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
+from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import FinalRun, log_final, plan, summarise, train_all, write_report
 from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_judgement
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.report import page
-from sweeps.engine.runner import Cluster, connect, describe, run_sweep, say_to_stdout, trials_at_a_time
+from sweeps.engine.runner import Cluster, connect, run_sweep, say_to_stdout, trials_at_a_time
 from sweeps.engine.shared import SharedFolder
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
@@ -75,6 +77,9 @@ def main(*sweeps: Sweep) -> None:
         target: Annotated[float | None, typer.Option(help="Stop when a finished trial has this objective.")] = None,
         patience: Annotated[int | None, typer.Option(help="Stop when so many trials ended without a new best.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Check everything, run one tiny trial, say what the sweep will take.")
+        ] = False,
         executor: Annotated[str | None, typer.Option(help="train (Ray Train) or inline (faster start).")] = None,
         smoke: Annotated[
             bool, typer.Option("--smoke", help="The whole path in a minute: generated images, tiny model, CPU.")
@@ -109,6 +114,9 @@ def main(*sweeps: Sweep) -> None:
                 sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
+            if dry_run:
+                check_all(sweep, folder, uri, cluster=cluster, say=say_to_stdout)
+                return
             first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
             result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
         if result.over:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
     1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.presets"),
-    2: ("inflora.backbone", "inflora.model"),
+    2: ("inflora.backbone", "inflora.model", "inflora.shared"),
     3: ("inflora.methods",),
     4: ("inflora.training", "inflora.drift"),
     5: ("inflora.continual",),
@@ -31,10 +31,10 @@ FLOORS = {
     10: ("sweeps.engine.spec",),
     11: ("sweeps.engine.budget", "sweeps.engine.samplers", "sweeps.engine.mlflow_store", "sweeps.engine.trial"),
     12: ("sweeps.engine.ledger",),
-    13: ("sweeps.engine.search", "sweeps.engine.report"),
+    13: ("sweeps.engine.search", "sweeps.engine.report", "sweeps.engine.progress", "sweeps.engine.checkpoints"),
     14: ("sweeps.engine.tracking",),
     15: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    16: ("sweeps.engine.judge",),
+    16: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
     17: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

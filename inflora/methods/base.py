@@ -1,8 +1,9 @@
 """What every method is: three moments of a task, and a state that can be saved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from inflora.config import Settings
@@ -14,11 +15,16 @@ from inflora.model import ContinualModel
 S = TypeVar("S", bound=Settings)
 
 
+def _here(_: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return compute()
+
+
 class TaskData(NamedTuple):
     """What a method sees of a task: its description, the stream's length, and passes over its training images.
 
     ``passes(purpose)`` is one augmented pass; the same purpose gives the same pass, on any number of workers.
-    ``plain()`` is one pass without augmentation.
+    ``plain()`` is one pass without augmentation. ``once(moment, compute)`` is what ``compute`` gives, perhaps computed
+    by another run that agrees on all it depends on: the images, and the model "before" or "after" its training.
     """
 
     task: Task
@@ -26,6 +32,7 @@ class TaskData(NamedTuple):
     seed: int
     passes: Callable[[str], Iterator[Batch]]
     plain: Callable[[], Iterator[Batch]]
+    once: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = _here
 
 
 class Trainable(NamedTuple):
@@ -38,6 +45,16 @@ class Trainable(NamedTuple):
     def size(self) -> int:
         """How many numbers that is: ``params/trainable``."""
         return sum(parameter.numel() for parameter in (*self.classifier, *self.adapted))
+
+    def named(self) -> dict[str, Tensor]:
+        """The parameters, in order."""
+        return {str(index): parameter.detach() for index, parameter in enumerate((*self.classifier, *self.adapted))}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take the values that ``named`` gave after the same training."""
+        for name, parameter in self.named().items():
+            parameter.copy_(values[name])
 
 
 class Method(Generic[S]):

@@ -17,6 +17,11 @@ from inflora.model import ContinualModel
 
 def input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
     """Uncentred covariance (D x D) of what each adapted layer reads, in one augmented pass over the task's images."""
+    covariances = data.once(moment, lambda: _input_covariances(model, data, moment))
+    return {name: covariance.to(model.device) for name, covariance in covariances.items()}
+
+
+def _input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
     with torch.no_grad(), gather_covariance(model) as seen:
         for batch in data.passes(f"covariance-{moment}"):
             if len(batch.images):

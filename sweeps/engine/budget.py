@@ -58,6 +58,8 @@ def progress(sweep: Sweep, records: Sequence[TrialRecord], hours: float) -> list
     if gpus or budget.gpu_hours is not None:
         left = f", {max(0.0, budget.gpu_hours - gpus):.2f} left" if budget.gpu_hours is not None else ""
         lines.append(f"{gpus:.2f} GPU-hours of training{left}")
+    if saved_s := sum(report.saved_s for record in records for report in record.reports):
+        lines.append(f"{saved_s / 60:.1f} minutes of training saved by sharing first tasks between trials")
     best = best_record(records)
     if best is not None and best.value is not None:
         lines.append(f"best so far: trial {best.number}, {sweep.objective} {best.value:.4f}")

@@ -120,6 +120,10 @@ class Ledger:
         reason = budget.all_failed_alike(since, self.sweep.give_up_after)
         return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
 
+    def end_early(self, reason: str) -> None:
+        """Start no trial any more, until the sweep is started again."""
+        self._over = self._over or reason
+
     def is_idle(self) -> bool:
         """Whether nothing runs, so that nothing can fail and be proposed again."""
         return not self._open
@@ -152,7 +156,7 @@ class Ledger:
             if self.sweep.sampler == "grid":
                 break
         self._exhausted = True
-        self._over = self._why_over()
+        self.end_early(self._why_over())
         return None
 
     def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
@@ -241,7 +245,7 @@ class Ledger:
         del self._open[number]
         self._rungs.end(number, outcome)
         self.study.set_user_attr("hours", self.hours())
-        self._over = self._why_over()
+        self.end_early(self._why_over())
 
     def _why_over(self) -> str:
         records = self.records()

@@ -30,8 +30,6 @@ def measure(metric: Metric, reports: Sequence[TaskReport], gpus: float) -> float
         return sum(report.accuracies[-1] for report in reports) / len(reports)
     if metric == "cost/gpu_hours":
         return gpu_hours(reports, gpus)
-    if metric == "params/trainable":  # a report sent again after an interruption does not have it
-        return max((r.metrics[metric] for r in reports if metric in r.metrics), default=None)
     return reports[-1].metrics.get(metric)
 
 

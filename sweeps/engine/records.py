@@ -19,6 +19,7 @@ class TaskReport(BaseModel):
     accuracies: list[float]
     seconds: float
     time_ms: int
+    saved_s: float = 0.0
 
 
 class Outcome(StrEnum):
@@ -54,6 +55,11 @@ class TrialRecord(NamedTuple):
 def now_ms() -> int:
     """The time that reports carry."""
     return int(time.time() * 1000)
+
+
+def trial_name(study_name: str, number: int) -> str:
+    """The folder of a trial's state; the same name makes an interrupted trial resume."""
+    return f"{study_name}-{number:04d}"
 
 
 def best_record(records: Sequence[TrialRecord]) -> TrialRecord | None:

@@ -1,6 +1,7 @@
 """A sweep on one HTML page that needs nothing else: what was found, how, what failed and what it cost."""
 
 import html
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
         if len(finished) > 3 and len({trial.values[index] for trial in finished}) > 1:
             # Of several objectives Optuna asks what makes a value low.
             low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
-            yield show.plot_param_importances(study, **low)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                yield show.plot_param_importances(study, **low)
         if len(names) > 1 and len(finished) > 3:
             yield show.plot_contour(study, params=names[:4], **told)
 

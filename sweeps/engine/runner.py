@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 import ray
 from ray import tune
 from ray.util.state import list_actors
+from rich.console import Console
 
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
+from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.nodes import check_nodes
-from sweeps.engine.records import Outcome, TrialRecord
+from sweeps.engine.progress import LiveTable, ProgressLines
+from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
@@ -97,9 +100,7 @@ def run_sweep(
         check(config)
     make_client(tracking_uri)
     folder = folder.absolute()
-    place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
-    if sweep.executor == "inline" and not place.is_local:
-        raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
+    place = trials_place(sweep, folder, cluster)
     with claimed(sweep, folder):
         if fetch_database(folder / STUDY_FILE, place):
             say(f"sweep {sweep.name}: the study is the one kept in {place.address}")
@@ -133,6 +134,18 @@ def run_sweep(
         return SweepResult(ledger.records(), complete, delivered, over)
 
 
+def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
+    """Where the trials of a sweep in ``folder`` are kept.
+
+    Raises:
+        ConfigError: Not a place that the sweep's executor can keep them in.
+    """
+    place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
+    if sweep.executor == "inline" and not place.is_local:
+        raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
+    return place
+
+
 @contextmanager
 def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
     """Hold a sweep's folder: one driver at a time, one study per folder.
@@ -150,13 +163,17 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"the sweep in {folder} is being run by another process") from None
-        spec = folder / SPEC_FILE
-        if spec.exists() and read_sweep(folder).study_name != sweep.study_name:
-            raise ConfigError(
-                f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
-            )
-        write_atomically(spec, sweep.model_dump_json(indent=2).encode())
+        check_folder(sweep, folder)
+        write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
+
+
+def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError if ``folder`` holds another sweep."""
+    if (folder / SPEC_FILE).exists() and read_sweep(folder).study_name != sweep.study_name:
+        raise ConfigError(
+            f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
+        )
 
 
 def connect(address: str | None) -> None:
@@ -232,8 +249,11 @@ def slots(resources: Resources) -> int:
 def _run_trials(
     sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
 ) -> None:
-    resources, trials = sweep.resources, f"{place.address}/trials"
-    keepers = [] if place.address == str(folder) else [StudyKeeper(folder, place)]
+    resources, trials = sweep.resources, f"{place.address}/{TRIALS}"
+    shared = f"{place.address}/{SHARED}" if sweep.share and place.is_local else None
+    housekeeping = Housekeeping(ledger, place)
+    callbacks: list[tune.Callback] = [housekeeping]
+    callbacks += [] if place.address == str(folder) else [StudyKeeper(folder, place)]
     if sweep.executor == "inline":
         folder = Path(place.address)  # Train's drivers stay on the head, inline trials do not
         trainable = inline_trial(resources, Path(trials), sweep.study_name)
@@ -246,7 +266,8 @@ def _run_trials(
         trainable = train_driver(resources, backend, trials, sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
-    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), at_a_time, say, keepers)
+    fit(sweep, folder, ledger, tune.with_resources(trainable, needs), at_a_time, say, callbacks, shared)
+    housekeeping.tidy()
 
 
 def fit(
@@ -257,12 +278,17 @@ def fit(
     at_a_time: int,
     say: Callable[[str], None],
     callbacks: Sequence[tune.Callback] = (),
+    shared: str | None = None,
 ) -> None:
-    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
+    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side.
+
+    ``shared`` is the folder of what trials have in common.
+    """
+    shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(ledger),
+            search_alg=StudySearcher(ledger, shared),
             scheduler=StudyScheduler(ledger),
             num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
             max_concurrent_trials=at_a_time,
@@ -271,12 +297,12 @@ def fit(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
-            callbacks=[ProgressLines(ledger, say), *callbacks],
+            callbacks=[shown, *callbacks],
             stop=WhenOver(ledger),
             verbose=0,
         ),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), shown.shown():
         warnings.simplefilter("ignore")
         tuner.fit()
 
@@ -305,48 +331,6 @@ class StudyKeeper(tune.Callback):
             keep_database(self.folder / STUDY_FILE, self.place)
         except OSError as error:  # the next trial's end is the next try
             logger.warning("the study could not be kept in %s: %s", self.place.address, error)
-
-
-class ProgressLines(tune.Callback):
-    """A line when a trial starts, has learnt a task, or ends."""
-
-    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
-        self.ledger, self.say = ledger, say
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record = self.ledger.record_of(trial.config["number"])
-        self.say(f"trial {record.number:3d} starts  {describe(record.settings)}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if "tasks_done" in result:
-            number = trial.config["number"]
-            self.say(f"trial {number:3d} task {result['tasks_done']}  acc/seen {100 * result['acc/seen']:.1f} %")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say_outcome(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say_outcome(trial)
-
-    def _say_outcome(self, trial: Any) -> None:
-        record = self.ledger.record_of(trial.config["number"])
-        if record.outcome is Outcome.RUNNING:
-            if record.again:
-                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
-            return
-        ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
-        value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
-        reason = f"  {record.reason}" if record.reason else ""
-        self.say(f"trial {record.number:3d} {record.outcome}{value}{reason}  ({len(ended)}/{self.ledger.sweep.trials})")
-
-
-def describe(settings: dict[str, Any]) -> str:
-    """Settings in a line."""
-    return "  ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
-    )
 
 
 def say_to_stdout(line: str) -> None:

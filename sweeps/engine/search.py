@@ -16,9 +16,9 @@ from sweeps.engine.spec import Resources
 class StudySearcher(Searcher):
     """Tune's way to the ledger: asks for trials, says when they have ended."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, shared: str | None) -> None:
         super().__init__(metric=ledger.sweep.rung_metric, mode="max")
-        self.ledger = ledger
+        self.ledger, self.shared = ledger, shared
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -31,6 +31,7 @@ class StudySearcher(Searcher):
             "number": proposal.number,
             "tasks_done": proposal.tasks_done,
             "code": code_version(),
+            "shared": self.shared,
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": with_room(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),

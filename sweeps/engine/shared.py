@@ -3,11 +3,12 @@
 The study itself is a database on the driver's own disk, which a network file system or a bucket would break.
 """
 
+import contextlib
 import sqlite3
 import tempfile
 from pathlib import Path
 
-from pyarrow.fs import FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from inflora.config import ConfigError
 from inflora.state import write_atomically
@@ -47,6 +48,23 @@ class SharedFolder:
     def delete(self, name: str) -> None:
         """Remove a file."""
         self._files.delete_file(f"{self._path}/{name}")
+
+    def folders(self, name: str) -> set[str]:
+        """The names of the folders in a folder."""
+        return {found.base_name for found in self._below(name) if found.type is FileType.Directory}
+
+    def bytes_in(self, name: str) -> int:
+        """The bytes of all files below a folder."""
+        return sum(found.size or 0 for found in self._below(name, recursive=True) if found.type is FileType.File)
+
+    def discard(self, name: str) -> None:
+        """Remove a folder with all that is in it; what cannot be removed now stays."""
+        with contextlib.suppress(OSError):
+            self._files.delete_dir(f"{self._path}/{name}")
+
+    def _below(self, name: str, *, recursive: bool = False) -> list[FileInfo]:
+        selector = FileSelector(f"{self._path}/{name}", allow_not_found=True, recursive=recursive)
+        return self._files.get_file_info(selector)
 
 
 def keep_database(file: Path, shared: SharedFolder) -> None:

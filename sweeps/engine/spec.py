@@ -124,6 +124,7 @@ class Sweep(Settings):
     reduction: int = Field(default=2, ge=2, description="1/reduction of the trials pass each rung (asha, hyperband)")
     retries: int = Field(default=2, ge=0, description="how often a trial is tried again where that can help")
     give_up_after: int = Field(default=3, ge=1, description="first trials that all fail alike end the sweep")
+    share: bool = Field(default=True, description="trials share what their first tasks have in common")
     executor: Literal["train", "inline"] = Field(
         default="train", description="train: Ray Train workers; inline: one worker inside the Tune trial, starts faster"
     )

@@ -5,7 +5,7 @@ differs is the ``Session``, where a state comes from and where results go.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from inflora import distributed
 from inflora.config import parse_config
 from inflora.continual import run
-from inflora.metrics import accuracy_row, metrics_after
+from inflora.metrics import accuracy_row
+from inflora.shared import Shared
 from inflora.state import RunState, has_state, load_state, save_state
 from sweeps.engine.nodes import require_code
-from sweeps.engine.records import TaskReport, now_ms
+from sweeps.engine.records import TaskReport, now_ms, trial_name
 from sweeps.engine.spec import Resources
 
 
@@ -48,12 +49,13 @@ def learn(settings: dict[str, Any], session: Session) -> None:
     state, tasks = session.restore(), settings["tasks"]
     if state is not None:
         for tasks_done in range(settings["tasks_done"] + 1, state.tasks_done + 1):
-            session.report(_metrics(state, tasks_done, tasks, seconds=0.0), state)
+            session.report(_metrics(state, tasks_done, tasks), state)
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
-        for result in islice(run(parse_config(settings["config"]), state), left):
-            own = {name: value for name, value in result.metrics.items() if name.startswith("params/")}
-            session.report(_metrics(result.state, result.state.tasks_done, tasks, result.seconds, own), result.state)
+        shared = Shared(Path(settings["shared"]) if settings["shared"] else None)
+        for result in islice(run(parse_config(settings["config"]), state, shared=shared), left):
+            times = {"seconds": result.seconds, "saved_s": result.saved_s}
+            session.report(_metrics(result.state, result.state.tasks_done, tasks, **times), result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
@@ -61,19 +63,17 @@ def learn(settings: dict[str, Any], session: Session) -> None:
 
 
 def _metrics(
-    state: RunState, tasks_done: int, tasks: int | None, seconds: float, own: Mapping[str, float] = {}
+    state: RunState, tasks_done: int, tasks: int | None, seconds: float = 0.0, saved_s: float = 0.0
 ) -> dict[str, Any]:
-    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger.
-
-    ``own`` are metrics that no state remembers.
-    """
-    evaluations, tasks = state.evaluations[:tasks_done], tasks or state.tasks
+    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger."""
+    state = state._replace(tasks=tasks or state.tasks)
     report = TaskReport(
         tasks_done=tasks_done,
-        tasks=tasks,
-        metrics={**metrics_after(evaluations, tasks), **state.diagnostics[tasks_done - 1], **own},
-        accuracies=accuracy_row(evaluations[-1]),
+        tasks=state.tasks,
+        metrics=state.metrics(tasks_done),
+        accuracies=accuracy_row(state.evaluations[tasks_done - 1]),
         seconds=seconds,
+        saved_s=saved_s,
         time_ms=now_ms(),
     )
     return {**report.metrics, "tasks_done": tasks_done, "report": report.model_dump_json()}
@@ -125,7 +125,7 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
     def trial(settings: dict[str, Any]) -> None:
         require_code(settings["code"])
         torch.set_num_threads(resources.cpus_per_worker)
-        learn(settings, InlineSession(storage / f"{study_name}-{settings['number']:04d}"))
+        learn(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
 
     return trial
 
@@ -145,7 +145,7 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
             ),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=f"{study_name}-{settings['number']:04d}",
+                name=trial_name(study_name, settings["number"]),
                 storage_path=storage,
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),

@@ -13,7 +13,7 @@ from sweeps.engine.records import Outcome, TaskReport
 from sweeps.engine.runner import check_state_api, claimed, run_sweep, slots
 from sweeps.engine.spec import Real, Resources, read_sweep
 
-from .conftest import PAPER, undisturbed
+from .conftest import PAPER, Recipe, undisturbed
 
 pytestmark = pytest.mark.cluster
 
@@ -216,3 +216,35 @@ def test_nothing_learns_on_when_the_driver_is_killed(recipe):
     driver.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, [p.cmdline() for p in alive]
+
+
+def test_a_sweep_whose_first_trials_all_fail_alike_stops_with_the_reason_in_one_line(tiny_sweep, tmp_path, data_root):
+    hopeless = Real(low=1e29, high=1e30)
+    space = tiny_sweep.space | {"optim.lr": hopeless}
+    recipe = Recipe(tmp_path, tiny_sweep.model_copy(update={"space": space, "first": (), "trials": 9}), data_root)
+    assert recipe.start("--executor", "inline").wait(timeout=280) == 2
+    (last,) = [line for line in recipe.log.read_text().splitlines() if line.startswith("error:")]
+    assert "the first 3 trials all failed alike: FloatingPointError" in last
+    assert len(recipe.records()) <= 5, "at most what ran beside them"
+
+
+def test_a_trial_whose_actor_dies_is_tried_again_from_its_last_task(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=1)
+    killed = []
+
+    def kill_once(line):
+        if "task 2 " in line and not killed:
+            family = psutil.Process().children(recursive=True)
+            killed.extend(p for p in family if "ImplicitFunc" in " ".join(p.cmdline()))
+            for process in killed:
+                process.kill()
+
+    sweep = tiny_sweep.model_copy(
+        update={"trials": 1, "executor": "inline", "base": tiny_sweep.config({"optim.epochs": 5})}
+    )
+    (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=kill_once).records
+    assert killed
+    assert record.outcome is Outcome.FINISHED
+    assert len(record.failures) == 1
+    assert_every_finished_trial_is_undisturbed(sweep, [record])
+    assert_mlflow_agrees(tmp_path, [record])

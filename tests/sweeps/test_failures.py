@@ -92,7 +92,7 @@ def test_a_hopeless_trial_ends_at_once_with_its_reason_and_the_next_one_starts(l
 
 def test_tune_waits_while_a_running_trial_may_still_come_back(tiny_sweep, tmp_path):
     ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1}), tmp_path)
-    searcher = StudySearcher(ledger)
+    searcher = StudySearcher(ledger, None)
     number = searcher.suggest("a")["number"]
     assert searcher.suggest("b") is None
     ledger.fail(number, LOST)

@@ -27,8 +27,8 @@ class MemorySession:
         return [TaskReport.model_validate_json(metrics["report"]) for metrics in self.heard]
 
 
-def settings_of(config, tasks_done=0, tasks=None):
-    settings = {"tasks_done": tasks_done, "tasks": tasks, "number": 0, "gpus": 0}
+def settings_of(config, tasks_done=0, tasks=None, shared=None):
+    settings = {"tasks_done": tasks_done, "tasks": tasks, "number": 0, "gpus": 0, "shared": shared}
     return {"config": config.model_dump(mode="json"), **settings}
 
 

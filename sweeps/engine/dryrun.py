@@ -1,0 +1,122 @@
+"""Before anything is spent: does all that a sweep needs work, and what will it cost?"""
+
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+import torch
+from mlflow.exceptions import MlflowException
+
+from inflora.config import ConfigError, RunConfig, override
+from inflora.continual import check, run
+from sweeps.engine.mlflow_store import make_client
+from sweeps.engine.nodes import check_nodes
+from sweeps.engine.runner import Cluster, check_folder, check_state_api, connect, trials_at_a_time, trials_place
+from sweeps.engine.spec import Sweep
+
+_EPOCHS = 2
+
+
+class Timing(NamedTuple):
+    """What one task takes: an epoch of training, and everything else (covariances, evaluation), in seconds."""
+
+    epoch_s: float
+    rest_s: float
+
+
+class Estimate(NamedTuple):
+    """What a sweep takes if no trial is stopped early."""
+
+    trial_s: float
+    hours: float
+    gpu_hours: float
+
+
+def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Callable[[str], None]) -> Estimate:
+    """Check everything in turn, run the first task of one trial for two epochs, and say what to expect.
+
+    Nothing is left behind in ``folder``.
+
+    Raises:
+        ConfigError: The first thing that does not work.
+    """
+    corners = sweep.corners()
+    for config in corners:
+        check(config)
+    data, backbone = sweep.base.data, sweep.base.backbone
+    say(f"settings: {len(corners)} configs at the corners of the space fit {data.dataset} and {backbone.name}")
+    place = trials_place(sweep, folder, cluster)
+    check_folder(sweep, folder)
+    check_storage(folder)
+    say(f"storage: {folder} can be written, a database works there")
+    check_tracking(uri)
+    say(f"tracking: {uri} answers")
+    connect(cluster.address)
+    try:
+        check_nodes(place)
+        at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
+        if sweep.executor == "train":
+            check_state_api()
+        say(f"cluster: room for {at_a_time} trials at a time")
+        options = {"num_cpus": sweep.resources.cpus_per_worker, "num_gpus": sweep.resources.gpus_per_worker}
+        first = sweep.config(sweep.first[0]) if sweep.first else corners[0]
+        task = ray.remote(time_one_task).options(**options)
+        timing = ray.get(task.remote(first, sweep.resources.cpus_per_worker))
+    except ray.exceptions.RayTaskError as error:
+        raise ConfigError(f"a tiny trial failed: {' '.join(str(error.cause).split())[:300]}") from None
+    finally:
+        ray.shutdown()
+    say(f"a tiny trial: {timing.epoch_s:.2f} s an epoch, {timing.rest_s:.2f} s for the rest of a task")
+    expected = estimate(sweep, first, timing, at_a_time)
+    gpus = f" and {expected.gpu_hours:.2f} GPU-hours" if sweep.resources.gpus else ""
+    say(
+        f"estimate: {expected.trial_s:.0f} s a trial; {sweep.trials} trials, none stopped early: "
+        f"{expected.hours:.2f} hours{gpus}"
+    )
+    return expected
+
+
+def check_storage(folder: Path) -> None:
+    """Raise ConfigError unless files and databases can be written in ``folder`` (which is not made)."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as name:
+            with sqlite3.connect(Path(name) / "study.db") as database:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("CREATE TABLE t (x INTEGER)")
+            database.close()
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"storage {folder} does not work: {error}") from None
+
+
+def check_tracking(uri: str) -> None:
+    """Raise ConfigError unless the tracking store answers; a file that is not there yet is fine and is not made."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return
+    try:
+        make_client(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise ConfigError(f"MLflow at {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
+
+
+def time_one_task(config: RunConfig, threads: int) -> Timing:
+    """The first task, two epochs long."""
+    torch.set_num_threads(threads)
+    ends: list[float] = []
+    short = override(config, {"optim.epochs": _EPOCHS, "optim.first_task": {}})
+    result = next(run(short, on_epoch=lambda _: ends.append(time.perf_counter())))
+    epoch_s = ends[-1] - ends[-2]
+    return Timing(epoch_s, max(0.0, result.seconds - _EPOCHS * epoch_s))
+
+
+def estimate(sweep: Sweep, config: RunConfig, timing: Timing, at_a_time: int) -> Estimate:
+    """All trials like ``config``, ``at_a_time`` of them side by side."""
+    tasks = sweep.tasks_learnt or config.data.task_count
+    epochs = sum(config.optim.of_task(index).epochs for index in range(tasks))
+    trial_s = epochs * timing.epoch_s + tasks * timing.rest_s
+    rounds = -(-sweep.trials // at_a_time)
+    return Estimate(trial_s, rounds * trial_s / 3600, sweep.trials * trial_s * sweep.resources.gpus / 3600)

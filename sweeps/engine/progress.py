@@ -1,0 +1,88 @@
+"""How a sweep is going, while it goes: one live table on a terminal, plain lines elsewhere."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sweeps.engine.budget import progress
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.records import Outcome, TrialRecord
+
+
+class ProgressLines(tune.Callback):
+    """A line when a trial starts, has learnt a task, or ends."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+
+    def shown(self) -> AbstractContextManager[Any]:
+        """While this is entered the progress is shown."""
+        return nullcontext()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        record = self.ledger.record_of(trial.config["number"])
+        self.say(f"trial {record.number:3d} starts  {describe(record.settings)}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "tasks_done" in result:
+            number = trial.config["number"]
+            self.say(f"trial {number:3d} task {result['tasks_done']}  acc/seen {100 * result['acc/seen']:.1f} %")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say_outcome(self.ledger.record_of(trial.config["number"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say_outcome(self.ledger.record_of(trial.config["number"]))
+
+    def _say_outcome(self, record: TrialRecord) -> None:
+        if record.outcome is Outcome.RUNNING:
+            if record.again:
+                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
+            return
+        ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
+        value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
+        reason = f"  {record.reason}" if record.reason else ""
+        self.say(f"trial {record.number:3d} {record.outcome}{value}{reason}  ({len(ended)}/{self.ledger.sweep.trials})")
+
+
+class LiveTable(ProgressLines):
+    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands."""
+
+    def __init__(self, ledger: Ledger, console: Console) -> None:
+        super().__init__(ledger, lambda line: None)
+        self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=2)
+
+    def shown(self) -> AbstractContextManager[Any]:
+        """The table, until this is left."""
+        return self._live
+
+    def draw(self) -> Group:
+        """The table as it stands."""
+        records, sweep = self.ledger.records(), self.ledger.sweep
+        running = [record for record in records if record.outcome is Outcome.RUNNING]
+        ended = sorted((r for r in records if r.outcome is not Outcome.RUNNING), key=lambda r: r.end_ms or 0)
+        table = Table(title=sweep.name)
+        for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "settings"):
+            table.add_column(column, justify="left" if column in ("outcome", "settings") else "right")
+        for record in [*ended[-5:], *running]:
+            last = record.reports[-1] if record.reports else None
+            seen = f"{100 * last.metrics['acc/seen']:.1f}" if last else ""
+            tasks = f"{last.tasks_done}/{last.tasks}" if last else ""
+            value = f"{record.value:.4f}" if record.value is not None else ""
+            table.add_row(str(record.number), record.outcome, tasks, seen, value, describe(record.settings))
+        return Group(table, Text("\n".join(progress(sweep, records, self.ledger.hours()))))
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in a line."""
+    return "  ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
+    )
