@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
+from pathlib import Path
 
 import ray
 
@@ -39,7 +40,8 @@ def drain(deadline: datetime) -> None:
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     context = ray.get_runtime_context()
     left_s = max(1, int((deadline - datetime.now(UTC)).total_seconds()))
-    command = ["ray", "drain-node", "--address", context.gcs_address, "--node-id", context.get_node_id()]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    command = [ray_command, "drain-node", "--address", context.gcs_address, "--node-id", context.get_node_id()]
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot machine is taken back"]
     subprocess.run([*command, *reason, "--deadline-remaining-seconds", str(left_s)], check=True)
 

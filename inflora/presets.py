@@ -7,6 +7,7 @@ validation images instead: the base of a sweep.
 from typing import NamedTuple
 
 from inflora.config import (
+    AlignmentSettings,
     BackboneSettings,
     ConfigError,
     DataSettings,
@@ -59,7 +60,14 @@ def _adam(epochs: int, lr: float = 5e-4) -> OptimSettings:
     return OptimSettings(name="adam", lr=lr, epochs=epochs, batch_size=128)
 
 
-_SGD = OptimSettings(name="sgd", lr=5e-3, head_lr=1e-2, epochs=5, batch_size=128)
+def _slow_sgd(epochs: int, weight_decay: float = 0.0) -> OptimSettings:
+    return OptimSettings(name="sgd", lr=1e-3, head_lr=1e-2, weight_decay=weight_decay, epochs=epochs, batch_size=128)
+
+
+_ALIGNED = AlignmentSettings(epochs=5)
+_STEPPED_SGD = OptimSettings(
+    name="sgd", lr=5e-3, head_lr=1e-2, schedule="step", milestones=(4,), epochs=5, batch_size=128
+)
 
 PRESETS: dict[str, Preset] = {
     "cifar100-10": _preset(
@@ -82,9 +90,25 @@ PRESETS: dict[str, Preset] = {
     "imagenet-r-20": _preset(
         _imagenet_r(20), InfLoRASettings(rank=10, energy=0.98), _adam(50), Published(71.01, 77.28, PAPER)
     ),
-    "domainnet-5": _preset(_domainnet(), InfLoRASettings(rank=30, energy=0.95), _SGD, Published(74.53, 79.57, PAPER)),
-    "cifar100-10-b5": _preset(_cifar100(), InfLoRASettings(rank=10, energy=0.95, blocks=5), _adam(20, lr=1e-3)),
-    "imagenet-r-10-b5": _preset(_imagenet_r(10), InfLoRASettings(rank=10, energy=0.99, blocks=5), _adam(50)),
+    "domainnet-5": _preset(
+        _domainnet(), InfLoRASettings(rank=30, energy=0.95, memory="gpm"), _STEPPED_SGD, Published(74.53, 79.57, PAPER)
+    ),
+    "cifar100-10-b5": _preset(
+        _cifar100(), InfLoRASettings(rank=10, energy=0.95, blocks=5, memory="gpm"), _adam(20, lr=1e-3)
+    ),
+    "imagenet-r-10-b5": _preset(
+        _imagenet_r(10), InfLoRASettings(rank=10, energy=0.99, blocks=5, memory="gpm"), _adam(50)
+    ),
+    "cifar100-10-ca": _preset(
+        _cifar100(),
+        InfLoRASettings(rank=5, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
+        _slow_sgd(20, weight_decay=1e-3),
+    ),
+    "imagenet-r-10-ca": _preset(
+        _imagenet_r(10),
+        InfLoRASettings(rank=10, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
+        _slow_sgd(50),
+    ),
 }
 
 

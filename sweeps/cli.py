@@ -109,11 +109,11 @@ def main(*sweeps: Sweep) -> None:
             changes["resources"] = {**dict(by_name[name].resources), **resources}
             changes["budget"] = {**dict(by_name[name].budget), **limits}
             sweep = changed(by_name[name], changes)
+            cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
             if smoke:
-                sweep = _sample_sweep(sweep, storage_root(storage))
+                sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
             folder = storage_root(storage) / sweep.name
             uri = tracking_uri or default_tracking_uri(folder)
-            cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
             if dry_run:
                 check_all(sweep, folder, uri, cluster=cluster, say=say_to_stdout)
                 return
@@ -137,9 +137,13 @@ def main(*sweeps: Sweep) -> None:
     typer.run(recipe)
 
 
-def _sample_sweep(sweep: Sweep, storage: Path) -> Sweep:
-    small = in_small(sweep, storage / "samples")
-    prepare_sample(small, storage / f"{small.name}-source", storage / "samples")
+def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
+    """The sweep in small; its images lie in ``seen``, a folder that all nodes see."""
+    if "://" in seen:
+        raise ConfigError(f"--smoke writes its images where all nodes see them: --shared must be a folder, got {seen}")
+    root = Path(seen).absolute()
+    small = in_small(sweep, root / "samples")
+    prepare_sample(small, root / f"{small.name}-source", root / "samples")
     return small
 
 

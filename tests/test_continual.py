@@ -1,5 +1,6 @@
 """Whole runs: no interference, resuming, states on disk, and what a trial cannot reach."""
 
+import itertools
 import json
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from inflora.backbone import build_backbone
 from inflora.config import ConfigError, RunConfig, config_hash, override
 from inflora.continual import TaskResult, check, identity, run
 from inflora.data.store import DataError
+from inflora.data.stream import make_stream
 from inflora.runs import train_into
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.subspace import Memory, free_basis
@@ -363,3 +365,102 @@ def test_a_runs_identity_names_what_its_numbers_depend_on(tiny):
     assert identity(override(tiny, {"data.split_seed": 1}))["split_hash"] != known["split_hash"]
     options = tiny.backbone.options | {"depth": 1}
     assert identity(override(tiny, {"backbone.options": options}))["backbone_hash"] != known["backbone_hash"]
+
+
+# What is given in place of drawn: docs/fidelity.md.
+
+
+def orders_of(config: RunConfig) -> dict[str, Tensor]:
+    """Every pass of a run, in reverse order of the stored images."""
+    stream = make_stream(config.data, "validation")
+    names = ["covariance-before", "covariance-after", *(f"train-{epoch}" for epoch in range(config.optim.epochs))]
+    return {f"{task.index}/{name}": task.train_rows.flip(0).clone() for task in stream.tasks for name in names}
+
+
+def test_a_given_order_is_the_order_of_the_batches_whatever_the_seed(tiny, tmp_path):
+    save_file(orders_of(tiny), tmp_path / "orders.safetensors")
+    given = {"data.order": tmp_path / "orders.safetensors", "data.augment": "none", "optim.head_init": "zero"}
+    one, other = (next(run(override(tiny, given | {"seed": seed}))) for seed in (0, 1))
+    assert one.step_losses == other.step_losses
+    assert same_tensors(one.state.model, other.state.model)
+    assert next(run(override(tiny, given | {"data.order": None}))).step_losses != one.step_losses
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda orders: orders.pop("0/train-0"), r"data\.order does not give the pass 0/train-0"),
+        (lambda orders: orders["0/train-0"].__setitem__(0, -1), r"must name each of the \d+ images of task 0 once"),
+    ],
+)
+def test_an_order_that_is_not_of_this_run_is_refused(change, message, tiny, tmp_path):
+    orders = orders_of(tiny)
+    change(orders)
+    save_file(orders, tmp_path / "orders.safetensors")
+    with pytest.raises(ConfigError, match=message) as error:
+        next(run(override(tiny, {"data.order": tmp_path / "orders.safetensors"})))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("setting", ["data.order", "optim.head_init"])
+def test_a_file_that_cannot_be_read_is_refused_before_anything_heavy(setting, tiny, tmp_path):
+    with pytest.raises(ConfigError, match=f"cannot read {setting}"):
+        check(override(tiny, {setting: tmp_path / "nowhere.safetensors"}))
+
+
+def test_classifiers_start_from_given_values(tiny, tmp_path):
+    heads = {f"{t}.{name}": torch.full(shape, 0.1 * t) for t in (0, 1) for name, shape in HEAD.items()}
+    save_file(heads, tmp_path / "heads.safetensors")
+    config = with_method(tiny, "frozen", **{"optim.head_init": tmp_path / "heads.safetensors", "optim.lr": 1e-12})
+    stages = run(config)
+    for t in (0, 1):
+        model = next(stages).state.model
+        for name in HEAD:
+            torch.testing.assert_close(model[f"heads.{t}.{name}"], heads[f"{t}.{name}"])
+    with pytest.raises(ConfigError, match=r"optim\.head_init must hold 2\.weight \(2, 32\)"):
+        next(stages)
+
+
+HEAD = {"weight": (2, 32), "bias": (2,)}
+
+
+# What is known of the inside.
+
+
+def test_the_memorys_growth_is_reported_for_each_adapted_layer(results):
+    for before, now in itertools.pairwise(results):
+        for block in range(2):
+            size, kept, overlap = (now.metrics[f"memory/block{block}/{name}"] for name in ("size", "kept", "overlap"))
+            assert before.metrics[f"memory/block{block}/size"] <= size <= 32
+            assert 0 < overlap <= kept + 0.05 <= 1.05
+    state = results[-1].state
+    for layer, memory in memories(state).items():
+        assert results[-1].metrics[f"memory/block{layer.split('.')[2]}/size"] == 32 - free_basis(memory, 32).shape[1]
+
+
+def test_the_energy_kept_reaches_the_threshold_of_the_task(tiny):
+    *_, last = run(override(tiny, {"method.energy": 0.9, "method.targets": ["v", "mlp.fc2"]}))
+    kept = {name: value for name, value in last.metrics.items() if name.endswith("/kept")}
+    assert kept.keys() == {f"memory/block{block}{layer}/kept" for block in range(2) for layer in ("", ".mlp.fc2")}
+    assert min(kept.values()) >= 0.98 - 1e-6
+
+
+def test_features_of_old_tasks_drift_when_the_backbone_changes_and_only_then(tiny, results):
+    moving, still = results[2].metrics, list(run(with_method(tiny, "frozen", **{"data.tasks": 2})))[1].metrics
+    assert {name for name in moving if name.startswith("drift/")} == {"drift/task0", "drift/task1", "drift/mean"}
+    assert moving["drift/mean"] > 1e-4
+    assert moving["drift/mean"] == pytest.approx((moving["drift/task0"] + moving["drift/task1"]) / 2)
+    assert still["drift/task0"] == 0
+
+
+def test_the_factors_handed_back_are_what_the_weights_have_gained(tiny, results):
+    first, second = results[0], results[1]
+    for name in ("backbone.blocks.0.attn.qkv", "backbone.blocks.1.attn.qkv"):
+        gained = second.state.model[f"{name}.weight"] - first.state.model[f"{name}.weight"]
+        update = second.factors[f"{name}.lora_B"] @ second.factors[f"{name}.lora_A"]
+        torch.testing.assert_close(gained, torch.cat([torch.zeros(32, 32), update]), atol=1e-6, rtol=0)
+
+
+def test_a_tasks_model_may_be_asked_until_the_next_one_begins(tiny):
+    result = next(run(tiny))
+    assert same_tensors(result.model.learnt_state(), result.state.model)

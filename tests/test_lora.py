@@ -172,3 +172,59 @@ def test_a_model_without_fused_qkv_is_refused_in_one_line(vit, message):
 def test_more_blocks_than_there_are_are_refused(plain):
     with pytest.raises(ConfigError, match=r"method\.blocks must be at most the backbone's depth 1, got 2"):
         inject(stack(plain), 2)
+
+
+# Other targets.
+
+ROWS = {"q": slice(0, 8), "k": slice(8, 16), "v": slice(16, 24)}
+
+
+def vit_block() -> nn.Module:
+    made = block(nn.Linear(WIDTH, 3 * WIDTH))
+    made.attn.proj = nn.Linear(WIDTH, WIDTH)
+    made.mlp = nn.Module()
+    made.mlp.fc1, made.mlp.fc2 = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+    vit = nn.Module()
+    vit.blocks = nn.Sequential(made)
+    return vit
+
+
+@pytest.mark.parametrize("targets", [("q",), ("v",), ("k", "v"), ("v", "q"), ("q", "k", "v")], ids=",".join)
+def test_only_the_chosen_projections_of_qkv_change_whichever_lie_side_by_side(targets, x):
+    vit = vit_block()
+    inject(vit, targets=targets)
+    layer = vit.blocks[0].attn.qkv
+    plain, weight = layer(x), layer.weight.clone()
+    layer.attach(torch.randn(RANK, WIDTH))
+    nn.init.normal_(layer.lora_B)
+    changed = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), changed)
+    for target, rows in ROWS.items():
+        assert torch.equal(changed[..., rows], plain[..., rows]) == (target not in targets)
+        assert torch.equal(layer.weight[rows], weight[rows]) == (target not in targets)
+
+
+@pytest.mark.parametrize(("target", "read", "written"), [("attn.proj", 8, 8), ("mlp.fc1", 8, 20), ("mlp.fc2", 20, 8)])
+def test_other_layers_have_an_adapter_of_their_own_on_their_own_inputs(target, read, written):
+    vit = vit_block()
+    inject(vit, targets=(target,))
+    ((name, layer),) = adapted_layers(vit)
+    layer.attach(torch.randn(RANK, layer.in_features))
+    assert name == f"blocks.0.{target}"
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((RANK, read), (written, RANK))
+
+
+def test_a_target_that_the_model_does_not_have_is_refused_in_one_line(plain):
+    with pytest.raises(ConfigError, match=r"blocks\.0\.mlp has no linear 'fc1'"):
+        inject(stack(plain), targets=("mlp.fc1",))
+
+
+def test_merging_hands_back_the_factors(plain):
+    vit = stack(adapted(plain))
+    layer = vit.blocks[0].attn.qkv
+    lora_A, lora_B = layer.lora_A.detach(), layer.lora_B.detach()
+    learnt = merge_all(vit)
+    assert learnt.keys() == {"blocks.0.attn.qkv.lora_A", "blocks.0.attn.qkv.lora_B"}
+    assert torch.equal(learnt["blocks.0.attn.qkv.lora_A"], lora_A)
+    assert torch.equal(learnt["blocks.0.attn.qkv.lora_B"], lora_B)

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import re
 import warnings
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def test_a_task_with_one_class_and_a_last_batch_of_one_image_are_learnt(method, 
     results = list(itertools.islice(run(config_of(tiny, method, **changes)), 2))
     assert results[0].metrics["acc/new"] == (1.0 if method != "joint" else results[0].metrics["acc/new"])
     assert all(torch.isfinite(tensor).all() for tensor in results[-1].state.model.values())
+
+
+@EVERY_METHOD
+def test_tasks_of_unequal_size_are_learnt(method, tiny):
+    results = list(run(config_of(tiny, method, **{"data.tasks": [5, 1, 4]})))
+    assert [len(result.classes) for result in results] == ([10] if method == "joint" else [5, 1, 4])
+    heads = [len(tensor) for name, tensor in results[-1].state.model.items() if re.fullmatch(r"heads.\d+.bias", name)]
+    assert heads == [len(result.classes) for result in results]
 
 
 # Several workers.

@@ -39,6 +39,14 @@ def test_a_preset_is_the_papers_setting(name, settings):
     assert config.backbone.name == "vit_base_patch16_224.augreg_in21k"
 
 
+@pytest.mark.parametrize("name", ["domainnet-5", *(name for name in PRESETS if name.endswith(("b5", "ca")))])
+def test_the_variants_were_published_with_gpm_memory(name):
+    config = PRESETS[name].config
+    assert config.method.memory == "gpm"
+    assert (config.method.blocks == 5) == name.endswith("b5")
+    assert (config.method.classifier_alignment.epochs == 5) == name.endswith("ca")
+
+
 def test_a_result_is_called_within_or_outside_the_published_spread():
     published = Published(86.33, 91.18, "logs", spread=0.81, seeds=5)
     (line, verdict) = comparison(published, 86.0, 91.0)

@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -571,3 +573,37 @@ def test_a_crop_stays_within_images_of_different_sizes(stores):
 def test_preparing_arrays_refuses_a_shorter_side(sources, tmp_path):
     with pytest.raises(DataError, match="--shorter-side is for datasets of image files"):
         prepare(tmp_path / "c", "c", DATASETS["cifar100"], sources["cifar100"], Options(), shorter_side=8, subset=True)
+
+
+@pytest.mark.e2e
+def test_a_full_size_cifar100_is_prepared_loaded_and_augmented_within_two_gigabytes(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "source").mkdir()
+    names = [f"class {label}".encode() for label in range(100)]
+    (tmp_path / "source" / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}))
+    for split, count in (("train", 50_000), ("test", 10_000)):
+        data = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        batch = {b"data": data, b"fine_labels": (np.arange(count) % 100).tolist()}
+        (tmp_path / "source" / split).write_bytes(pickle.dumps(batch, protocol=2))
+    script = f"""
+import resource, torch
+from pathlib import Path
+from inflora.config import DataSettings
+from inflora.data import DATASETS, prepare_store
+from inflora.data.loader import Input, evaluation_batches, training_batches
+from inflora.data.source import Options
+from inflora.data.stream import make_stream
+prepare_store("cifar100", DATASETS["cifar100"], Path({str(tmp_path / "source")!r}), Options(), {str(tmp_path)!r})
+settings = DataSettings(root={str(tmp_path)!r}, dataset="cifar100", tasks=10)
+stream = make_stream(settings, "test")
+input = Input(settings, 224, 3, torch.device("cpu"))
+rows = stream.tasks[0].train_rows
+batches = training_batches(stream.train, rows, input, 128, torch.Generator())
+seen = sum(len(next(batches).images) for _ in range(8))
+seen += sum(len(b.images) for b in evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows[:512], input, 256))
+print(len(rows), seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rows, seen, gigabytes = done.stdout.split()
+    assert (int(rows), int(seen)) == (4500, 8 * 128 + 512)
+    assert float(gigabytes) < 2

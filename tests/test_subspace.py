@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inflora.subspace import Memory, complement, design, free_basis, threshold, update
+from inflora.subspace import Memory, complement, design, energy_inside, free_basis, taken_count, threshold, update
 
 WIDTH = 12
 
@@ -231,6 +231,42 @@ def test_a_basis_stays_orthonormal_over_many_updates(may_flip):
         memory = update(memory, covariance(inputs_of(seed, 64, rank=2, count=8)), 0.5, may_flip=may_flip)
         gram = memory.basis_DK.double().T @ memory.basis_DK.double()
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("may_flip", [True, False])
+def test_over_fifty_tasks_until_nothing_is_free_the_memory_stays_orthonormal_and_within_its_bound(may_flip):
+    width, memory = 96, None
+    for task in range(50):
+        # Float32 covariances of overlapping tasks, each in a third of the space, at the published schedule.
+        cov_DD = covariance(inputs_of(task % 7, width, rank=32)).float()
+        lora_A = design(cov_DD, memory, 10).double()
+        if memory is not None and len(lora_A):
+            assert (lora_A @ taken(memory)).abs().max() < 1e-5
+        memory = update(memory, cov_DD, threshold(task, 50, 0.95, 1.0), may_flip=may_flip)
+        gram = memory.basis_DK.double().T @ memory.basis_DK.double()
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+        assert not may_flip or 2 * memory.basis_DK.shape[1] <= width
+    assert memory is not None and taken_count(memory, width) > width / 2
+
+
+@ENERGIES
+@pytest.mark.parametrize("memory", [REMOVE, RETAIN], ids=lambda memory: memory.kind)
+def test_the_energy_inside_is_the_share_of_squared_singular_values_that_the_projection_takes_away(memory, energy_of):
+    data = inputs_of(5).T / 200**0.5
+    matrix = data @ data.T if energy_of == "covariance" else data
+    outside = torch.linalg.svdvals(matrix - taken(memory) @ matrix).square().sum()
+    share = 1 - float(outside / torch.linalg.svdvals(matrix).square().sum())
+    assert energy_inside(covariance(inputs_of(5)), memory, energy_of) == pytest.approx(share, abs=1e-6)
+
+
+def test_there_is_no_energy_inside_without_memory_or_without_inputs():
+    assert energy_inside(covariance(inputs_of(5)), None) == pytest.approx(0, abs=1e-9)
+    assert energy_inside(torch.zeros(WIDTH, WIDTH), REMOVE) == 0
+
+
+@pytest.mark.parametrize(("memory", "count"), [(None, 0), (REMOVE, 5), (RETAIN, WIDTH - 5)])
+def test_both_kinds_of_memory_count_the_directions_taken(memory, count):
+    assert taken_count(memory, WIDTH) == count
 
 
 def test_what_one_task_has_taken_stays_taken():

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from inflora.data.augment import Crops, crop_and_resize
@@ -101,16 +101,15 @@ class FilePixels:
         return self._sizes[rows]
 
     def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
-        chosen = zip(rows.tolist(), crops.boxes.tolist(), strict=True)
-        views = [_pool().submit(self._view, row, box, crops.cut, side) for row, box in chosen]
+        chosen = zip(rows.tolist(), crops.boxes.tolist(), crops.flip.tolist(), strict=True)
+        views = [_pool().submit(self._view, row, box, flip > 0, crops.cut, side) for row, box, flip in chosen]
 
         def finish() -> Tensor:
             pixels = torch.from_numpy(np.stack([view.result() for view in views]))
             if device.type == "cuda":
                 pixels = pixels.pin_memory()
-            images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-            mirrored = crops.flip.to(device)[:, None, None, None] > 0
-            return torch.where(mirrored, images.flip(-1), images)
+            # Channels are moved to the front while a pixel is still a byte.
+            return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
         return finish
 
@@ -128,12 +127,13 @@ class FilePixels:
         height, width = self._sizes[row].tolist()
         return Image.frombuffer("RGB", (width, height), content)
 
-    def _view(self, row: int, box: Sequence[float], cut: bool, side: int) -> np.ndarray:
+    def _view(self, row: int, box: Sequence[float], mirrored: bool, cut: bool, side: int) -> np.ndarray:
         top, left, height, width = box
         image, edges = self._image(row), (left, top, left + width, top + height)
         if cut:
             image, edges = image.crop(edges), (0, 0, width, height)
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=edges))
+        view = image.resize((side, side), Image.Resampling.BILINEAR, box=edges)
+        return np.asarray(ImageOps.mirror(view) if mirrored else view)
 
 
 @cache

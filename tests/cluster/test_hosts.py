@@ -59,6 +59,12 @@ def test_ray_submit_runs_a_recipe_unchanged(cluster):
         assert shown[f"digits-{trial.number:04d}"][1] == trial.value
 
 
+def test_ray_submit_runs_the_whole_path_of_another_recipe_in_small(cluster):
+    done = cluster.submit("sweeps/cifar100.py", "--smoke", "--executor", "inline")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"trained with \S+best.yaml: [\d.]+ on test images", done.stdout)
+
+
 def test_a_worker_with_other_code_is_named_before_anything_runs(cluster):
     file = next((cluster.workers[0].home / "inflora-env").glob("lib/python*/site-packages/inflora/metrics.py"))
     before = file.read_text()

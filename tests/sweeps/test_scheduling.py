@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -19,9 +20,9 @@ from sweeps.engine.spec import Real, Resources
 
 from .conftest import PAPER
 
-PROJECT = Path(__file__).parents[2]
-
 pytestmark = pytest.mark.cluster
+
+SPOT_WATCHER = Path(__file__).parents[2] / "cluster" / "spot_watcher.py"
 
 
 @pytest.fixture
@@ -91,25 +92,26 @@ def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp
     assert 2 <= at_once <= 4
 
 
-def test_a_sweep_waits_for_a_node_that_is_still_to_come(tiny_sweep, data_root, tmp_path, monkeypatch):
+def test_a_sweep_waits_for_a_node_that_is_still_to_come(tiny_sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cluster = Nodes()
     cluster.add_node(num_cpus=0, resources={"trial_driver": 1}, include_dashboard=True)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    said = []
 
-    def say(line):
-        if "waiting for nodes" in line:
-            cluster.add_node(num_cpus=1)
-        said.append(line)
+    def add_node():  # Tune copies what it is given to say with, and a cluster cannot be copied
+        time.sleep(20)
+        cluster.add_node(num_cpus=1)
 
+    threading.Thread(target=add_node).start()
     try:
-        (record,) = run_sweep(tiny_sweep.model_copy(update={"trials": 1}), tmp_path, sqlite(tmp_path), say=say).records
+        (record,) = run_sweep(
+            tiny_sweep.model_copy(update={"trials": 1}), tmp_path, sqlite(tmp_path), say=print
+        ).records
     finally:
         ray.shutdown()
         cluster.shutdown()
     assert record.outcome is Outcome.FINISHED
-    assert any("waiting for nodes: a trial needs 1 workers of 1 CPUs" in line for line in said)
+    assert "waiting for nodes: a trial needs 1 workers of 1 CPUs" in capsys.readouterr().out
 
 
 def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path):
@@ -151,7 +153,7 @@ def test_a_spot_machine_that_is_taken_back_is_drained(nodes):
     nodes(1)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    watcher = [sys.executable, str(PROJECT / "cluster" / "spot_watcher.py"), f"http://127.0.0.1:{server.server_port}"]
+    watcher = [sys.executable, str(SPOT_WATCHER), f"http://127.0.0.1:{server.server_port}"]
     try:
         done = subprocess.run(watcher, capture_output=True, text=True, timeout=120)
     finally:

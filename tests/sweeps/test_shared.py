@@ -54,5 +54,5 @@ def test_a_relative_folder_is_the_one_seen_from_here(tmp_path, monkeypatch):
 
 def test_a_node_with_other_code_does_not_work():
     require_code(code_version())
-    with pytest.raises(RuntimeError, match=r"has inflora-sweeps 0\.1\.0\+\w{8}, the driver 0\.0\.1: install the same"):
+    with pytest.raises(ConfigError, match=r"has inflora-sweeps 0\.1\.0\+\w{8}, the driver 0\.0\.1: install the same"):
         require_code("0.0.1")

@@ -1,0 +1,194 @@
+"""Prompts in a frozen vision transformer: prefixes in attention, tokens before it, and how they are matched."""
+
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from inflora.config import CODAPromptSettings, ConfigError, DualPromptSettings, L2PSettings
+from inflora.methods import make_method
+from inflora.methods.codaprompt import ComponentPrompts, orthogonal_rows
+from inflora.methods.dualprompt import DualPrompts
+from inflora.methods.l2p import PromptPool
+from inflora.model import ContinualModel
+from inflora.prompts import make_promptable, prefixed, prepended_features, query
+
+SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 0}
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"class_token": False, "global_pool": "avg"},
+        {"class_token": False, "global_pool": "map"},
+        {"reg_tokens": 2},
+        {"qk_norm": True, "qkv_bias": False},
+        {"init_values": 0.1, "pre_norm": True},
+    ],
+    ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()) or "plain",
+)
+METHODS = pytest.mark.parametrize(
+    "settings",
+    [
+        L2PSettings(pool=4, length=2, top=2),
+        DualPromptSettings(general_blocks=1, expert_blocks=2, expert_length=3),
+        CODAPromptSettings(components=2, length=4, blocks=3),
+    ],
+    ids=lambda settings: settings.name,
+)
+IMAGES = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def vit_of(variant: dict | None = None) -> VisionTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(**(SMALL | (variant or {}))).eval().requires_grad_(False)
+
+
+@VARIANTS
+def test_without_a_prefix_a_promptable_model_is_the_plain_one(variant):
+    vit = vit_of(variant)
+    plain, names = vit(IMAGES), list(vit.state_dict())
+    make_promptable(vit, 3, "method.blocks")
+    assert torch.equal(vit(IMAGES), plain)
+    assert list(vit.state_dict()) == names
+
+
+@VARIANTS
+def test_a_prefix_that_repeats_the_images_own_keys_and_values_changes_nothing(variant):
+    """Softmax over every key twice is softmax over every key once: the prefix is read as keys and values."""
+    vit = vit_of(variant)
+    make_promptable(vit, 1, "method.blocks")
+    attention, read = vit.blocks[0].attn, []
+    handle = attention.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    plain = vit(IMAGES)
+    handle.remove()
+    _, k, v = attention.qkv(read[0]).chunk(3, dim=-1)
+    k = attention.k_norm(k.unflatten(-1, (2, 6))).flatten(-2)
+    with prefixed(vit, {0: (k, v)}):
+        torch.testing.assert_close(vit(IMAGES), plain, atol=1e-5, rtol=1e-5)
+    with prefixed(vit, {0: (10 * k[:, :1], v[:, :1])}):
+        assert not torch.allclose(vit(IMAGES), plain)
+    assert torch.equal(vit(IMAGES), plain)
+
+
+def test_a_prefix_is_gone_after_an_exception():
+    vit = vit_of()
+    make_promptable(vit, 1, "method.blocks")
+    with pytest.raises(RuntimeError), prefixed(vit, {0: (torch.zeros(1, 12), torch.zeros(1, 12))}):
+        raise RuntimeError
+    assert vit.blocks[0].attn.prefix is None
+
+
+@VARIANTS
+def test_tokens_put_before_the_images_reach_the_blocks_and_their_outputs_are_averaged(variant):
+    vit, tokens = vit_of(variant), torch.randn(6, 2, 12)
+    seen = []
+    handle = vit.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    features = prepended_features(vit, IMAGES, tokens)
+    vit(IMAGES)
+    handle.remove()
+    prompted, plain = seen
+    torch.testing.assert_close(prompted[:, 2:], plain)
+    torch.testing.assert_close(prompted[:, :2], vit.norm_pre(tokens))
+    assert features.shape == (6, 12)
+
+
+@VARIANTS
+@METHODS
+def test_every_prompt_method_runs_on_every_kind_of_vision_transformer(variant, settings):
+    model, method = ContinualModel(vit_of(variant), 12), make_method(settings)
+    method.prepare(model)
+    model.prompts.begin(model.backbone, 0, seed=0)
+    features, penalty = model.prompts(model.backbone, IMAGES, 0)
+    (features.square().mean() + penalty).backward()
+    assert all(parameter.grad is not None for parameter in model.prompts.parameters())
+    assert not torch.allclose(features, query(model.backbone, IMAGES))
+
+
+def test_an_image_picks_the_prompts_with_the_nearest_keys():
+    vit, prompts = vit_of(), PromptPool(L2PSettings(pool=6, length=1, top=1, pull=0.5))
+    prompts.begin(vit, 0, seed=0)
+    queries = query(vit, IMAGES)
+    with torch.no_grad():
+        prompts.get_parameter("keys_PD").copy_(3 * queries)
+    features, penalty = prompts(vit, IMAGES)
+    assert penalty.item() == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(features, prepended_features(vit, IMAGES, prompts.get_parameter("pool_PLD")))
+
+
+def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():
+    vit = vit_of()
+    make_promptable(vit, 2, "method.blocks")
+    prompts = DualPrompts(DualPromptSettings(general_blocks=1, expert_blocks=1))
+    for task in range(2):
+        prompts.begin(vit, task, seed=0)
+    with torch.no_grad():
+        prompts.get_parameter("key_1").copy_(query(vit, IMAGES).mean(0))
+        prompts.get_parameter("key_0").copy_(-query(vit, IMAGES).mean(0))
+        for task in range(2):
+            prompts.get_parameter(f"expert_{task}").mul_(100)
+    asked, first, second = (prompts(vit, IMAGES, task).features for task in (None, 0, 1))
+    assert torch.equal(asked, second)
+    assert not torch.allclose(first, second)
+
+
+def test_only_the_newest_expert_and_components_are_trained():
+    vit = vit_of()
+    make_promptable(vit, 3, "method.blocks")
+    dual, coda = DualPrompts(DualPromptSettings(expert_blocks=1)), ComponentPrompts(CODAPromptSettings(blocks=1))
+    for prompts in (dual, coda):
+        for task in range(2):
+            prompts.requires_grad_(False)
+            prompts.begin(vit, task, seed=0)
+    assert {n for n, p in dual.named_parameters() if p.requires_grad} == {"general_G2LW", "expert_1", "key_1"}
+    assert {n for n, p in coda.named_parameters() if p.requires_grad} == {"components_1", "keys_1", "attentions_1"}
+
+
+def test_component_weights_are_cosines_with_the_attended_query():
+    """One component with attention one: its weight is the cosine of query and key; half is keys, half is values."""
+    vit = vit_of()
+    make_promptable(vit, 1, "method.blocks")
+    prompts = ComponentPrompts(CODAPromptSettings(components=1, length=2, blocks=1))
+    prompts.begin(vit, 0, seed=0)
+    with torch.no_grad():
+        prompts.get_parameter("attentions_0").fill_(1)
+    key, component = prompts.get_parameter("keys_0")[0, 0], prompts.get_parameter("components_0")[0, 0].view(2, 12)
+    weight = nn.functional.cosine_similarity(query(vit, IMAGES), key[None])
+    prompt = weight[:, None, None] * component
+    with prefixed(vit, {0: (prompt[:, :1], prompt[:, 1:])}):
+        expected = vit(IMAGES)
+    torch.testing.assert_close(prompts(vit, IMAGES).features, expected)
+
+
+def test_components_start_orthogonal_to_each_other_and_to_the_old_ones_while_there_is_room():
+    old = orthogonal_rows(5, torch.zeros(0, 12), torch.Generator().manual_seed(0))
+    new = orthogonal_rows(7, old, torch.Generator().manual_seed(1))
+    both = torch.cat([old, new])
+    torch.testing.assert_close(both @ both.T, torch.eye(12), atol=1e-5, rtol=0)
+    full = orthogonal_rows(3, both, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(full.norm(dim=1), torch.ones(3))
+
+
+def test_the_penalty_is_the_squared_overlap_of_components_keys_and_attentions():
+    vit = vit_of()
+    make_promptable(vit, 1, "method.blocks")
+    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=1, orthogonality=0.5))
+    prompts.begin(vit, 0, seed=0)
+    assert prompts(vit, IMAGES).penalty.item() == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        prompts.get_parameter("keys_0").copy_(torch.ones(1, 2, 12) / math.sqrt(12))
+    assert prompts(vit, IMAGES).penalty.item() == pytest.approx(0.5 * 2, abs=1e-4)
+
+
+def test_too_many_blocks_are_refused_by_the_name_of_the_setting():
+    with pytest.raises(ConfigError, match=r"method\.blocks must be at most the backbone's depth 3, got 4"):
+        make_promptable(vit_of(), 4, "method.blocks")
+
+
+def test_attention_of_another_kind_is_refused():
+    vit = vit_of()
+    vit.blocks[1].attn = nn.Identity()
+    with pytest.raises(ConfigError, match=r"cannot be prompted: blocks\.1 has no plain attention"):
+        make_promptable(vit, 2, "method.blocks")
