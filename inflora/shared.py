@@ -88,7 +88,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
     """What is there and how long it took; None where nothing is, or not all of it."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, float(file.metadata()["seconds"])  # noqa: SIM118
+            # A copy lies in memory as a computed tensor does: products round otherwise where it is not aligned.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, float(file.metadata()["seconds"])  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
 

@@ -110,7 +110,8 @@ def load_state(folder: Path) -> RunState:
         raise StateError(f"{folder / _MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
     if _sha256(manifest.facts, content) != manifest.sha256:
         raise StateError(f"{folder / manifest.tensors} is damaged: its content does not match its hash")
-    tensors = load(content)
+    # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
+    tensors = {name: tensor.clone() for name, tensor in load(content).items()}
     model, method, probes = (
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
         for group in ("model/", "method/", "probes/")

@@ -1,12 +1,18 @@
 """MLflow shows what the ledger holds: once, in order, whatever happens on the way."""
 
+import http.server
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -167,26 +173,11 @@ def free_port() -> int:
 class Server:
     """A real MLflow server in a process group of its own."""
 
-    def __init__(self, folder, port):
+    def __init__(self, folder, port, store=None):
         self.uri = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ]
-        command += [
-            "--backend-store-uri",
-            f"sqlite:///{folder / 'server.db'}",
-            "--artifacts-destination",
-            str(folder / "art"),
-        ]
+        where = ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", folder / "art"]
+        store = store or f"sqlite:///{folder / 'server.db'}"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1", *where]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
         for _ in range(600):
@@ -235,3 +226,121 @@ def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep,
     learn_all(ledger, ledger.propose().number, [0.9] * 5)
     assert not tracker.close(patience_s=1.0)
     assert not tracker.is_alive()
+
+
+class Postgres:
+    """A database server of the tests' own."""
+
+    def __init__(self):
+        import psycopg
+
+        self.folder, self.port = Path(tempfile.mkdtemp()), free_port()
+        as_user = []
+        if os.geteuid() == 0:  # postgres refuses to be root
+            as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            os.chown(self.folder, 65534, 65534)
+        data = self.folder / "data"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": self.folder}
+        subprocess.run([*as_user, "initdb", "-D", data, "-U", "mlflow", "-A", "trust"], check=True, **quiet)
+        options = ["-p", str(self.port), "-k", str(self.folder), "-h", "127.0.0.1"]
+        self.process = subprocess.Popen([*as_user, "postgres", "-D", data, *options], **quiet)
+        self.uri = f"postgresql://mlflow@127.0.0.1:{self.port}/postgres"
+        for _ in range(300):
+            try:
+                psycopg.connect(self.uri).close()
+                return
+            except psycopg.OperationalError:
+                time.sleep(0.2)
+        raise TimeoutError("the database server did not start")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait()
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not (shutil.which("initdb") and shutil.which("postgres")), reason="no PostgreSQL on the path")
+def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_path):
+    pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
+    database = Postgres()
+    port = free_port()
+    server = None
+    try:
+        server = Server(tmp_path, port, store=database.uri)
+        tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
+        tracker.start()
+        three_trials(ledger)
+        server.kill()
+        learn_all(ledger, ledger.propose().number, [0.9, 0.9, 0.8, 0.8, 0.8])
+        server = Server(tmp_path, port, store=database.uri)
+        assert tracker.close(patience_s=90)
+        client, parents, children = all_runs(server.uri)
+        assert len(parents) == 1
+        statuses = {number: run.info.status for number, run in children.items()}
+        assert statuses == {0: "FINISHED", 1: "KILLED", 2: "FAILED", 3: "FINISHED"}
+        assert history(client, children[3], "acc/seen") == [(1, 0.9), (2, 0.9), (3, 0.8), (4, 0.8), (5, 0.8)]
+    finally:
+        if server is not None:
+            server.kill()
+        database.stop()
+
+
+class Unwell(http.server.BaseHTTPRequestHandler):
+    """A proxy before a real server: answers 500, or nothing for a while, at random, also after the work was done."""
+
+    server_up = ""
+    rng = random.Random(0)
+    trouble = 0.5
+
+    def _pass_on(self):
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length) if length else None
+        before, after = self.rng.random() < self.trouble / 2, self.rng.random() < self.trouble / 2
+        if before:
+            return self._answer(500, b"{}")
+        request = urllib.request.Request(self.server_up + self.path, data=body, method=self.command)
+        request.add_header("Content-Type", self.headers.get("Content-Type", "application/json"))
+        try:
+            with urllib.request.urlopen(request) as answer:
+                status, content = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+        return self._answer(500, b"{}") if after else self._answer(status, content)
+
+    def _answer(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = _pass_on
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("seed", range(int(os.environ.get("INFLORA_FAULT_REPEATS", "1"))))
+def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_once(
+    ledger, tiny_sweep, tmp_path, seed
+):
+    server = Server(tmp_path, free_port())
+    handler = type("Seeded", (Unwell,), {"server_up": server.uri, "rng": random.Random(seed)})
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, every_s=0.1)
+        tracker.start()
+        three_trials(ledger)
+        time.sleep(5)
+        handler.trouble = 0.0
+        assert tracker.close(patience_s=90)
+        client, parents, children = all_runs(server.uri)
+        assert (len(parents), len(children)) == (1, 3)
+        assert history(client, children[0], "acc/seen") == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5)]
+        assert {n: r.info.status for n, r in children.items()} == {0: "FINISHED", 1: "KILLED", 2: "FAILED"}
+    finally:
+        proxy.shutdown()
+        server.kill()
