@@ -29,11 +29,11 @@ hosts: $(READY)  ## three machines on this one, brought up with cluster/local.ya
 	$(BIN)/python -m pytest -m hosts
 
 compare: $(READY)  ## every method tuned with the same budget, then trained over three seeds and tested, side by side
-	for sweep in digits digits-sequential digits-frozen digits-joint; do \
+	for sweep in digits digits-aligned digits-sequential digits-frozen digits-joint; do \
 		$(BIN)/python sweeps/digits.py --sweep $$sweep --executor inline || exit; \
 		$(BIN)/sweeps export $$sweep -o results/$$sweep.yaml || exit; \
 	done
-	$(BIN)/sweeps final results/digits.yaml results/digits-sequential.yaml \
+	$(BIN)/sweeps final results/digits.yaml results/digits-aligned.yaml results/digits-sequential.yaml \
 		results/digits-frozen.yaml results/digits-joint.yaml --seeds 0,1,2
 
 format: $(READY)
