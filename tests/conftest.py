@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import hypothesis
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from torch import Tensor
 
 from inflora.config import RunConfig, parse_config
@@ -62,3 +64,19 @@ def tiny() -> RunConfig:
     backbone = {"name": "glyph_vit", "pretrained": False, "options": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
     method = {"name": "inflora", "rank": 4}
     return parse_config({"backbone": backbone, "method": method, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket that speaks S3's protocol, on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    names |= {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()

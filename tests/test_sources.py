@@ -519,16 +519,20 @@ def test_the_next_batches_are_made_while_one_is_computed_on(stores, monkeypatch)
 # Stores elsewhere.
 
 
-def test_a_store_at_a_uri_is_fetched_once_and_used(sources, tmp_path, monkeypatch):
+@pytest.fixture(params=["file", "s3"])
+def uri(request, tmp_path) -> str:
+    return f"file://{tmp_path}/bucket" if request.param == "file" else f"{request.getfixturevalue('bucket')}/stores"
+
+
+def test_a_store_at_a_uri_is_fetched_once_and_used(uri, sources, tmp_path, monkeypatch):
     monkeypatch.setenv("INFLORA_DATA", str(tmp_path / "here"))
-    root = f"file://{tmp_path}/bucket"
-    prepare_store("cub200", DATASETS["cub200"], sources["cub200"], Options(), root, subset=True)
-    assert (tmp_path / "bucket" / "cub200" / "manifest.json").exists()
+    prepare_store("cub200", DATASETS["cub200"], sources["cub200"], Options(), uri, subset=True)
     shutil.rmtree(tmp_path / "here")
-    folder = ensure_store("cub200", root)
+    folder = ensure_store("cub200", uri)
     assert folder.is_relative_to(tmp_path / "here")
-    shutil.rmtree(tmp_path / "bucket")
-    assert ensure_store("cub200", root) == folder
+    fetched = folder.stat().st_mtime_ns
+    assert ensure_store("cub200", uri) == folder
+    assert folder.stat().st_mtime_ns == fetched
     assert len(open_split(folder, "test").labels) == CLASSES * PER_CLASS
 
 

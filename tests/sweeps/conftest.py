@@ -7,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import boto3
 import optuna
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
@@ -129,19 +127,3 @@ def undisturbed(sweep: Sweep, settings: dict) -> list[list[float]]:
     """The accuracy matrix of these settings, learnt here and now with nothing around it."""
     torch.set_num_threads(1)
     return [result.accuracies for result in run(sweep.config(settings))]
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket that speaks S3's protocol, on this machine."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    names |= {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
