@@ -79,14 +79,13 @@ def train_task(
         return []
     optimizer = make_optimizer(trainable, settings)
     full_lrs = [group["lr"] for group in optimizer.param_groups]
-    trained = [*trainable.classifier, *trainable.adapted]
     step_losses = []
     for epoch in range(settings.epochs):
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
             group["lr"] = full_lr * lr_factor(settings, epoch)
         start, parts, waited = time.perf_counter(), [], 0.0
         for batch in passes(f"train-{epoch}"):
-            parts.append(_step(model, method, task, optimizer, trained, batch))
+            parts.append(train_step(model, method, task, optimizer, trainable, batch))
             waited += batch.waited
         losses = distributed.all_sum(torch.stack(parts)).tolist()
         loss = fmean(losses)
@@ -98,12 +97,12 @@ def train_task(
     return step_losses
 
 
-def _step(
+def train_step(
     model: ContinualModel,
     method: Method[Any],
     task: Task,
     optimizer: torch.optim.Optimizer,
-    trained: Sequence[torch.nn.Parameter],
+    trainable: Trainable,
     batch: Batch,
 ) -> Tensor:
     """One update; this worker's part of the global batch's mean loss."""
@@ -113,7 +112,7 @@ def _step(
         loss.backward()
     else:
         loss = torch.zeros((), device=batch.images.device)
-    distributed.sum_gradients(trained)
+    distributed.sum_gradients((*trainable.classifier, *trainable.adapted))
     optimizer.step()
     return loss.detach()
 
