@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from inflora.backbone import build_backbone, gather_covariance
+from inflora.backbone import build_backbone, gather_covariance, shape_of
 from inflora.config import BackboneSettings, InfLoRASettings, OptimSettings
 from inflora.data.loader import Batch
 from inflora.data.stream import Task
@@ -54,8 +54,8 @@ def network(name: str, precision: str, device: str) -> ContinualModel:
 def batch_for(model: ContinualModel, size: int) -> Batch:
     """Noise with labels."""
     generator = torch.Generator().manual_seed(0)
-    side = model.backbone.patch_embed.img_size[0]
-    images = torch.randn(size, 3, side, side, generator=generator)
+    shape = shape_of(model.backbone)
+    images = torch.randn(size, shape.channels, shape.image_size, shape.image_size, generator=generator)
     labels = torch.randint(CLASSES, (size,), generator=generator)
     return Batch(images.to(model.device), labels.to(model.device), share=1.0)
 
