@@ -4,13 +4,58 @@ Shapes: B batch, N tokens, D the layer's input width, R rank, O adapted outputs.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from inflora.config import ConfigError, Target
 
 _OF_QKV: dict[Target, int] = {"q": 0, "k": 1, "v": 2}
+
+
+class _AddLowRank(torch.autograd.Function):
+    """``out[..., rows] += x A^T B^T`` in place, for the backward as little kept and moved as the mathematics needs.
+
+    Autograd's own in-place addition to a slice copies the whole gradient of ``out``; here it goes on as it is. Of the
+    inputs only ``x A^T`` (B x N x R) is kept, and ``x`` itself only where A is trained.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x_BND: Tensor, lora_A: Tensor, lora_B: Tensor, rows: Sequence[slice], sizes: list[int]
+    ) -> Tensor:
+        x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(out.dtype), lora_B.to(out.dtype)
+        read_MR = x_MD @ A_RD.T
+        for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
+            out.view(-1, out.shape[-1])[:, part].addmm_(read_MR, B_part.T)
+        ctx.mark_dirty(out)
+        ctx.rows, ctx.sizes, ctx.of_x, ctx.of_B = rows, sizes, x_BND.shape, lora_B.dtype
+        ctx.save_for_backward(read_MR, A_RD, B_OR, x_MD if lora_A.requires_grad else None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        read_MR, A_RD, B_OR, x_MD = ctx.saved_tensors
+        into_x, into_A, into_B = ctx.needs_input_grad[1:4]
+        parts = [grad.flatten(0, -2)[:, part] for part in ctx.rows]
+        grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.of_B) if into_B else None
+        if not (into_x or into_A):
+            return grad, None, None, grad_B, None, None
+        grad_MR = torch.zeros_like(read_MR)
+        for part, B_part in zip(parts, B_OR.split(ctx.sizes), strict=True):
+            grad_MR.addmm_(part, B_part)
+        grad_x = (grad_MR @ A_RD).view(ctx.of_x) if into_x else None
+        grad_A = (grad_MR.T @ x_MD).to(ctx.of_B) if into_A else None
+        return grad, grad_x, grad_A, grad_B, None, None
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """``x`` as a matrix product would cast it: once, where several products read it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class LoRALinear(nn.Linear):
@@ -33,15 +78,15 @@ class LoRALinear(nn.Linear):
         self.register_parameter("lora_B", None)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        out = super().forward(x_BND)
-        if self.lora_A is not None and self.lora_B is not None:
-            self.add_to_rows(out, nn.functional.linear(nn.functional.linear(x_BND, self.lora_A), self.lora_B))
-        return out
+        if self.lora_A is None or self.lora_B is None:
+            return super().forward(x_BND)
+        x_BND = in_autocast(x_BND)
+        return self.add_low_rank(super().forward(x_BND), x_BND, self.lora_A, self.lora_B)
 
-    def add_to_rows(self, out: Tensor, update_BNO: Tensor) -> None:
-        """Add to the adapted outputs, in place."""
-        for rows, part in zip(self.rows, update_BNO.split(self.sizes, dim=-1), strict=True):
-            out[..., rows] += part
+    def add_low_rank(self, out: Tensor, x_BND: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """``out`` with ``x A^T B^T`` added to the adapted outputs, in place; never the dense ``B A``."""
+        result: Tensor = _AddLowRank.apply(out, x_BND, lora_A, lora_B, self.rows, self.sizes)
+        return result
 
     def attach(self, lora_A: Tensor, *, train_A: bool = False) -> None:
         """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from inflora.config import SDLoRASettings
-from inflora.lora import LoRALinear, inject
+from inflora.lora import LoRALinear, in_autocast, inject
 from inflora.methods.base import TaskData, Trainable
 from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
@@ -32,9 +32,8 @@ class DecoupledLinear(LoRALinear):
     def forward(self, x_BND: Tensor) -> Tensor:
         out = super().forward(x_BND)
         if len(self.magnitudes):
-            read = nn.functional.linear(x_BND, self.old_A.flatten(0, 1))
             scaled_B = (self.magnitudes[:, None, None] * self.old_B).permute(1, 0, 2).flatten(1)
-            self.add_to_rows(out, nn.functional.linear(read, scaled_B))
+            out = self.add_low_rank(out, in_autocast(x_BND), self.old_A.flatten(0, 1), scaled_B)
         return out
 
     @torch.no_grad()
