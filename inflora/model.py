@@ -29,6 +29,11 @@ class ContinualModel(nn.Module):
         """Where the backbone is."""
         return next(self.backbone.parameters()).device
 
+    @property
+    def classes(self) -> int:
+        """How many classes the classifiers tell apart."""
+        return sum(len(head.get_parameter("bias")) for head in self.heads)
+
     def add_head(self, classes: int, init: str, generator: torch.Generator) -> nn.Linear:
         """A classifier for ``classes`` new classes; ``init`` "uniform" is ``nn.Linear``'s own, "zero" all zeros."""
         head = nn.Linear(self.width, classes, device="cpu")
