@@ -92,7 +92,7 @@ def step_rates(size: Size, tflops: float) -> dict[str, dict[str, float]]:
     """Images per second and share of the matrix rate, by batch size and with compilation."""
     rows = {}
     for batch in size.batches:
-        for compiled in (False, True) if batch == size.batch else (False,):
+        for compiled in (False, True) if batch == size.batch and size.device == "cuda" else (False,):
             step = our_step(size.model, "bf16", batch, size.device, compiled=compiled)
             start = time.perf_counter()
             step()
