@@ -105,6 +105,8 @@ class FilePixels:
         views = [_pool().submit(self._view, row, box, flip > 0, crops.cut, side) for row, box, flip in chosen]
 
         def finish() -> Tensor:
+            if not views:  # a worker's share of a small last batch
+                return torch.zeros(0, 3, side, side, device=device)
             pixels = torch.from_numpy(np.stack([view.result() for view in views]))
             if device.type == "cuda":
                 pixels = pixels.pin_memory()

@@ -69,6 +69,7 @@ class Manifest(BaseModel):
     domains: list[str]
     form: Form
     channels: int
+    whole: bool = False  # as many classes and images as the dataset officially has
     splits: dict[Split, SplitManifest]
 
     @property
