@@ -169,7 +169,7 @@ def _print_manifest(folder: Path) -> Manifest:
     print(f"content {manifest.content_hash}")
     for split, facts in manifest.splits.items():
         few, many = min(facts.per_class), max(facts.per_class)
-        print(f"{split:6} {facts.images} images, {few} to {many} a class, {len(facts.shards)} file(s)")
+        print(f"{split:6} {facts.images} images, {few} to {many} a class, content {facts.content_hash}")
     return manifest
 
 
