@@ -1,5 +1,6 @@
 """``inflora``: one run, no Ray."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,10 @@ from inflora.data.sheet import contact_sheet
 from inflora.data.source import Options
 from inflora.data.store import DataError, Manifest, open_split, read_manifest
 from inflora.data.stream import EvaluateOn
-from inflora.metrics import Evaluation, accuracy_matrix, metrics_after, seen
+from inflora.metrics import Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
 from inflora.runs import train_into
+from inflora.serving import load, predict
 from inflora.state import StateError
 from inflora.training import EpochDone
 
@@ -74,9 +76,10 @@ def train(
                 out, config, _parse_split(evaluate_on), resume=resume, on_task=_print_task, on_epoch=on_epoch
             )
     Console().print(accuracy_table(state.evaluations))
-    metrics = metrics_after(state.evaluations, state.tasks)
+    metrics = state.metrics(state.tasks_done)
     for name, value in metrics.items():
-        print(f"{name:20} {value:.4f}")
+        if not name.startswith(("memory/", "drift/task")):  # many: they are in result.json
+            print(f"{name:20} {value:,.0f}" if name.startswith("params/") else f"{name:20} {value:.4f}")
     print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
     if preset:
         for line in beside_published(preset, config, evaluate_on, metrics):
@@ -105,6 +108,23 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
         return [f"no published numbers of {preset} are known here"]
     final, average = 100 * metrics["acc/final"], 100 * metrics["acc/avg_incremental"]
     return [line for published in experiment.published for line in comparison(published, final, average)]
+
+
+@app.command("predict")
+def predict_command(
+    model: Annotated[Path, typer.Argument(help="A run's folder: what train --out has written.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="So many of the most probable classes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Say what images show: a line per image with its file, and classes with their probabilities."""
+    with one_line_errors():
+        for file, classes in predict(load(model), images, top):
+            if as_json:
+                said = [{"class": name, "probability": chance} for name, chance in classes]
+                print(json.dumps({"file": str(file), "classes": said}))
+            else:
+                print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
 
 
 @data_app.command()
