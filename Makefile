@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep test unit cluster slow hosts compare check format clean
+.PHONY: sweep test unit cluster slow hosts compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -38,6 +38,11 @@ compare: $(READY)  ## every method tuned with the same budget, then trained over
 	done
 	$(BIN)/sweeps final results/digits.yaml results/digits-aligned.yaml results/digits-sequential.yaml \
 		results/digits-frozen.yaml results/digits-joint.yaml --seeds 0,1,2
+
+bench: $(READY)  ## the data path, the engine and the training step, each against its floor; under ten minutes
+	$(BIN)/python benchmarks/data.py --seconds 2
+	$(BIN)/python benchmarks/engine.py --trials 200
+	$(BIN)/python benchmarks/step.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

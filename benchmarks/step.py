@@ -79,9 +79,11 @@ def floor_step(name: str, precision: str, size: int, device: str) -> Step:
     return step
 
 
-def our_step(name: str, precision: str, size: int, device: str, tasks_done: int = 0, rank: int = 10) -> Step:
+def our_step(name: str, precision: str, size: int, device: str, tasks_done: int = 0, *, compiled: bool = False) -> Step:
     """A training step of InfLoRA as a run makes it, after ``tasks_done`` tasks."""
-    model = network(name, precision, device)
+    model, rank = network(name, precision, device), 10
+    if compiled:
+        model.backbone.compile()
     method: InfLoRA = make_method(InfLoRASettings(rank=rank))  # type: ignore[assignment]
     method.prepare(model)
     generator = torch.Generator().manual_seed(0)

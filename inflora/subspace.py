@@ -136,4 +136,5 @@ def _count(energies_F: Tensor, total: Tensor, threshold: float, memory: Memory |
 
 def _orthonormal(basis_DK: Tensor) -> Tensor:
     """The same columns, made orthonormal again where rounding has let them drift."""
-    return torch.linalg.qr(basis_DK).Q
+    # Laid out as it is when it has been saved and loaded: the order of products, and so their rounding, goes by that.
+    return torch.linalg.qr(basis_DK).Q.contiguous()
