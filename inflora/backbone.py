@@ -1,7 +1,6 @@
 """Vision transformers from timm: build, load weights, identify, and watch what their ``qkv`` layers read."""
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -112,12 +111,16 @@ def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransforme
             )
         overlay = _from_cache(name) if pretrained else None
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if not pretrained:
             raise ConfigError(f"backbone.options {options} do not fit {name!r}: {reason}") from None
+        if overlay := _from_cache(name):
+            raise ConfigError(
+                f"cannot read the cached {overlay['file']} ({reason}); delete it, or download it again"
+            ) from None
         raise ConfigError(
             f"cannot load the weights of backbone.name {name!r}: they are not in the hub's cache and cannot be had "
             f"from here ({reason}); {_where_to_get(name)}"
@@ -158,15 +161,18 @@ def _loaded(vit: VisionTransformer, path: Path) -> VisionTransformer:
         fitted = checkpoint_filter_fn({name: tensor.float() for name, tensor in tensors.items()}, vit)
         foreign = [name for name in fitted if name.split(".")[0] in ("head", "head_dist")]
         vit.load_state_dict({name: tensor for name, tensor in fitted.items() if name not in foreign})
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # damaged files of four formats raise many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"cannot load backbone.weights {path}: {reason}") from None
     return vit
 
 
 def _load_pickled(path: Path) -> dict[str, Any]:
     """A PyTorch checkpoint; tensors and plain values only, nothing that could run code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise TypeError(f"it holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
+    return checkpoint
 
 
 def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -16,14 +16,14 @@ from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
 from inflora.data.order import ordered_rows, read_given
-from inflora.data.store import read_manifest
+from inflora.data.store import Manifest, read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.drift import Probes, drift
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
 from inflora.shared import Shared, keys_of
-from inflora.state import RunState, StateError
+from inflora.state import DataFacts, RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
 
 
@@ -75,7 +75,10 @@ def run(
     method = make_method(config.method)
     stream = method.arrange(make_stream(config.data, evaluate_on)).at_home_on(device)
     backbone = build_backbone(config.backbone)
-    fresh = RunState(config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks))
+    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
+    fresh = RunState(
+        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream, manifest)
+    )
     state = state or fresh
     if state[:3] != fresh[:3]:
         raise StateError(
@@ -92,9 +95,8 @@ def run(
     if config.compile:
         backbone.compile()
     given = _Given.of(config)
-    dataset = read_manifest(ensure_store(config.data.dataset, config.data.root)).content_hash
     numerics = f"{model.precision} {'compiled' if config.compile else ''}"
-    keys = keys_of(config, f"{dataset} {stream.split_hash} {fresh.backbone_hash} {numerics}")
+    keys = keys_of(config, f"{manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
         # Orders and classifiers from files are in no key: such runs keep to themselves.
@@ -124,6 +126,17 @@ def run(
             state=state,
             model=model,
         )
+
+
+def _facts_of(stream: Stream, manifest: Manifest) -> DataFacts:
+    names = [name for task in stream.tasks for name in task.classes]
+    class_of = stream.class_of.tolist()
+    return DataFacts(
+        classes=tuple(names[class_of.index(label)] for label in range(max(class_of) + 1)),
+        class_of=tuple(class_of),
+        channels=manifest.channels,
+        raw=manifest.form == "raw",
+    )
 
 
 class _Given(NamedTuple):

@@ -101,6 +101,17 @@ class LoRALinear(nn.Linear):
         self.lora_A = self.lora_B = None
         return factors
 
+    def plain(self) -> nn.Linear:
+        """An ordinary layer that computes the same; only where no adapter is being trained."""
+        assert self.lora_A is None, "an adapter that is being trained is in no plain layer"
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight, layer.bias = nn.Parameter(self.merged_weight(), requires_grad=False), self.bias
+        return layer
+
+    def merged_weight(self) -> Tensor:
+        """The weight, with all that has been learnt."""
+        return self.weight.detach()
+
     @torch.no_grad()
     def merge(self) -> tuple[Tensor, Tensor] | None:
         """Add the adapter into the weight and remove it: the model does not grow with the tasks."""
@@ -159,6 +170,13 @@ def _qkv_rows(width: int, targets: Sequence[Target]) -> tuple[slice, ...]:
     starts = [part for part in parts if part - 1 not in parts]
     ends = [part + 1 for part in parts if part + 1 not in parts]
     return tuple(slice(start * width, end * width) for start, end in zip(starts, ends, strict=True))
+
+
+def make_plain(model: nn.Module) -> None:
+    """Put an ordinary layer in the place of every adaptable one, in place."""
+    for name, layer in list(adapted_layers(model)):
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, layer.plain())
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

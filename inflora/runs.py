@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from inflora.adapters import save_adapter
 from inflora.config import ConfigError, RunConfig, dump_config
 from inflora.continual import TaskResult, identity, run
 from inflora.data.stream import EvaluateOn
@@ -24,6 +25,8 @@ def train_into(
 ) -> RunState:
     """Run ``config`` with ``config.yaml``, ``state/`` and ``result.json`` in ``out``; the state at the end.
 
+    What each task has merged into the backbone lies in ``adapters/task-<n>`` (from 1), as PEFT loads it.
+
     With ``resume`` a run that was interrupted goes on after its last finished task; a complete one is left as it is.
 
     Raises:
@@ -32,6 +35,9 @@ def train_into(
     folder = out / "state"
     state = _claim(out, resume=resume)
     for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
+        if result.factors:
+            name = config.backbone.name
+            save_adapter(out / "adapters" / f"task-{result.task + 1}", result.model.backbone, result.factors, name)
         save_state(result.state, folder)
         write_atomically(out / "config.yaml", dump_config(config).encode())
         on_task(result)

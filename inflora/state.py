@@ -18,12 +18,27 @@ class StateError(ValueError):
     """A saved state is missing, damaged, or belongs to another run."""
 
 
+class DataFacts(BaseModel):
+    """What of the data a model needs where its dataset is not: the meaning of its outputs, how images were read.
+
+    ``class_of`` has an entry for every output of the whole stream: the class, a place in ``classes``, that it means.
+    ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: tuple[str, ...]
+    class_of: tuple[int, ...]
+    channels: int
+    raw: bool
+
+
 class RunState(NamedTuple):
     """A run after some of its tasks.
 
     ``model`` holds what learning has changed, ``method`` what the method remembers, ``probes`` a few features of every
     task's images when it had just been learnt; random numbers need no state, each task draws from generators of its
-    own. ``diagnostics`` are what is known after each task besides the evaluations.
+    own. ``diagnostics`` are what is known after each task besides the evaluations. ``data`` says what the outputs mean.
     """
 
     config_hash: str
@@ -35,6 +50,7 @@ class RunState(NamedTuple):
     method: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
     diagnostics: tuple[dict[str, float], ...] = ()
+    data: DataFacts | None = None
 
     def metrics(self, tasks_done: int) -> dict[str, float]:
         """Everything known after the first ``tasks_done`` tasks, by metric name."""
@@ -62,6 +78,7 @@ class _Facts(BaseModel):
     tasks: int
     evaluations: tuple[Evaluation, ...]
     diagnostics: tuple[dict[str, float], ...]
+    data: DataFacts | None
 
 
 class _Manifest(BaseModel):

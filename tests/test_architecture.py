@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
     1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.presets"),
-    2: ("inflora.backbone", "inflora.model", "inflora.shared"),
+    2: ("inflora.backbone", "inflora.model", "inflora.shared", "inflora.adapters"),
     3: ("inflora.methods",),
     4: ("inflora.training", "inflora.drift"),
     5: ("inflora.continual",),
-    6: ("inflora.runs",),
-    7: ("inflora.cli",),
+    6: ("inflora.runs", "inflora.serving"),
+    7: ("inflora", "inflora.cli"),
     8: (
         "sweeps.engine.records",
         "sweeps.engine.space",

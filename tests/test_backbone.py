@@ -363,6 +363,16 @@ def test_weights_that_cannot_be_read_are_one_line_that_names_the_file(name, cont
     assert one_line(error) and name in str(error.value)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_weights_that_was_cut_off_is_one_line(name, tmp_path):
+    WRITERS[name](vit_of({}), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="cannot load") as error:
+        build_backbone(settings_for(tmp_path / name))
+    assert one_line(error)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     save_file(vit_of({"embed_dim": 24}).state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(ConfigError, match=r"wide\.safetensors") as error:

@@ -285,7 +285,7 @@ def test_a_missing_state_is_an_error_that_names_the_folder(tmp_path):
 def test_a_finished_run_leaves_its_config_its_state_and_its_result(tiny, results, tmp_path):
     state = train_into(tmp_path, tiny, "validation")
     assert same_state(state, results[-1].state)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "state", "result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "state", "adapters", "result.json"}
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == results[-1].metrics
     assert result["identity"] == identity(tiny)

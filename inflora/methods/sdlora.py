@@ -37,8 +37,17 @@ class DecoupledLinear(LoRALinear):
         return out
 
     @torch.no_grad()
-    def keep(self) -> tuple[Tensor, Tensor] | None:
-        """Turn the adapter into one more direction with its magnitude; its factors."""
+    def merged_weight(self) -> Tensor:
+        """The weight plus all directions, each with its magnitude."""
+        weight = self.weight.detach().clone()
+        for magnitude, lora_A, lora_B in zip(self.magnitudes, self.old_A, self.old_B, strict=True):
+            for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
+                weight[rows] += magnitude * part @ lora_A
+        return weight
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Turn the adapter into one more direction with its magnitude."""
         factors = self.detach_adapter()
         if factors is not None:
             lora_A, lora_B = factors
@@ -47,7 +56,6 @@ class DecoupledLinear(LoRALinear):
             self.old_A = torch.cat([self.old_A.reshape(-1, *lora_A.shape), lora_A[None]])
             self.old_B = torch.cat([self.old_B.reshape(-1, *lora_B.shape), direction_B[None]])
             self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), norm[None]]), requires_grad=False)
-        return factors
 
 
 def decoupled_layers(model: nn.Module) -> Iterator[tuple[str, DecoupledLinear]]:
@@ -72,9 +80,6 @@ class SDLoRA(PlainLoRA[SDLoRASettings]):
         return known._replace(adapted=known.adapted + magnitudes)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
-        learnt: dict[str, Tensor] = {}
-        for name, layer in decoupled_layers(model):
-            factors = layer.keep()
-            if factors is not None:
-                learnt |= {f"{name}.lora_A": factors[0], f"{name}.lora_B": factors[1]}
-        return learnt
+        for _, layer in decoupled_layers(model):
+            layer.keep()
+        return {}  # nothing is merged: the layers keep the factors, and go on changing how much each counts
