@@ -62,12 +62,12 @@ def batch_for(model: ContinualModel, size: int) -> Batch:
 
 def floor_step(name: str, precision: str, size: int, device: str) -> Step:
     """The same forward and backward in plain timm, only the classifier trained."""
-    vit = network(name, precision, device).backbone
+    model = network(name, precision, device)
+    vit, batch = model.backbone, batch_for(model, size)
     head = nn.Linear(vit.embed_dim, CLASSES, device=device)
     # Gradients must flow to the place of the first block's adapter, and not further.
     vit.blocks[0].attn.qkv.register_forward_hook(lambda _, __, out: out.requires_grad_())
     optimizer = torch.optim.Adam(head.parameters())
-    batch = batch_for(network(name, precision, device), size)
 
     def step() -> None:
         optimizer.zero_grad()
