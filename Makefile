@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep test unit cluster hosts compare check format clean
+.PHONY: sweep test unit cluster slow hosts compare check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -23,7 +23,10 @@ unit: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -m "not cluster and not e2e and not hosts" -n auto --dist loadfile
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
-	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts"
+	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow"
+
+slow: $(READY)  ## what would make `test` longer than half an hour
+	$(BIN)/python -m pytest -m slow
 
 hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
 	$(BIN)/python -m pytest -m hosts

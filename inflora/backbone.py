@@ -1,7 +1,6 @@
 """Vision transformers from timm: build, load weights, identify, and watch what their ``qkv`` layers read."""
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -112,12 +111,16 @@ def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransforme
             )
         overlay = _from_cache(name) if pretrained else None
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if not pretrained:
             raise ConfigError(f"backbone.options {options} do not fit {name!r}: {reason}") from None
+        if overlay := _from_cache(name):
+            raise ConfigError(
+                f"cannot read the cached {overlay['file']} ({reason}); delete it, or download it again"
+            ) from None
         raise ConfigError(
             f"cannot load the weights of backbone.name {name!r}: they are not in the hub's cache and cannot be had "
             f"from here ({reason}); {_where_to_get(name)}"
@@ -158,15 +161,18 @@ def _loaded(vit: VisionTransformer, path: Path) -> VisionTransformer:
         fitted = checkpoint_filter_fn({name: tensor.float() for name, tensor in tensors.items()}, vit)
         foreign = [name for name in fitted if name.split(".")[0] in ("head", "head_dist")]
         vit.load_state_dict({name: tensor for name, tensor in fitted.items() if name not in foreign})
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # damaged files of four formats raise many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"cannot load backbone.weights {path}: {reason}") from None
     return vit
 
 
 def _load_pickled(path: Path) -> dict[str, Any]:
     """A PyTorch checkpoint; tensors and plain values only, nothing that could run code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise TypeError(f"it holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
+    return checkpoint
 
 
 def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -187,7 +193,12 @@ def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class InputCovariance:
-    """Running sum of ``h h^T`` over a layer's inputs ``h`` (float64 sums of float32 products), and their number."""
+    """Running sum of ``h h^T`` over a layer's inputs ``h`` (float64 sums of float32 products), and their number.
+
+    The products are made for the upper triangle only, in strips; ``mirror`` completes the sum.
+    """
+
+    STRIP = 256  # narrower ones multiply more slowly than they save
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.sum_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -195,20 +206,32 @@ class InputCovariance:
 
     def add(self, inputs_BND: Tensor) -> None:
         flat = inputs_BND.detach().flatten(0, -2).float()
-        self.sum_DD += flat.T @ flat
+        for start in range(0, flat.shape[1], self.STRIP):
+            end = start + self.STRIP
+            self.sum_DD[start:end, start:] += flat[:, start:end].T @ flat[:, start:]
         self.count += len(flat)
+
+    def mirror(self) -> None:
+        """Complete the sum when all inputs have been added."""
+        self.sum_DD = self.sum_DD.triu() + self.sum_DD.triu(1).T
 
 
 @contextmanager
 def gather_covariance(model: nn.Module) -> Iterator[dict[str, InputCovariance]]:
-    """Watch every adaptable layer while the context is open: layer name -> covariance of what it has read."""
+    """Watch every adaptable layer while the context is open: layer name -> covariance of what it has read.
+
+    The sums are complete when the context is left. A compiled model runs as it is written meanwhile.
+    """
     seen: dict[str, InputCovariance] = {}
     hooks = []
     for name, layer in adapted_layers(model):
         seen[name] = InputCovariance(layer.in_features, layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(lambda _, args, to=seen[name]: to.add(args[0])))
     try:
-        yield seen
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
+        for covariance in seen.values():
+            covariance.mirror()

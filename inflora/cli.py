@@ -79,7 +79,7 @@ def train(
     metrics = state.metrics(state.tasks_done)
     for name, value in metrics.items():
         if not name.startswith(("memory/", "drift/task")):  # many: they are in result.json
-            print(f"{name:20} {value:,.0f}" if name.startswith("params/") else f"{name:20} {value:.4f}")
+            print(f"{name:20} {value:,.0f}" if name.startswith(("params/", "precision/")) else f"{name:20} {value:.4f}")
     print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
     if preset:
         for line in beside_published(preset, config, evaluate_on, metrics):
@@ -100,6 +100,10 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
     experiment = find_preset(preset)
     if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
         return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
+    if config.backbone.weights:
+        return [f"not compared with the published {preset}: the backbone is {config.backbone.weights}"]
+    if not read_manifest(ensure_store(config.data.dataset, config.data.root)).whole:
+        return [f"not compared with the published {preset}: {config.data.dataset} here is not the whole dataset"]
     if not experiment.published:
         return [f"no published numbers of {preset} are known here"]
     final, average = 100 * metrics["acc/final"], 100 * metrics["acc/avg_incremental"]
@@ -138,6 +142,8 @@ def prepare(
     """Read a dataset once and write its store; verifies one that is there, goes on where it was interrupted."""
     with one_line_errors():
         dataset = known_dataset(format_ or name)
+        if dataset.needs is None:
+            raise ConfigError(f"{format_ or name} comes with the installation: nothing is to be prepared")
         chosen = {"split_seed": split_seed, "test_list": test_list, "domains": domains and tuple(domains.split(","))}
         given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
         if foreign := sorted(given.keys() - dataset.options):
@@ -148,7 +154,7 @@ def prepare(
                 name, dataset, source, Options(**given), root, shorter_side, subset=subset, on_progress=on_progress
             )
         _print_manifest(folder)
-    print(f"verified; use it with data.dataset={name}" + (f" data.root={root}" if root else ""))
+    print(f"use it with data.dataset={name}" + (f" data.root={root}" if root else ""))
 
 
 @data_app.command()
@@ -183,7 +189,7 @@ def _print_manifest(folder: Path) -> Manifest:
     print(f"content {manifest.content_hash}")
     for split, facts in manifest.splits.items():
         few, many = min(facts.per_class), max(facts.per_class)
-        print(f"{split:6} {facts.images} images, {few} to {many} a class, {len(facts.shards)} file(s)")
+        print(f"{split:6} {facts.images} images, {few} to {many} a class, content {facts.content_hash}")
     return manifest
 
 

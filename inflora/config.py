@@ -313,6 +313,11 @@ class RunConfig(Settings):
     optim: OptimSettings = OptimSettings()
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="of the backbone's matrix products; auto: bf16 where the device multiplies it faster",
+    )
+    compile: bool = Field(default=False, description="compile the backbone: a minute or more before the first step")
     provenance: dict[str, JsonValue] = Field(
         default={}, description="where an exported config comes from; not a setting"
     )

@@ -18,7 +18,7 @@ from inflora.data.loader import Batch, Input, evaluation_batches, seeded, traini
 from inflora.data.order import ordered_rows, read_given
 from inflora.data.store import Manifest, read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
-from inflora.drift import drift, probe
+from inflora.drift import Probes, drift
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
@@ -31,9 +31,10 @@ class TaskResult(NamedTuple):
     """What is known when a task is done.
 
     ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), the method's diagnostics,
-    ``params/trainable`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix; ``losses`` the mean
-    loss of every epoch and ``step_losses`` that of every batch; ``factors`` the adapters' A and B, which are merged by
-    now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all that is needed to go on from here, the memory among it.
+    ``params/trainable``, ``precision/bits`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix;
+    ``losses`` the mean loss of every epoch and ``step_losses`` that of every batch; ``factors`` the adapters' A and B,
+    which are merged by now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all that is needed to go on from here,
+    the memory among it.
     ``saved_s`` is the time that results shared with other runs have saved; ``model`` is the live model: the next task
     changes it.
     """
@@ -86,21 +87,25 @@ def run(
         )
     shape = shape_of(backbone)
     input = Input(config.data, shape.image_size, shape.channels, device)
-    model = ContinualModel(backbone, shape.width)
+    model = ContinualModel(backbone, shape.width, pick_precision(config.precision, device, shape.width))
     method.prepare(model)
     model.load_learnt_state(state.model)
     method.load_state(state.method)
     model.to(device)
+    if config.compile:
+        backbone.compile()
     given = _Given.of(config)
-    keys = keys_of(config, f"{manifest.content_hash} {stream.split_hash} {fresh.backbone_hash}")
+    numerics = f"{model.precision} {'compiled' if config.compile else ''}"
+    keys = keys_of(config, f"{manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
         # Orders and classifiers from files are in no key: such runs keep to themselves.
         with_others = shared if index == 0 and shared is not None and given == _Given(None, None) else Shared()
         learnt = _learn(model, method, stream, index, config, input, given, on_epoch, with_others, keys)
         seen = stream.tasks[: index + 1]
-        evaluation = evaluate(model, stream, seen, input)
-        probes = {str(task.index): probe(model, stream.evaluate, task, input) for task in seen}
+        watched = Probes(seen, model.width, device)
+        evaluation = evaluate(model, stream, seen, input, watched.see)
+        probes = watched.features()
         state = state._replace(
             evaluations=(*state.evaluations, evaluation),
             model=model.learnt_state(),
@@ -200,8 +205,8 @@ def _learn(
     trained = shared.once(f"{keys['after']}-trained", train)
     trainable.load(trained)
     factors = method.end_task(model, data)
-    diagnostics = {"params/trainable": float(trainable.size)} | method.diagnostics()
-    return _Learnt(trained["step_losses"].tolist(), factors, diagnostics)
+    diagnostics = {"params/trainable": float(trainable.size), "precision/bits": float(8 * model.precision.itemsize)}
+    return _Learnt(trained["step_losses"].tolist(), factors, diagnostics | method.diagnostics())
 
 
 def _load_head(head: torch.nn.Linear, heads: dict[str, Tensor], index: int) -> None:
@@ -227,7 +232,10 @@ def check(config: RunConfig) -> None:
     rank = getattr(config.method, "rank", 1)
     if rank > shape.width:
         raise ConfigError(f"method.rank must be at most the backbone's width {shape.width}, got {rank}")
-    make_method(config.method).prepare(ContinualModel(backbone, shape.width))
+    model = ContinualModel(backbone, shape.width)
+    make_method(config.method).prepare(model)
+    if config.compile and model.prompts is not None:
+        raise ConfigError(f"compile must be false with method {config.method.name}: prompts change the model's code")
     total_tasks = getattr(config.method, "total_tasks", None)
     tasks = config.data.task_count
     if total_tasks is not None and total_tasks < tasks:
@@ -255,6 +263,27 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be auto or cpu here: no CUDA device is available, got cuda")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+BF16_WIDTH = 192
+"""From this width on bf16 pays on CPUs that have it (docs/performance.md); narrower models lose more to casts."""
+
+
+def pick_precision(name: str, device: torch.device, width: int) -> torch.dtype:
+    """What ``config.precision`` names; "auto" is bfloat16 where the device is faster in it.
+
+    Raises:
+        ConfigError: bfloat16 is asked for and the GPU does not have it.
+    """
+    if device.type == "cuda":
+        has_bf16 = pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        has_bf16 = True  # every CPU computes it, if slowly
+        pays = width >= BF16_WIDTH and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    if name == "bf16" and not has_bf16:
+        raise ConfigError(f"precision must be auto or fp32 on {torch.cuda.get_device_name()}, got bf16")
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and pays) else torch.float32
 
 
 def identity(config: RunConfig) -> dict[str, str]:

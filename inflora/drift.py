@@ -1,30 +1,47 @@
 """How far the features of old tasks' images have moved since their task was learnt.
 
-A few evaluation images of every task are looked at again after each later task; nothing is learnt from them.
+A few evaluation images of every task are remembered by their features; nothing is learnt from them.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from inflora import distributed
-from inflora.data.loader import Input, evaluation_batches
-from inflora.data.store import Images
 from inflora.data.stream import Task
-from inflora.model import ContinualModel
 
 _IMAGES = 64
 
 
-@torch.no_grad()
-def probe(model: ContinualModel, images: Images, task: Task, input: Input) -> Tensor:
-    """Features (up to 64 x D, on the CPU) of evaluation images spread evenly over the task's."""
-    count = min(_IMAGES, len(task.eval_rows))
-    rows = task.eval_rows[torch.linspace(0, len(task.eval_rows) - 1, count).long()]
-    features = torch.zeros(count, model.width, device=model.device)
-    mine = [model.features(batch.images) for batch in evaluation_batches(images, rows, input, _IMAGES)]
-    if mine:
-        features[distributed.rank() :: distributed.world_size()] = torch.cat(mine)
-    return distributed.all_sum(features).cpu()
+class Probes:
+    """Features (up to 64 x D) of evaluation images spread evenly over each task's, picked up while all are evaluated.
+
+    ``see`` is shown features with their images' places among the tasks' evaluation images, one task after another.
+    """
+
+    def __init__(self, tasks: Sequence[Task], width: int, device: torch.device) -> None:
+        self.tasks = tasks
+        images = [len(task.eval_rows) for task in tasks]
+        self.counts = [min(_IMAGES, number) for number in images]
+        self._row_of = torch.full((sum(images),), -1, device=device)
+        starts = [sum(images[:index]) for index in range(len(tasks))]
+        chosen = [
+            start + torch.arange(count, device=device) * (number - 1) // max(count - 1, 1)
+            for start, number, count in zip(starts, images, self.counts, strict=True)
+        ]
+        self._row_of[torch.cat(chosen)] = torch.arange(sum(self.counts), device=device)
+        self._features = torch.zeros(sum(self.counts), width, device=device)
+
+    def see(self, places: Tensor, features_BD: Tensor) -> None:
+        """Keep those of the features that are probes."""
+        rows = self._row_of[places]
+        self._features[rows[rows >= 0]] = features_BD[rows >= 0]
+
+    def features(self) -> dict[str, Tensor]:
+        """The features by the index of their task, on the CPU, when all images of all workers have been seen."""
+        parts = distributed.all_sum(self._features).cpu().split(self.counts)
+        return {str(task.index): part.clone() for task, part in zip(self.tasks, parts, strict=True)}
 
 
 def drift(before: Tensor, now: Tensor) -> float:

@@ -4,21 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from inflora.lora import adapted_layers
-from inflora.prompts import Prompts
+from inflora.prompts import Prompted, Prompts
 
 
 class ContinualModel(nn.Module):
     """Frozen backbone features (B x D) and the classifiers of all tasks learnt so far, each with its own bias.
 
-    ``prompts``, where a method has them, ask the backbone in the place of a plain call.
+    ``prompts``, where a method has them, ask the backbone in the place of a plain call. ``precision`` is that of the
+    backbone's matrix products; weights, features and all that is learnt are float32.
     """
 
     prompts: Prompts | None
 
-    def __init__(self, backbone: nn.Module, width: int) -> None:
+    def __init__(self, backbone: nn.Module, width: int, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
-        self.width = width
+        self.width, self.precision = width, precision
         self.heads = nn.ModuleList()
         self.prompts = None
         self._pretrained = frozenset(self.state_dict())
@@ -27,6 +28,11 @@ class ContinualModel(nn.Module):
     def device(self) -> torch.device:
         """Where the backbone is."""
         return next(self.backbone.parameters()).device
+
+    @property
+    def classes(self) -> int:
+        """How many classes the classifiers tell apart."""
+        return sum(len(head.get_parameter("bias")) for head in self.heads)
 
     def add_head(self, classes: int, init: str, generator: torch.Generator) -> nn.Linear:
         """A classifier for ``classes`` new classes; ``init`` "uniform" is ``nn.Linear``'s own, "zero" all zeros."""
@@ -40,9 +46,22 @@ class ContinualModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B x D) after the final norm: what the classifiers see."""
-        if self.prompts is None:
-            return self.backbone(images)
-        return self.prompts(self.backbone, images).features
+        if self.prompts is not None:
+            return self.prompted(images).features
+        with self._autocast():
+            features = self.backbone(images)
+        return features.float()
+
+    def prompted(self, images: Tensor, task: int | None = None) -> Prompted:
+        """Features by way of the prompts, and their penalty; ``task`` is known while it is learnt."""
+        assert self.prompts is not None
+        with self._autocast():
+            features, penalty = self.prompts(self.backbone, images, task)
+        return Prompted(features.float(), penalty.float())
+
+    def _autocast(self) -> torch.autocast:
+        # Off for float32, which is no type that a CPU casts to.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits over the classes of all tasks so far, in order of learning."""

@@ -73,7 +73,7 @@ def update(
     width = cov_DD.shape[0]
     free_DF = free_basis(memory, width).to(cov_DD.device)
     energies_F, directions_DF = _energies(cov_DD, free_DF, energy_of)
-    total = _gram(cov_DD, energy_of).diagonal().sum()
+    total = _total(cov_DD, energy_of)
     number = _count(energies_F, total, threshold, memory)
     if memory is not None and memory.kind == "retain":
         return Memory("retain", _orthonormal(directions_DF[:, number:]).float())
@@ -93,21 +93,30 @@ def taken_count(memory: Memory | None, width: int) -> int:
 
 def energy_inside(cov_DD: Tensor, memory: Memory | None, energy_of: Energy = "covariance") -> float:
     """Share of the inputs' energy that lies in the directions that old tasks use; 0 when there is no input."""
-    free_DF = free_basis(memory, cov_DD.shape[0]).to(cov_DD.device)
-    gram_DD = _gram(cov_DD, energy_of)
-    total = gram_DD.diagonal().sum()
-    return float(1 - (free_DF * (gram_DD @ free_DF)).sum() / total) if total > 0 else 0.0
+    total = _total(cov_DD, energy_of)
+    if memory is None or total <= 0:
+        return 0.0
+    # Along whichever directions are stored, which are the fewer ones.
+    share = float(_along(cov_DD, memory.basis_DK.to(cov_DD), energy_of).diagonal().sum() / total)
+    return share if memory.kind == "remove" else 1 - share
 
 
-def _gram(cov_DD: Tensor, energy_of: Energy) -> Tensor:
+def _along(cov_DD: Tensor, basis_DK: Tensor, energy_of: Energy) -> Tensor:
+    """The matrix (K x K, float64) whose trace is the energy along the basis: M^T C M, or M^T C C M."""
+    cov_DD, basis_DK = cov_DD.double(), basis_DK.double()
+    read_DK = cov_DD @ basis_DK
+    return read_DK.T @ (read_DK if energy_of == "covariance" else basis_DK)
+
+
+def _total(cov_DD: Tensor, energy_of: Energy) -> Tensor:
+    """The energy along all directions."""
     cov_DD = cov_DD.double()
-    return cov_DD @ cov_DD.T if energy_of == "covariance" else cov_DD
+    return cov_DD.square().sum() if energy_of == "covariance" else cov_DD.diagonal().sum()
 
 
 def _energies(cov_DD: Tensor, free_DF: Tensor, energy_of: Energy) -> tuple[Tensor, Tensor]:
     """Energies (F, falling) of the inputs along the free directions, and those directions (D x F)."""
-    inside_FF = free_DF.T @ _gram(cov_DD, energy_of) @ free_DF
-    energies_F, rotation_FF = torch.linalg.eigh(inside_FF)
+    energies_F, rotation_FF = torch.linalg.eigh(_along(cov_DD, free_DF, energy_of))
     return energies_F.flip(0).clamp_min(0), free_DF @ rotation_FF.flip(1)
 
 

@@ -79,14 +79,13 @@ def train_task(
         return []
     optimizer = make_optimizer(trainable, settings)
     full_lrs = [group["lr"] for group in optimizer.param_groups]
-    trained = [*trainable.classifier, *trainable.adapted]
     step_losses = []
     for epoch in range(settings.epochs):
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
             group["lr"] = full_lr * lr_factor(settings, epoch)
         start, parts, waited = time.perf_counter(), [], 0.0
         for batch in passes(f"train-{epoch}"):
-            parts.append(_step(model, method, task, optimizer, trained, batch))
+            parts.append(train_step(model, method, task, optimizer, trainable, batch))
             waited += batch.waited
         losses = distributed.all_sum(torch.stack(parts)).tolist()
         loss = fmean(losses)
@@ -98,12 +97,12 @@ def train_task(
     return step_losses
 
 
-def _step(
+def train_step(
     model: ContinualModel,
     method: Method[Any],
     task: Task,
     optimizer: torch.optim.Optimizer,
-    trained: Sequence[torch.nn.Parameter],
+    trainable: Trainable,
     batch: Batch,
 ) -> Tensor:
     """One update; this worker's part of the global batch's mean loss."""
@@ -113,14 +112,23 @@ def _step(
         loss.backward()
     else:
         loss = torch.zeros((), device=batch.images.device)
-    distributed.sum_gradients(trained)
+    distributed.sum_gradients((*trainable.classifier, *trainable.adapted))
     optimizer.step()
     return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model: ContinualModel, stream: Stream, tasks: Sequence[Task], input: Input) -> Evaluation:
+def evaluate(
+    model: ContinualModel,
+    stream: Stream,
+    tasks: Sequence[Task],
+    input: Input,
+    on_features: Callable[[Tensor, Tensor], None] = lambda places, features: None,
+) -> Evaluation:
     """Count right answers on the images of the stream's first ``tasks``, all classes they have together competing.
+
+    Every image is looked at once; ``on_features`` is given each batch's features (B x D), with the places (B) of its
+    images among all that are evaluated.
 
     Raises:
         FloatingPointError: The model's answers are no longer finite numbers.
@@ -129,12 +137,17 @@ def evaluate(model: ContinualModel, stream: Stream, tasks: Sequence[Task], input
     first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
     class_of = stream.class_of.to(input.device)
     rows = torch.cat([task.eval_rows for task in tasks])
+    places = torch.arange(len(rows), device=input.device)[distributed.rank() :: distributed.world_size()]
+    classes = torch.arange(model.classes, device=input.device)
+    class_tasks = torch.bucketize(classes, first_labels, right=True) - 1
     for batch in evaluation_batches(stream.evaluate, rows, input, _EVALUATION_BATCH):
-        logits = model.logits(model.features(batch.images))
+        features = model.features(batch.images)
+        here, places = places.tensor_split([len(features)])
+        on_features(here, features)
+        logits = model.logits(features)
         if not torch.isfinite(logits).all():
             raise FloatingPointError(f"the logits after task {tasks[-1].index} are not finite; try a smaller optim.lr")
         label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
-        class_tasks = torch.bucketize(torch.arange(logits.shape[1], device=input.device), first_labels, right=True) - 1
         predicted = logits.argmax(1)
         own = logits.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)
         hits = torch.stack(

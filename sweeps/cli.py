@@ -140,9 +140,8 @@ def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
     """The sweep in small; its images lie in ``seen``, a folder that all nodes see."""
     if "://" in seen:
         raise ConfigError(f"--smoke writes its images where all nodes see them: --shared must be a folder, got {seen}")
-    root = Path(seen).absolute()
-    small = in_small(sweep, root / "samples")
-    prepare_sample(small, root / f"{small.name}-source", root / "samples")
+    small = in_small(sweep, Path(seen).absolute() / "samples")
+    prepare_sample(small)
     return small
 
 

@@ -6,7 +6,14 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from inflora.backbone import backbone_hash, build_backbone, gather_covariance, meta_backbone, shape_of
+from inflora.backbone import (
+    InputCovariance,
+    backbone_hash,
+    build_backbone,
+    gather_covariance,
+    meta_backbone,
+    shape_of,
+)
 from inflora.config import BackboneSettings, ConfigError, parse_config
 from inflora.continual import check
 from inflora.lora import adapted_layers, inject
@@ -108,6 +115,17 @@ def test_the_gathered_covariance_is_the_dense_one(variant, images):
     inject(vit)
     dense = [inputs_ND.T @ inputs_ND / len(inputs_ND) for inputs_ND in what_qkv_reads(vit, [images])]
     torch.testing.assert_close(gathered(vit, [images]), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_a_covariance_made_in_strips_is_the_dense_one_and_symmetric_to_the_bit():
+    inputs_BND = torch.randn(2, 30, 600, generator=torch.Generator().manual_seed(0))
+    covariance = InputCovariance(600, torch.device("cpu"))
+    covariance.add(inputs_BND[:1])
+    covariance.add(inputs_BND[1:])
+    covariance.mirror()
+    flat = inputs_BND.flatten(0, 1).double()
+    torch.testing.assert_close(covariance.sum_DD, flat.T @ flat, rtol=1e-5, atol=1e-4)
+    assert torch.equal(covariance.sum_DD, covariance.sum_DD.T)
 
 
 def test_the_covariance_counts_every_token_the_same_whatever_the_batches(images):
@@ -343,6 +361,16 @@ def test_weights_that_cannot_be_read_are_one_line_that_names_the_file(name, cont
     with pytest.raises(ConfigError, match=says) as error:
         build_backbone(settings_for(tmp_path / name))
     assert one_line(error) and name in str(error.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_weights_that_was_cut_off_is_one_line(name, tmp_path):
+    WRITERS[name](vit_of({}), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="cannot load") as error:
+        build_backbone(settings_for(tmp_path / name))
+    assert one_line(error)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -317,6 +317,8 @@ CHANGES = {
     "optim.first_task.epochs": 3,
     "optim.first_task.weight_decay": 0.1,
     "seed": 1,
+    "precision": "bf16",
+    "compile": True,
 }
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from inflora import continual
 from inflora.backbone import build_backbone
 from inflora.config import ConfigError, RunConfig, config_hash, override
-from inflora.continual import TaskResult, check, identity, run
+from inflora.continual import TaskResult, check, identity, pick_precision, run
 from inflora.data.store import DataError
-from inflora.data.stream import make_stream
+from inflora.data.stream import Task, make_stream
+from inflora.drift import Probes
+from inflora.model import ContinualModel
 from inflora.runs import train_into
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.subspace import Memory, free_basis
@@ -464,3 +467,84 @@ def test_the_factors_handed_back_are_what_the_weights_have_gained(tiny, results)
 def test_a_tasks_model_may_be_asked_until_the_next_one_begins(tiny):
     result = next(run(tiny))
     assert same_tensors(result.model.learnt_state(), result.state.model)
+
+
+# Speed: nothing computed twice, and the precision and compilation asked for.
+
+
+def test_evaluation_looks_at_every_image_once_and_drift_looks_at_none(tiny, monkeypatch):
+    seen, evaluated = [], []
+    features, on_tasks = ContinualModel.features, continual.evaluate
+    monkeypatch.setattr(ContinualModel, "features", lambda self, x: (seen.append(len(x)), features(self, x))[1])
+
+    def counted(*args):
+        seen.clear()
+        found = on_tasks(*args)
+        evaluated.append(sum(counts.images for counts in found))
+        return found
+
+    monkeypatch.setattr(continual, "evaluate", counted)
+    result = next(run(tiny))
+    assert sum(seen) == evaluated[0] > 0
+    task = make_stream(tiny.data, "validation").tasks[0]
+    assert len(result.state.probes["0"]) == min(64, len(task.eval_rows))
+
+
+def test_probes_are_the_features_of_images_spread_over_each_task():
+    tasks = [Task(index, 2 * index, ("a", "b"), torch.arange(0), torch.arange(n)) for index, n in enumerate((3, 200))]
+    features = torch.arange(203.0)[:, None].expand(-1, 2)
+    probes = Probes(tasks, 2, torch.device("cpu"))
+    for places in torch.arange(203).split(50):
+        probes.see(places, features[places])
+    first, second = probes.features()["0"][:, 0], probes.features()["1"][:, 0]
+    assert first.tolist() == [0, 1, 2]
+    assert (len(second.unique()), second[0], second[-1]) == (64, 3, 202)
+    assert set(second.diff().tolist()) == {3, 4}
+
+
+def test_in_bf16_a_run_learns_what_it_learns_in_float32_and_says_so(tiny, results):
+    in_bf16 = list(run(override(tiny, {"precision": "bf16"})))
+    assert {result.metrics["precision/bits"] for result in in_bf16} == {16}
+    assert {result.metrics["precision/bits"] for result in results} == {32}
+    for ours, theirs in zip(in_bf16, results, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=0.05)
+        assert all(t.dtype != torch.bfloat16 for t in (*ours.state.model.values(), *ours.state.method.values()))
+    again = next(run(override(tiny, {"precision": "bf16"})))
+    assert same_state(again.state, in_bf16[0].state)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "cpu", "chosen"),
+    [
+        ("auto", 768, {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", 768, {"amx_bf16": True}, torch.bfloat16),
+        ("auto", 128, {"avx512_bf16": True, "amx_bf16": True}, torch.float32),
+        ("auto", 768, {"avx512_bf16": False}, torch.float32),
+        ("fp32", 768, {"avx512_bf16": True}, torch.float32),
+        ("bf16", 128, {}, torch.bfloat16),
+    ],
+)
+def test_precision_is_bf16_where_it_pays_or_is_asked_for(name, width, cpu, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert pick_precision(name, torch.device("cpu"), width) == chosen
+
+
+def test_a_compiled_backbone_is_not_compiled_again_for_later_tasks(tiny, results, monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with = nn.Module.compile
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend=backend))
+    after_task = [(len(graphs), result) for result in run(override(tiny, {"compile": True}))]
+    assert after_task[0][0] > 0
+    assert after_task[-1][0] == after_task[1][0]
+    assert after_task[-1][1].losses == pytest.approx(results[-1].losses, rel=1e-3)
+
+
+def test_prompts_and_compilation_do_not_go_together(tiny):
+    with pytest.raises(ConfigError, match="compile must be false with method l2p"):
+        check(with_method(tiny, "l2p", compile=True))

@@ -231,9 +231,9 @@ def test_the_hash_tells_the_sides_of_a_split_apart_and_ignores_the_order_within(
     assert rows_hash(a, b) == rows_hash(a.flip(0), b)
 
 
-def test_a_class_with_a_single_image_cannot_be_split():
-    with pytest.raises(ConfigError, match="class 7 has 1 training image"):
-        split_validation(torch.tensor([0, 0, 7]), 0.5, 0)
+def test_the_only_image_of_a_class_is_for_training():
+    train, held_out = split_validation(torch.tensor([0, 0, 7]), 0.5, 0)
+    assert 2 in train.tolist() and len(held_out) == 1
 
 
 def test_the_natural_class_order_is_the_datasets_and_a_seeded_one_a_fixed_permutation():

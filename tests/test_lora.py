@@ -129,6 +129,47 @@ def test_gradients_reach_B_always_and_A_only_when_asked(plain, x, train_A):
     )
 
 
+@pytest.mark.parametrize("rows", [(slice(8, 24),), (slice(0, 8), slice(16, 24))], ids=["k,v", "q,v"])
+@pytest.mark.parametrize("train_A", [False, True])
+def test_the_gradients_are_those_of_the_written_out_sum(plain, x, rows, train_A):
+    layer = LoRALinear(plain.requires_grad_(False), rows)
+    layer.attach(torch.randn(RANK, WIDTH), train_A=train_A)
+    nn.init.normal_(layer.lora_B)
+    trained = [layer.lora_B] + ([layer.lora_A] if train_A else [])
+    x = x.requires_grad_()
+    update = x @ layer.lora_A.T @ layer.lora_B.T
+    written_out = plain(x)
+    for part, added in zip(rows, update.chunk(len(rows), -1), strict=True):
+        written_out = torch.cat(
+            [written_out[..., : part.start], written_out[..., part] + added, written_out[..., part.stop :]], -1
+        )
+    ours, theirs = (torch.autograd.grad(out.square().sum(), [x, *trained]) for out in (layer(x), written_out))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_only_the_low_rank_reading_of_the_input_is_kept_for_the_backward(plain, x):
+    layer = on_keys_and_values(plain.requires_grad_(False))
+    layer.attach(torch.randn(RANK, WIDTH))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        layer(x.requires_grad_())
+    assert max(kept) <= layer.weight.numel()
+    assert sum(kept) <= layer.weight.numel() + layer.lora_A.numel() + layer.lora_B.numel() + x.numel() // WIDTH * RANK
+
+
+def test_in_bf16_autocast_the_adapter_agrees_with_float32_and_its_gradient_is_float32(plain, x):
+    layer = adapted(plain.requires_grad_(False))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+    out.float().square().sum().backward()
+    in_bf16, layer.lora_B.grad = layer.lora_B.grad, None
+    layer(x).square().sum().backward()
+    assert in_bf16.dtype == torch.float32
+    assert torch.cosine_similarity(in_bf16.flatten(), layer.lora_B.grad.flatten(), dim=0) > 0.999
+
+
 def test_an_adapter_of_rank_zero_changes_nothing(plain, x):
     layer = on_keys_and_values(copy.deepcopy(plain))
     layer.attach(torch.zeros(0, WIDTH))

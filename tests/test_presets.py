@@ -6,6 +6,9 @@ from typer.testing import CliRunner
 
 from inflora.cli import app, beside_published
 from inflora.config import ConfigError, dump_config, override, parse_config
+from inflora.data import DATASETS, prepare_store
+from inflora.data.samples import cifar100
+from inflora.data.source import Options
 from inflora.presets import PRESETS, Published, comparison, find_preset, for_tuning
 
 METRICS = {"acc/final": 0.8600, "acc/avg_incremental": 0.9100}
@@ -60,9 +63,18 @@ def test_without_a_published_spread_no_verdict_is_given():
     assert "-2.52 points" in verdict and "no spread is published" in verdict
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"device": "cpu"}, {"data.root": "/elsewhere"}])
-def test_another_seed_or_place_is_still_the_published_experiment(change):
-    config = override(find_preset("cifar100-10").config, change)
+@pytest.fixture
+def whole(tmp_path):
+    """A root with a store that says it is the whole CIFAR-100."""
+    prepare_store("cifar100", DATASETS["cifar100"], cifar100(tmp_path, 2, 2), Options(), str(tmp_path), subset=True)
+    manifest = tmp_path / "cifar100" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"whole": false', '"whole": true'))
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"device": "cpu"}])
+def test_another_seed_or_place_is_still_the_published_experiment(change, whole):
+    config = override(find_preset("cifar100-10").config, {**change, "data.root": str(whole)})
     assert beside_published("cifar100-10", config, "test", METRICS)[0].startswith("the paper: final 86.51")
 
 
@@ -71,6 +83,15 @@ def test_other_settings_are_not_compared(change):
     config = override(find_preset("cifar100-10").config, change)
     (line,) = beside_published("cifar100-10", config, "test", METRICS)
     assert line.startswith("not the published experiment cifar100-10")
+
+
+def test_other_weights_and_a_part_of_the_dataset_are_not_compared(whole):
+    config = override(find_preset("cifar100-10").config, {"data.root": str(whole)})
+    other = override(config, {"backbone.weights": "dino.pth"})
+    assert "the backbone is dino.pth" in beside_published("cifar100-10", other, "test", METRICS)[0]
+    manifest = whole / "cifar100" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"whole": true', '"whole": false'))
+    assert "is not the whole dataset" in beside_published("cifar100-10", config, "test", METRICS)[0]
 
 
 def test_results_on_validation_images_are_not_compared():

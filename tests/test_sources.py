@@ -26,7 +26,7 @@ from inflora.data import DATASETS, ensure_store, prepare_store, samples
 from inflora.data.archives import FolderTree, open_tree
 from inflora.data.augment import Crops, central_views, sample_crops
 from inflora.data.domainnet import DOMAINS
-from inflora.data.loader import Input, training_batches
+from inflora.data.loader import Input, evaluation_batches, training_batches
 from inflora.data.preparation import prepare
 from inflora.data.samples import SAMPLES
 from inflora.data.source import Options, labelled, seeded_split
@@ -331,6 +331,35 @@ def test_a_damaged_archive_is_one_line_and_leaves_no_store(damage, sources, tmp_
     assert not (tmp_path / "root" / "cub200").exists()
 
 
+def test_a_tar_with_a_damaged_header_in_the_middle_is_refused(sources, tmp_path):
+    content = bytearray(sources["imagenet_r"].read_bytes())
+    with tarfile.open(sources["imagenet_r"]) as tar:
+        middle = tar.getmembers()[20].offset
+    content[middle : middle + 512] = b"x" * 512
+    (tmp_path / "bad.tar").write_bytes(content)
+    with pytest.raises(DataError, match="cut off or damaged within or after"):
+        open_tree(tmp_path / "bad.tar", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"n00000000/kind_0.jpg: [", b"- 1\n- 2\n"])
+def test_a_test_list_that_is_none_is_one_line(content, sources, tmp_path):
+    (tmp_path / "list.yaml").write_bytes(content)
+    source = ["--source", sources["imagenet_r"], "--root", tmp_path, "--subset"]
+    assert "list.yaml" in refused("data", "prepare", "imagenet_r", *source, "--test-list", tmp_path / "list.yaml")
+
+
+def test_a_domain_may_lack_a_class(sources, tmp_path):
+    """DomainNet's painting_train.txt has no t-shirt."""
+    shutil.copytree(sources["domainnet"], tmp_path / "source")
+    listing = tmp_path / "source" / "painting_train.txt"
+    listing.write_text("".join(line for line in listing.open() if not line.endswith(" 1\n")))
+    options = Options(domains=("painting", "real"))
+    prepare_store("domainnet", DATASETS["domainnet"], tmp_path / "source", options, str(tmp_path), subset=True)
+    settings = DataSettings(dataset="domainnet", root=str(tmp_path), scenario="domain", tasks=2)
+    stream = make_stream(settings, "test")
+    assert 1 not in stream.train.labels[stream.tasks[0].train_rows].tolist()
+
+
 @pytest.mark.parametrize("share", [0.3, 0.7])
 @everywhere
 def test_a_cut_off_archive_is_one_line(name, share, sources, tmp_path):
@@ -405,6 +434,17 @@ def test_only_new_shards_are_written_after_an_interruption(sources, tmp_path, mo
     assert read_manifest(folder) == whole
 
 
+def test_a_changed_list_of_test_images_is_another_store(sources, tmp_path):
+    listing = tmp_path / "test.txt"
+    for number in range(2):
+        listing.write_text("".join(f"n{label:08}/kind_{number}.jpg\n" for label in range(CLASSES)))
+        arguments = ("imagenet_r", DATASETS["imagenet_r"], sources["imagenet_r"], Options(test_list=listing))
+        if number == 0:
+            prepare_store(*arguments, str(tmp_path), subset=True)
+    with pytest.raises(DataError, match="holds another store"):
+        prepare_store(*arguments, str(tmp_path), subset=True)
+
+
 def test_what_was_begun_from_another_source_is_not_gone_on_with(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("inflora.data.preparation.SHARD_IMAGES", 6)
 
@@ -418,6 +458,17 @@ def test_what_was_begun_from_another_source_is_not_gone_on_with(sources, tmp_pat
         read_manifest(folder).content_hash
         == read_manifest(prepared("fresh", sources["image_folder"], tmp_path, dataset="image_folder")).content_hash
     )
+
+
+def test_a_note_that_the_full_disk_cut_off_is_not_believed(sources, tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared("cub200", sources["cub200"], tmp_path, on_progress=interrupt)
+    (note,) = (tmp_path / ".cub200.partial").glob("train-*.json")
+    note.write_text("")
+    assert read_manifest(prepared("cub200", sources["cub200"], tmp_path)).splits["train"].images == CLASSES * PER_CLASS
 
 
 def test_a_killed_preparation_goes_on(sources, tmp_path, monkeypatch):
@@ -498,6 +549,17 @@ def test_the_same_seed_gives_the_same_batches_from_files(name, stores):
     assert [len(batch) for batch in first[:2]] == [7, 7]
 
 
+@everywhere
+def test_a_worker_without_a_share_of_a_small_batch_gets_an_empty_one(name, stores, monkeypatch):
+    monkeypatch.setattr("inflora.distributed.rank", lambda: 1)
+    monkeypatch.setattr("inflora.distributed.world_size", lambda: 2)
+    images = open_split(stores / name, "train")
+    input = Input(DataSettings(), side=16, channels=3, device=CPU)
+    batches = list(training_batches(images, torch.arange(5), input, 4, torch.Generator()))
+    assert [tuple(batch.images.shape) for batch in batches] == [(2, 3, 16, 16), (0, 3, 16, 16)]
+    assert sum(len(batch.images) for batch in evaluation_batches(images, torch.arange(1), input, 4)) == 0
+
+
 def test_the_next_batches_are_made_while_one_is_computed_on(stores, monkeypatch):
     """Waiting for images is part of a pass only where they are made more slowly than used."""
     images = open_split(stores / "cub200", "train")
@@ -536,6 +598,16 @@ def test_a_store_at_a_uri_is_fetched_once_and_used(uri, sources, tmp_path, monke
     assert len(open_split(folder, "test").labels) == CLASSES * PER_CLASS
 
 
+def test_another_store_at_a_uri_is_neither_overwritten_nor_taken_for_the_old_one(uri, sources, tmp_path, monkeypatch):
+    arguments = ("imagenet_r", DATASETS["imagenet_r"], sources["imagenet_r"])
+    monkeypatch.setenv("INFLORA_DATA", str(tmp_path / "one"))
+    first = prepare_store(*arguments, Options(split_seed=0), uri, subset=True)
+    monkeypatch.setenv("INFLORA_DATA", str(tmp_path / "two"))
+    with pytest.raises(DataError, match="holds another store"):
+        prepare_store(*arguments, Options(split_seed=1), uri, subset=True)
+    assert read_manifest(ensure_store("imagenet_r", uri)) == read_manifest(first)
+
+
 def test_a_store_damaged_at_its_uri_is_not_taken(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("INFLORA_DATA", str(tmp_path / "here"))
     root = f"file://{tmp_path}/bucket"
@@ -543,7 +615,7 @@ def test_a_store_damaged_at_its_uri_is_not_taken(sources, tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "here")
     file = tmp_path / "bucket" / "cub200" / "train-00000.arrow"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(DataError, match="has changed since it was prepared"):
+    with pytest.raises(DataError, match=r"the store at .* is damaged: cub200/train.* has changed"):
         ensure_store("cub200", root)
     with pytest.raises(DataError, match="no dataset store digits in"):
         ensure_store("digits", root)

@@ -55,7 +55,7 @@ def prepare_store(
         ConfigError, DataError: As ``prepare`` and ``remote.upload``.
     """
     elsewhere = root if root is not None and remote.is_remote(root) else None
-    folder = remote.cached(elsewhere, name) if elsewhere else (Path(root) if root else default_root()) / name
+    folder = remote.prepared_here(elsewhere, name) if elsewhere else (Path(root) if root else default_root()) / name
     prepare(folder, name, dataset, source, options, shorter_side=shorter_side, subset=subset, on_progress=on_progress)
     if elsewhere:
         remote.upload(folder, elsewhere, name)

@@ -48,16 +48,17 @@ class TarTree:
     def __init__(self, path: Path, shown_as: Path) -> None:
         self._shown_as = shown_as
         self._file = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._file).st_size
         try:
             with tarfile.open(path, "r:") as tar:
                 members = [member for member in tar if member.isreg()]
+                end = tar.offset
         except (tarfile.TarError, EOFError, OSError) as error:
             raise DataError(f"{shown_as} is no tar file or a damaged one ({error}); download it again") from None
+        # tarfile takes whatever it cannot read for the end; a block of zeros is the end.
+        if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            last = members[-1].name if members else "its beginning"
+            raise DataError(f"{shown_as} is cut off or damaged within or after {last}; download it again")
         self._places = {_plain(member.name): (member.offset_data, member.size) for member in members}
-        last, place = max(self._places.items(), key=lambda item: item[1], default=("", (0, 0)))
-        if sum(place) + tarfile.BLOCKSIZE > size:  # a block of zeros ends a tar
-            raise DataError(f"{shown_as} is cut off within or after {last}; download it again")
         self.names = frozenset(self._places)
 
     def __del__(self) -> None:
@@ -65,7 +66,10 @@ class TarTree:
 
     def read(self, name: str) -> bytes:
         offset, size = self._places[name]
-        content = os.pread(self._file, size, offset)
+        try:
+            content = os.pread(self._file, size, offset)
+        except OSError as error:
+            raise DataError(f"cannot read {self._shown_as}: {error.strerror}") from None
         if len(content) < size:
             raise DataError(f"{self._shown_as} is cut off within {name}; download it again")
         return content
@@ -80,12 +84,13 @@ class ZipTree:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(f"{path} is no zip file or a damaged one ({error}); download it again") from None
-        self.names = frozenset(_plain(info.filename) for info in self._zip.infolist() if not info.is_dir())
+        self._members = {_plain(info.filename): info for info in self._zip.infolist() if not info.is_dir()}
+        self.names = frozenset(self._members)
 
     def read(self, name: str) -> bytes:
         try:
-            return self._zip.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            return self._zip.read(self._members[name])
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             raise DataError(f"{name} in {self._path} is damaged ({error}); download it again") from None
 
 
@@ -115,8 +120,7 @@ def open_tree(source: Path, scratch: Path) -> Opened:
     """
     if source.is_dir():
         tree = FolderTree(source)
-        listing = "\n".join(f"{name} {(source / name).stat().st_size}" for name in sorted(tree.names))
-        return Opened(tree, f"{source.name}/ listing sha256 {hashlib.sha256(listing.encode()).hexdigest()[:16]}")
+        return Opened(tree, folder_origin(source, tree))
     if not source.is_file():
         raise DataError(f"--source {source} does not exist; it must be a folder, .tar, .tar.gz, .tgz or .zip")
     if zipfile.is_zipfile(source):
@@ -135,9 +139,35 @@ def open_tree(source: Path, scratch: Path) -> Opened:
 
 
 def file_origin(path: Path) -> str:
-    """A source file's name with the hash of its content."""
-    with path.open("rb") as file:
-        return f"{path.name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    """A source file's name with the hash of its content.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return f"{path.name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def folder_origin(folder: Path, tree: Tree) -> str:
+    """A folder's name with the hash of its files' names and sizes."""
+    listing = "\n".join(f"{name} {(folder / name).stat().st_size}" for name in sorted(tree.names))
+    name = folder.resolve().name
+    return f"{name}/ listing sha256 {hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+
+
+def text(content: bytes, name: str) -> str:
+    """The content of a text file.
+
+    Raises:
+        DataError: It is no text.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{name} is not a text file: a wrong or damaged source") from None
 
 
 def below(tree: Tree, folder: str) -> dict[str, str]:

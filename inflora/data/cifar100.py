@@ -55,7 +55,8 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
 
 def _from_pickles(tree: Tree) -> tuple[tuple[str, ...], dict[Split, Arrays]]:
     meta = _unpickle(tree, "meta")
-    classes = tuple(name.decode() for name in _field(meta, b"fine_label_names", "meta"))
+    names_of_classes = _field(meta, b"fine_label_names", "meta")
+    classes = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names_of_classes)
     names: tuple[Split, ...] = ("train", "test")
     return classes, {name: _arrays(_unpickle(tree, name), name) for name in names}
 
@@ -63,7 +64,7 @@ def _from_pickles(tree: Tree) -> tuple[tuple[str, ...], dict[Split, Arrays]]:
 def _unpickle(tree: Tree, file: str) -> dict[bytes, Any]:
     try:
         content = _ArraysOnly(io.BytesIO(tree.read(find(tree, file))), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever a damaged pickle makes of itself
         raise DataError(f"{file} is not CIFAR-100's pickle or damaged ({error}); download the archive again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, expected CIFAR-100's dict: a wrong archive")
@@ -78,8 +79,10 @@ def _field(content: dict[bytes, Any], key: bytes, file: str) -> Any:
 
 def _arrays(content: dict[bytes, Any], file: str) -> Arrays:
     data, labels = np.asarray(_field(content, b"data", file)), np.asarray(_field(content, b"fine_labels", file))
-    if data.dtype != np.uint8 or data.shape != (len(labels), 3 * _SIDE * _SIDE):
-        raise DataError(f"{file} holds {data.dtype} data of shape {data.shape} for {len(labels)} labels: damaged")
+    if labels.dtype.kind not in "iu" or data.dtype != np.uint8 or data.shape != (len(labels), 3 * _SIDE * _SIDE):
+        raise DataError(
+            f"{file} holds {data.dtype} data of shape {data.shape} for {labels.size} {labels.dtype} labels: damaged"
+        )
     return Arrays(data.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels.astype(np.int64))
 
 

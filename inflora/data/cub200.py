@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from inflora.data.archives import Tree, below, find, open_tree
+from inflora.data.archives import Tree, below, find, open_tree, text
 from inflora.data.source import Entry, Files, Options, Source, read_list, readable
 from inflora.data.store import DataError
 
@@ -30,7 +30,9 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     images = below(tree, "images")
     if absent := [path for path in paths.values() if path not in images]:
         raise DataError(f"{len(absent)} images of images.txt are not in the archive: {absent[0]} ...")
-    if bad := [number for number in paths if not 1 <= int(labels[number]) <= len(classes)]:
+    if bad := [number for number in paths if is_train[number] not in ("0", "1")]:
+        raise DataError(f"train_test_split.txt says {is_train[bad[0]]!r} of image {bad[0]}, expected 0 or 1")
+    if bad := [number for number in paths if labels[number] not in map(str, classes)]:
         raise DataError(f"image_class_labels.txt puts image {bad[0]} into class {labels[bad[0]]} of {len(classes)}")
 
     def part(flag: str) -> Files:
@@ -43,7 +45,7 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
 
 def _table(tree: Tree, file: str) -> dict[str, str]:
     """A list of ``number value`` lines."""
-    lines = read_list(tree.read(find(tree, file)).decode(), file)
+    lines = read_list(text(tree.read(find(tree, file)), file), file)
     if bad := next((line for line in lines if len(line) != 2 or not line[0].isdigit()), None):
         raise DataError(f"{file}: expected lines of `number value`, got {' '.join(bad)!r}")
     return {line[0]: line[1] for line in lines}

@@ -2,12 +2,21 @@
 
 from pathlib import Path, PurePosixPath
 
-from inflora.data.archives import FolderTree, JoinedTree, Tree, ZipTree, file_origin
+from inflora.data.archives import FolderTree, JoinedTree, Tree, ZipTree, file_origin, folder_origin, text
 from inflora.data.source import Entry, Files, Options, Source, read_list, readable
 from inflora.data.store import DataError, Split
 
-DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 CLASSES = 345
+# Images of the official lists, training and test; clipart's are those that the six add up to 409,832 and 176,743 with.
+IMAGES = {
+    "clipart": (33_525, 14_604),
+    "infograph": (36_023, 15_582),
+    "painting": (50_416, 21_850),
+    "quickdraw": (120_750, 51_750),
+    "real": (120_906, 52_041),
+    "sketch": (48_212, 20_916),
+}
+DOMAINS = tuple(IMAGES)
 
 
 def read(source: Path, options: Options, scratch: Path) -> Source:
@@ -19,6 +28,8 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     domains = options.domains or DOMAINS
     if unknown := [name for name in domains if name not in DOMAINS]:
         raise DataError(f"--domains {', '.join(unknown)} unknown; known: {', '.join(DOMAINS)}")
+    if len(set(domains)) < len(domains):
+        raise DataError(f"--domains must name each domain once, got {', '.join(domains)}")
     if not source.is_dir():
         raise DataError(f"--source {source} must be the folder with DomainNet's zips and list files")
     trees, origins = zip(*(_open_domain(source, domain) for domain in domains), strict=True)
@@ -38,7 +49,9 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     if len(class_of) < len(classes):
         absent = next(label for label in range(len(classes)) if label not in class_of)
         raise DataError(f"no image of class {absent} is in the lists, but of class {max(class_of)}: a short list file")
-    return Source("; ".join(origins), classes, splits, domains, official={"classes": CLASSES})
+    train, test = (sum(IMAGES[domain][part] for domain in domains) for part in (0, 1))
+    official = {"classes": CLASSES, "train": train, "test": test}
+    return Source("; ".join(origins), classes, splits, domains, official, gaps=True)
 
 
 def _open_domain(source: Path, domain: str) -> tuple[Tree, str]:
@@ -47,7 +60,8 @@ def _open_domain(source: Path, domain: str) -> tuple[Tree, str]:
     if archive.is_file():
         return ZipTree(archive), f"{file_origin(archive)}, {lists}"
     if folder.is_dir():
-        return _Prefixed(FolderTree(folder), domain), f"{domain}/, {lists}"
+        tree = FolderTree(folder)
+        return _Prefixed(tree, domain), f"{folder_origin(folder, tree)}, {lists}"
     raise DataError(
         f"{source} holds neither {domain}.zip nor a folder {domain}; download it, or choose other --domains"
     )
@@ -62,9 +76,9 @@ def _list_file(source: Path, domain: str, split: str) -> Path:
 
 def _listed(source: Path, domain: str, split: Split) -> list[tuple[str, int]]:
     path = _list_file(source, domain, split)
-    lines = read_list(path.read_text(), str(path))
-    if bad := next((line for line in lines if len(line) != 2 or not line[1].isdigit()), None):
-        raise DataError(f"{path}: expected lines of `path label`, got {' '.join(bad)!r}")
+    lines = read_list(text(path.read_bytes(), str(path)), str(path))
+    if bad := next((line for line in lines if len(line) != 2 or not line[1].isdigit() or "/" not in line[0]), None):
+        raise DataError(f"{path}: expected lines of `domain/class/image label`, got {' '.join(bad)!r}")
     return [(name, int(label)) for name, label in lines]
 
 

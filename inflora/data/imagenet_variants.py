@@ -6,11 +6,12 @@ the InfLoRA authors' code does (``--split-seed``; here the same share of every c
 
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import yaml
 
-from inflora.data.archives import Tree, open_tree
+from inflora.data.archives import Tree, file_origin, open_tree, text
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
 from inflora.data.store import DataError
 
@@ -32,6 +33,8 @@ def read_a(source: Path, options: Options, scratch: Path) -> Source:
 
 def _read(source: Path, options: Options, scratch: Path, official: dict[str, int]) -> Source:
     tree, origin = open_tree(source, scratch)
+    if any("train" in PurePosixPath(name).parts[:-2] for name in tree.names):
+        raise DataError(f"{source.name} is split into train/ and test/ already; prepare it with --format image_folder")
     in_folders = {"/".join(PurePosixPath(name).parts[-2:]): name for name in tree.names}
     classes, images = images_in_class_folders(
         {path: name for path, name in in_folders.items() if _WORDNET_ID.match(path.split("/")[0])}
@@ -42,7 +45,7 @@ def _read(source: Path, options: Options, scratch: Path, official: dict[str, int
         if missing := sorted(listed - images.keys()):
             raise DataError(f"{options.test_list} names {len(missing)} files that are not there: {missing[0]} ...")
         is_test = [path in listed for path in paths]
-        origin += f", test images by {options.test_list.name}"
+        origin += f", test images by {file_origin(options.test_list)}"
     else:
         labels = np.array([path.split("/")[0] for path in paths])
         is_test = seeded_split(labels, TEST_SHARE, options.split_seed).tolist()
@@ -52,22 +55,26 @@ def _read(source: Path, options: Options, scratch: Path, official: dict[str, int
         chosen = {path: images[path] for path, yes in zip(paths, is_test, strict=True) if yes == test}
         return Files(tree, labelled(classes, chosen))
 
+    if options.test_list is not None:  # which and how many test images is the list's to say
+        official = {"classes": official["classes"]}
     return Source(origin, _class_names(tree, classes), {"train": part(False), "test": part(True)}, official=official)
 
 
 def _listed(path: Path) -> set[str]:
     """``class/file`` of every image in a list: a path per line, or YAML whose ``data`` is a list of paths."""
     try:
-        content = path.read_text()
+        content = text(path.read_bytes(), str(path))
+        loaded: Any = yaml.safe_load(content) if path.suffix in (".yaml", ".yml") else None
     except OSError as error:
         raise DataError(f"cannot read --test-list {path}: {error.strerror}") from None
-    if path.suffix in (".yaml", ".yml"):
-        loaded = yaml.safe_load(content)
-        names = loaded.get("data") if isinstance(loaded, dict) else None
-        if not names:
-            raise DataError(f"--test-list {path} has no list `data` of file names")
-    else:
+    except yaml.YAMLError as error:
+        raise DataError(f"--test-list {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    if loaded is None:
         names = [line[0] for line in read_list(content, str(path))]
+    else:
+        names = loaded.get("data", []) if isinstance(loaded, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise DataError(f"--test-list {path} has no list `data` of file names")
     return {"/".join(PurePosixPath(name).parts[-2:]) for name in names}
 
 

@@ -67,9 +67,19 @@ class RawPixels:
         return torch.tensor(self.tensor.shape[1:3]).expand(len(rows), 2)
 
     def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
+        if self.tensor.device == device and device.type != "cpu":
+            return lambda: crop_and_resize(self.tensor[rows.to(device)], crops.to(device), side)
+
+        def on_the_host() -> Tensor:
+            pixels = self.tensor[rows]
+            return crop_and_resize(pixels, crops, side) if device.type == "cpu" else pixels.pin_memory()
+
+        made = _pool().submit(on_the_host)
+
         def finish() -> Tensor:
-            pixels = self.tensor[rows.to(self.tensor.device)].to(device)
-            return crop_and_resize(pixels, crops.to(device), side)
+            if device.type == "cpu":
+                return made.result()
+            return crop_and_resize(made.result().to(device, non_blocking=True), crops.to(device), side)
 
         return finish
 
@@ -105,6 +115,8 @@ class FilePixels:
         views = [_pool().submit(self._view, row, box, flip > 0, crops.cut, side) for row, box, flip in chosen]
 
         def finish() -> Tensor:
+            if not views:  # a worker's share of a small last batch
+                return torch.zeros(0, 3, side, side, device=device)
             pixels = torch.from_numpy(np.stack([view.result() for view in views]))
             if device.type == "cuda":
                 pixels = pixels.pin_memory()
@@ -139,3 +151,6 @@ class FilePixels:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="inflora-images")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay with the parent

@@ -2,8 +2,8 @@
 
 import hashlib
 import io
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
+from pydantic import ValidationError
 
 from inflora.data.source import Arrays, Dataset, Files, Options, Source
 from inflora.data.store import (
@@ -68,10 +69,12 @@ def prepare(
     Raises:
         DataError: What the source holds is not the dataset, or damaged; or another store is in the way.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise DataError(f"a store's name is made of letters, digits, '_', '.' and '-', got {name!r}")
     partial = folder.parent / f".{folder.name}.partial"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial.with_suffix(".lock"), timeout=_WAIT_S):
+        with FileLock(lock_of(folder), timeout=_WAIT_S):
             partial.mkdir(exist_ok=True)
             try:
                 return _prepare(folder, name, dataset, source, options, shorter_side, subset, partial, on_progress)
@@ -87,6 +90,11 @@ def prepare(
         ) from None
 
 
+def lock_of(folder: Path) -> Path:
+    """What whoever makes the store ``folder`` holds meanwhile."""
+    return folder.parent / f".{folder.name}.lock"
+
+
 def _prepare(
     folder: Path,
     name: str,
@@ -99,11 +107,13 @@ def _prepare(
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
     content = dataset.read(source, options, partial)
-    _check(content, name, subset=subset)
+    whole = _check(content, name, subset=subset)
     form = _form(content, shorter_side)
     origin = content.origin + (f", shrunk to a shorter side of {shorter_side}" if form == "decoded" else "")
-    if folder.exists():
+    if (folder / "manifest.json").exists():
         return _verified(folder, name, origin)
+    if folder.exists():
+        raise DataError(f"{folder} exists and is no store; remove it or choose another --root")
     _forget_other_plans(partial, content, origin)
     manifest = Manifest(
         dataset=name,
@@ -112,6 +122,7 @@ def _prepare(
         domains=list(content.domains),
         form=form,
         channels=_channels(content),
+        whole=whole,
         splits={
             split: SplitManifest(
                 per_class=_per_class(images, len(content.classes)),
@@ -129,17 +140,22 @@ def _prepare(
     return manifest
 
 
-def _check(source: Source, name: str, *, subset: bool) -> None:
-    """Raise DataError unless every class has images in each split, as many as officially where that is known."""
+def _check(source: Source, name: str, *, subset: bool) -> bool:
+    """Whether the source is known to be the whole official dataset.
+
+    Raises:
+        DataError: A class has no images in a split, or (without ``subset``) the numbers are not the official ones.
+    """
     for split, images in source.splits.items():
         counts = _per_class(images, len(source.classes))
-        if 0 in counts:
+        if 0 in counts and not source.gaps:
             raise DataError(f"class {source.classes[counts.index(0)]!r} has no {split} images: an incomplete source")
     found = {"classes": len(source.classes)} | {split: _count(images) for split, images in source.splits.items()}
     wrong = {what: expected for what, expected in source.official.items() if found[what] != expected}
     if wrong and not subset:
         shown = ", ".join(f"{found[what]} {what} (expected {expected})" for what, expected in wrong.items())
         raise DataError(f"{name} is not the whole dataset: {shown}; --subset accepts what is there")
+    return bool(source.official) and not wrong
 
 
 def _verified(folder: Path, name: str, origin: str) -> Manifest:
@@ -178,13 +194,21 @@ def _shards(
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for number, first in enumerate(range(0, total, size)):
             path = partial / f"{split}-{number:05}.arrow"
-            note = path.with_suffix(".json")  # written last: a shard without it is done again
-            if not note.exists():
-                rows = _rows(images, slice(first, first + size), shorter_side, pool)
-                shard = write_shard(path, rows, form)
+            note = path.with_suffix(".json")  # written last: a shard without a whole one is done again
+            shard = _read_note(note)
+            if shard is None:
+                shard = write_shard(path, _rows(images, slice(first, first + size), shorter_side, pool), form)
                 note.write_text(shard.model_dump_json())
-            yield Shard(**json.loads(note.read_text()))
+            yield shard
             on_progress(Progress(split, min(first + size, total), total))
+
+
+def _read_note(path: Path) -> Shard | None:
+    """What is known of a shard that an interrupted preparation has finished; None if it has not."""
+    try:
+        return Shard.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _rows(images: Arrays | Files, chosen: slice, shorter_side: int | None, pool: ThreadPoolExecutor) -> Rows:
@@ -213,7 +237,7 @@ def _loaded(content: bytes, name: str, shorter_side: int | None) -> tuple[bytes 
         with Image.open(io.BytesIO(content)) as file:
             size, image = (file.height, file.width), file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise DataError(f"image {name} is damaged ({error}); replace it in the source and start again") from None
+        raise DataError(f"image {name} is damaged or too large ({error}); replace it in the source") from None
     if shorter_side is None:
         return content, size
     share = shorter_side / min(image.size)

@@ -9,6 +9,7 @@ from filelock import FileLock
 from pyarrow import fs
 
 from inflora.config import ConfigError
+from inflora.data.preparation import lock_of
 from inflora.data.store import DataError, default_root, read_manifest, verify_split
 
 
@@ -17,52 +18,85 @@ def is_remote(root: str) -> bool:
     return "://" in root
 
 
-def cached(root: str, dataset: str) -> Path:
-    """Where this machine keeps its copy of a remote store."""
+def prepared_here(root: str, dataset: str) -> Path:
+    """Where this machine prepares a store before it goes to ``root``."""
     return default_root() / "remote" / hashlib.sha256(root.encode()).hexdigest()[:12] / dataset
 
 
 def fetch(root: str, dataset: str) -> Path:
-    """The local copy of a remote store, made now if it is not there; one process copies, the others wait.
+    """This machine's copy of a remote store, made now if it has none; one process copies, the others wait.
+
+    A copy is known by the remote manifest: where the store at ``root`` has changed, it is fetched anew.
 
     Raises:
         ConfigError: A URI that names no file system that is known here.
         DataError: There is no such store, it cannot be read, or it was damaged on the way.
     """
-    folder = cached(root, dataset)
+    system, path = _resolve(root)
+    manifest = _manifest_at(system, f"{path}/{dataset}", root)
+    if manifest is None:
+        raise DataError(f"no dataset store {dataset} in {root}")
+    prepared = prepared_here(root, dataset)
+    if _manifest_in(prepared) == manifest:
+        return prepared
+    folder = prepared.with_name(f"{dataset}-{hashlib.sha256(manifest).hexdigest()[:12]}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(lock_of(folder)):
         if not folder.exists():
-            system, path = _resolve(root)
-            staging = folder.with_suffix(".partial")
+            staging = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
             try:
-                if system.get_file_info(f"{path}/{dataset}/manifest.json").type != fs.FileType.File:
-                    raise DataError(f"no dataset store {dataset} in {root}")
-                staging.mkdir()
                 fs.copy_files(f"{path}/{dataset}", str(staging), source_filesystem=system)
+                for split in read_manifest(staging).splits:
+                    verify_split(staging, split)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"cannot fetch {root}/{dataset}: {' '.join(str(error).split())[:200]}") from None
-            for split in read_manifest(staging).splits:
-                verify_split(staging, split)
+                raise DataError(f"cannot fetch {root}/{dataset}: {_brief(error)}") from None
+            except DataError as error:
+                reason = str(error).replace(str(staging), dataset).split(";")[0]
+                raise DataError(f"the store at {root} is damaged: {reason}; prepare it there again") from None
             staging.rename(folder)
     return folder
 
 
 def upload(folder: Path, root: str, dataset: str) -> None:
-    """Copy a local store to object storage; the manifest last, so that half a store is none.
+    """Copy a local store to object storage, unless it is there; the manifest last, so that half a store is none.
 
     Raises:
-        ConfigError, DataError: As ``fetch``.
+        ConfigError, DataError: As ``fetch``; or another store is there.
     """
     system, path = _resolve(root)
+    there = _manifest_at(system, f"{path}/{dataset}", root)
+    if there == _manifest_in(folder):
+        return
+    if there is not None:
+        raise DataError(f"{root}/{dataset} holds another store; remove it or choose another --root")
     files = sorted(folder.iterdir(), key=lambda file: file.name == "manifest.json")
     try:
         system.create_dir(f"{path}/{dataset}")
         for file in files:
             fs.copy_files(str(file), f"{path}/{dataset}/{file.name}", destination_filesystem=system)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot upload to {root}/{dataset}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"cannot upload to {root}/{dataset}: {_brief(error)}") from None
+
+
+def _manifest_at(system: fs.FileSystem, folder: str, root: str) -> bytes | None:
+    try:
+        if system.get_file_info(f"{folder}/manifest.json").type != fs.FileType.File:
+            return None
+        with system.open_input_stream(f"{folder}/manifest.json") as stream:
+            return stream.read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {root}: {_brief(error)}") from None
+
+
+def _manifest_in(folder: Path) -> bytes | None:
+    path = folder / "manifest.json"
+    return path.read_bytes() if path.exists() else None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _resolve(root: str) -> tuple[fs.FileSystem, str]:

@@ -39,7 +39,8 @@ class Source(NamedTuple):
     """A dataset as its authors give it away.
 
     ``origin`` says what it was read from (names and hashes); ``official`` how many "classes", "train" and "test" images
-    the whole dataset has, as far as that is known.
+    the whole dataset has, as far as that is known. ``gaps``: a class may have no images in a split (DomainNet's
+    paintings show no t-shirt to train on).
     """
 
     origin: str
@@ -47,6 +48,7 @@ class Source(NamedTuple):
     splits: Mapping[Split, Arrays | Files]
     domains: tuple[str, ...] = ()
     official: Mapping[str, int] = {}
+    gaps: bool = False
 
 
 class Options(NamedTuple):

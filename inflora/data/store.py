@@ -56,6 +56,11 @@ class SplitManifest(BaseModel):
         """How many images the split has."""
         return sum(shard.images for shard in self.shards)
 
+    @property
+    def content_hash(self) -> str:
+        """Identity of the split's images and labels."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+
 
 class Manifest(BaseModel):
     """What a store holds; written last, so a folder without it is not a store."""
@@ -69,13 +74,14 @@ class Manifest(BaseModel):
     domains: list[str]
     form: Form
     channels: int
+    whole: bool = False  # as many classes and images as the dataset officially has
     splits: dict[Split, SplitManifest]
 
     @property
     def content_hash(self) -> str:
         """Identity of the images and labels, whatever the store is called and wherever it lies."""
-        shards = [shard.sha256 for split in sorted(self.splits) for shard in self.splits[split].shards]
-        return hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
+        splits = [self.splits[split].content_hash for split in sorted(self.splits)]
+        return hashlib.sha256("".join(splits).encode()).hexdigest()[:16]
 
 
 class _Format(BaseModel):

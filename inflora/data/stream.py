@@ -166,15 +166,12 @@ def class_order(classes: int, seed: int | None) -> tuple[int, ...]:
 def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows for training and rows held out: ``fraction`` of every class, at least one of each kind.
 
-    Raises:
-        ConfigError: A class has fewer than two images.
+    The only image of a class is for training.
     """
     generator = torch.Generator().manual_seed(seed)
     train, held_out = [], []
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
-        if len(rows) < 2:
-            raise ConfigError(f"class {label} has {len(rows)} training image; a validation split needs two")
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         held_out.append(shuffled[:count])

@@ -30,8 +30,7 @@ class PromptMethod(Method[S]):
 
     def loss(self, model: ContinualModel, batch: Batch, task: Task) -> Tensor:
         """Cross-entropy over the current task's classes, plus what the prompts add."""
-        assert model.prompts is not None
-        features, penalty = model.prompts(model.backbone, batch.images, task.index)
+        features, penalty = model.prompted(batch.images, task.index)
         return task_loss(model, features, batch, task) + penalty
 
 

@@ -21,7 +21,8 @@ _BACKBONE = BackboneSettings(
 
 def in_small(sweep: Sweep, root: Path) -> Sweep:
     """The sweep with the same space over a run of seconds, on the dataset's sample store below ``root``."""
-    settings = {"data.root": str(root), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
+    sample = root / f"{sweep.base.data.dataset}-{sweep.base.data.task_count}"
+    settings = {"data.root": str(sample), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
     base = override(sweep.base, {**settings, "device": "cpu"}).model_copy(update={"backbone": _BACKBONE})
     changes = {
         "name": f"{sweep.name}-smoke",
@@ -33,11 +34,14 @@ def in_small(sweep: Sweep, root: Path) -> Sweep:
     return sweep.model_copy(update=changes)
 
 
-def prepare_sample(sweep: Sweep, folder: Path, root: Path) -> None:
-    """Write a tiny distribution of the sweep's dataset into ``folder`` and prepare its store below ``root``."""
+def prepare_sample(sweep: Sweep) -> None:
+    """Write a tiny distribution of the dataset of a sweep ``in_small`` and prepare the store that the sweep reads."""
     data = sweep.base.data
+    assert data.root is not None
+    root = Path(data.root)
     if data.dataset not in SAMPLES or (root / data.dataset).exists():
         return
+    folder = root / "source"
     folder.mkdir(parents=True, exist_ok=True)
     source = SAMPLES[data.dataset](folder, _CLASSES_PER_TASK * data.task_count, _IMAGES_PER_CLASS)
-    prepare_store(data.dataset, DATASETS[data.dataset], source, Options(), str(root), subset=True)
+    prepare_store(data.dataset, DATASETS[data.dataset], source, Options(), data.root, subset=True)

@@ -118,24 +118,7 @@ def test_a_killed_worker_goes_on_from_its_last_task(recipe):
     assert_every_finished_trial_is_undisturbed(recipe.sweep, records)
 
 
-def test_a_stopped_trial_frees_its_workers_at_once(tiny_sweep, local_cluster, tmp_path):
-    local_cluster(num_cpus=1)  # room for one worker: the next trial starts only when the stopped one's is gone
-    learns, cannot_learn = PAPER | {"optim.lr": 5e-3}, PAPER | {"optim.lr": 1e-12}
-    sweep = tiny_sweep.model_copy(
-        update={
-            "base": tiny_sweep.config({"backbone": {"name": "glyph_vit"}, "optim.epochs": 2}),
-            "space": tiny_sweep.space | {"optim.lr": Real(low=1e-12, high=1e-2, log=True)},
-            "first": (learns, cannot_learn, learns | {"method.rank": 4}),
-            "trials": 3,
-        }
-    )
-    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
-    assert records[1].outcome is Outcome.PRUNED
-    assert records[2].reports, "the trial after the stopped one got the worker's place"
-    assert records[2].start_ms >= records[1].end_ms
-    assert_mlflow_agrees(tmp_path, records)
-
-
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(tiny_sweep, local_cluster, tmp_path):
     local_cluster(num_cpus=2)
     sweep = tiny_sweep.model_copy(update={"trials": 1, "resources": Resources(workers=2)})
@@ -206,6 +189,7 @@ def test_another_base_does_not_take_over_a_sweeps_folder(tiny_sweep, tmp_path):
     assert read_sweep(tmp_path) == tiny_sweep
 
 
+@pytest.mark.slow
 def test_nothing_learns_on_when_the_driver_is_killed(recipe):
     driver = recipe.start("--num-trials", "1", "optim.epochs=50")
     recipe.wait_for("starts", driver)

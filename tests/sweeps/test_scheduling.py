@@ -95,6 +95,7 @@ def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp
     assert 2 <= at_once <= 4
 
 
+@pytest.mark.slow
 def test_a_sweep_waits_for_a_node_that_is_still_to_come(nodes, tiny_sweep, tmp_path, capsys):
     address = nodes(1)
     start = f"sleep 15; exec {Path(sys.executable).with_name('ray')} start --address={address} --num-cpus=1 --block"
@@ -110,6 +111,7 @@ def test_a_sweep_waits_for_a_node_that_is_still_to_come(nodes, tiny_sweep, tmp_p
     assert "waiting for nodes: a trial needs 1 workers of 1 CPUs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path):
     nodes(1, {"num_cpus": 1})
     sweep, cluster = tiny_sweep.model_copy(update={"trials": 1}), Cluster(shared=f"{bucket}/sweeps")

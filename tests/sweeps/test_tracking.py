@@ -261,6 +261,7 @@ class Postgres:
 
 @pytest.mark.cluster
 @pytest.mark.skipif(not (shutil.which("initdb") and shutil.which("postgres")), reason="no PostgreSQL on the path")
+@pytest.mark.slow
 def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_path):
     pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
     database = Postgres()
