@@ -79,7 +79,7 @@ def train(
     metrics = state.metrics(state.tasks_done)
     for name, value in metrics.items():
         if not name.startswith(("memory/", "drift/task")):  # many: they are in result.json
-            print(f"{name:20} {value:,.0f}" if name.startswith("params/") else f"{name:20} {value:.4f}")
+            print(f"{name:20} {value:,.0f}" if name.startswith(("params/", "precision/")) else f"{name:20} {value:.4f}")
     print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
     if preset:
         for line in beside_published(preset, config, evaluate_on, metrics):

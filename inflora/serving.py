@@ -82,7 +82,7 @@ class Prompted(nn.Module):
 
 
 def load(path: str | PathLike[str]) -> nn.Module:
-    """The model that a run's folder (``config.yaml`` and ``state/``) holds, on the CPU, in eval mode.
+    """The model that a run's folder (``config.yaml`` and ``state/``) holds: on the CPU, in float32, in eval mode.
 
     A plain timm ``VisionTransformer``: adapters merged, the tasks' classifiers concatenated into its head. Only a
     prompt method's model is a module of our own around one. Either gives logits (B x outputs) and has

@@ -19,7 +19,6 @@ from rich.table import Table
 from inflora.cli import one_line_errors
 from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
 from inflora.data.stream import EvaluateOn
-from inflora.metrics import metrics_after
 from inflora.runs import train_into
 from inflora.state import write_atomically
 from sweeps.engine.budget import progress
@@ -152,7 +151,7 @@ def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
     exported, out = folder / "best.yaml", folder / "trained"
     write_atomically(exported, dump_config(export_config(sweep, best, len(records), None)).encode())
     state = train_into(out, load_config(exported), "test", resume=(out / "state").exists())
-    print(f"trained with {exported}: {metrics_after(state.evaluations, state.tasks)['acc/final']:.4f} on test images")
+    print(f"trained with {exported}: {state.metrics(state.tasks)['acc/final']:.4f} on test images")
 
 
 def quiet_libraries() -> None:

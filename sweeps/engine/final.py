@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Run
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, override
 from inflora.continual import check, identity
 from inflora.data.stream import EvaluateOn
-from inflora.metrics import accuracy_row, metrics_after
+from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
 from inflora.state import RunState, load_state, write_atomically
 from sweeps.engine import plots
@@ -132,7 +132,7 @@ def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
 
 
 def _final_metrics(state: RunState) -> dict[str, float]:
-    return metrics_after(state.evaluations, state.tasks)
+    return state.metrics(state.tasks)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -168,8 +168,7 @@ def _curves(runs: Sequence[FinalRun]) -> Any:
     for run in runs:
         state = load_state(run.folder / "state")
         if state.tasks > 1:
-            curve = [metrics_after(state.evaluations[: i + 1], state.tasks)["acc/seen"] for i in range(state.tasks)]
-            curves.setdefault(run.label, []).append(curve)
+            curves.setdefault(run.label, []).append([seen(evaluation) for evaluation in state.evaluations])
     return plots.accuracy_curves(curves, "test accuracy on all classes seen (%)")
 
 
@@ -220,15 +219,17 @@ def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
     """Everything about a finished run; doing it again after a broken connection changes nothing."""
     state = load_state(run.folder / "state")
     finished_ms = int((run.folder / "result.json").stat().st_mtime * 1000)
-    matrix, curve, logged = [], [], []
-    for done in range(1, state.tasks + 1):
-        metrics = metrics_after(state.evaluations[:done], state.tasks)
-        matrix.append(accuracy_row(state.evaluations[done - 1]))
-        curve.append(metrics["acc/seen"])
-        logged += task_metrics(done, metrics, matrix[-1], finished_ms)
+    matrix, metrics = accuracy_matrix(state.evaluations), [state.metrics(done + 1) for done in range(state.tasks)]
+    logged = [
+        metric
+        for done, (row, known) in enumerate(zip(matrix, metrics, strict=True), 1)
+        for metric in task_metrics(done, known, row, finished_ms)
+    ]
     log_all(client, run_id, logged, params_of(run.config))
-    log_accuracy(client, run_id, matrix, curve)
-    log_pictures(client, run_id, matrix, curve)
+    log_accuracy(client, run_id, matrix, [known["acc/seen"] for known in metrics])
+    log_pictures(client, run_id, matrix, metrics)
     client.log_text(run_id, dump_config(run.config), "model/config.yaml")
-    client.log_artifacts(run_id, str(run.folder / "state"), "model/state")
+    for part in ("state", "adapters"):
+        if (run.folder / part).exists():  # not every method leaves adapters
+            client.log_artifacts(run_id, str(run.folder / part), f"model/{part}")
     client.set_terminated(run_id, "FINISHED")

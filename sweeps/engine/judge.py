@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from inflora.config import ConfigError, RunConfig
-from inflora.metrics import accuracy_matrix, metrics_after
+from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, load_state, write_atomically
 from sweeps.engine.final import FinalRun
 from sweeps.engine.records import TrialRecord, ranking
@@ -113,7 +113,7 @@ def score(state: RunState, objective: str) -> float:
     """A finished run's objective."""
     matrix = accuracy_matrix(state.evaluations)
     current = sum(row[-1] for row in matrix) / len(matrix)
-    return {**metrics_after(state.evaluations, state.tasks), "acc/current": current}[objective]
+    return {**state.metrics(state.tasks), "acc/current": current}[objective]
 
 
 def write_judgement(

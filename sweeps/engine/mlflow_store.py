@@ -145,8 +145,18 @@ def log_accuracy(client: MlflowClient, run_id: str, matrix: Sequence[Sequence[fl
     client.log_text(run_id, json.dumps({"accuracy_matrix": matrix, "acc/seen": curve}), "accuracy.json")
 
 
-def log_pictures(client: MlflowClient, run_id: str, matrix: Sequence[Sequence[float]], curve: Sequence[float]) -> None:
-    """The same as pictures: for runs that are few, drawing takes longer than all else that is logged."""
+def log_pictures(
+    client: MlflowClient, run_id: str, matrix: Sequence[Sequence[float]], metrics: Sequence[Mapping[str, float]]
+) -> None:
+    """A run's accuracy and, from each task's metrics, what is known of its inside, as pictures.
+
+    For runs that are few: drawing takes longer than all else that is logged.
+    """
+    curve = [known["acc/seen"] for known in metrics]
     client.log_figure(run_id, plots.accuracy_matrix(matrix), "accuracy_matrix.png")
     figure = plots.accuracy_curves({"all classes seen": [curve]}, "accuracy (%)")
     client.log_figure(run_id, figure, "accuracy_curve.png")
+    for name, draw in {"memory": plots.memory, "drift": plots.drift}.items():
+        picture = draw(metrics)
+        if picture is not None:
+            client.log_figure(run_id, picture, f"{name}.png")

@@ -88,8 +88,10 @@ def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept)
     assert {r.info.status for r in runs} == {"FINISHED"}
     inflora = [r.data.metrics["acc/final"] for r in children if r.data.params["method.name"] == "inflora"]
     assert parent.data.metrics["inflora/acc/final_mean"] == pytest.approx(sum(inflora) / 2)
-    model = {a.path for a in client.list_artifacts(children[0].info.run_id, "model")}
-    assert model == {"model/config.yaml", "model/state"}
+    for child in children:
+        model = {a.path for a in client.list_artifacts(child.info.run_id, "model")}
+        learnt = {"model/adapters"} if child.data.params["method.name"] == "inflora" else set()
+        assert model == {"model/config.yaml", "model/state"} | learnt
 
     before = {path: path.stat().st_mtime_ns for path in (swept.folder / "results/final").rglob("tensors-*")}
     ok(swept(line))
