@@ -4,7 +4,8 @@ python sweeps/digits.py                             InfLoRA
 python sweeps/digits.py --sweep digits-aligned      InfLoRA with classifier alignment after each task
 python sweeps/digits.py --sweep digits-sequential   a baseline, with the same number of trials
 
-Best so far: rank 92, energy 0.9926, lr 4.5e-4; 78.7 ± 1.3 % final accuracy on the test images (seeds 0, 1, 2).
+Best so far, final accuracy on the test images (seeds 0, 1, 2):
+aligned: rank 69, energy 0.9997, lr 6.2e-4: 92.7 ± 1.2 %;  plain: rank 92, energy 0.9926, lr 4.5e-4: 78.7 ± 1.3 %.
 """
 
 from inflora.config import (
