@@ -23,7 +23,7 @@ unit: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -m "not cluster and not e2e and not hosts" -n auto --dist loadfile
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
-	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow"
+	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" --durations=20
 
 slow: $(READY)  ## what would make `test` longer than half an hour
 	$(BIN)/python -m pytest -m slow
