@@ -101,6 +101,7 @@ def test_a_killed_driver_started_again_goes_on_where_it_was(recipe):
     assert recipe.records() == records, "a third start finds nothing to do"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_goes_on_from_its_last_task(recipe):
     driver = recipe.start("--num-trials", "1", "optim.epochs=6")
     recipe.sweep = recipe.sweep.model_copy(update={"base": recipe.sweep.config({"optim.epochs": 6})})
@@ -128,6 +129,7 @@ def test_two_workers_learn_what_one_does(tiny_sweep, local_cluster, tmp_path):
         assert ours == pytest.approx(alone, abs=0.05)  # an image or two may fall on the other side by rounding
 
 
+@pytest.mark.slow
 def test_gpus_in_name_only_are_shared_in_fractions_and_nothing_asks_for_nccl(tiny_sweep, local_cluster, tmp_path):
     local_cluster(num_cpus=2, num_gpus=1)
     resources = Resources(gpus_per_worker=0.5)

@@ -147,6 +147,7 @@ class Metadata(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_spot_machine_that_is_taken_back_is_drained(nodes):
     nodes(1, {"num_cpus": 1})
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
