@@ -30,12 +30,12 @@ from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import describe
-from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
+from sweeps.engine.records import Outcome, TrialRecord, best_first, best_record, ranking
 from sweeps.engine.report import page
 from sweeps.engine.runner import Cluster, connect, run_sweep, say_to_stdout, trials_at_a_time
-from sweeps.engine.shared import SharedFolder
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.storage import SharedFolder
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -205,7 +205,7 @@ def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int]
     table = Table(title=f"{sweep.name}: {len(records)} trials, judged on validation images")
     for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds"):
         table.add_column(column, justify="left" if column == "outcome" else "right")
-    for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
+    for record in best_first(records):
         values = [_short(record.settings.get(path, "")) for path in sweep.space]
         objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)
         seconds = sum(report.seconds for report in record.reports)

@@ -210,7 +210,7 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
 
 def _create_run(client: MlflowClient, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> Run:
     commit = git_commit()
-    tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": "test"}
+    tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": run.evaluate_on}
     tags |= {"mlflow.source.git.commit": commit} if commit else {}
     return client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
 

@@ -25,8 +25,8 @@ from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.storage import SharedFolder, fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
 
@@ -44,7 +44,6 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
 }
-
 
 DRIVER = "trial_driver"
 """The custom resource by which a cluster's head says how many trials it drives at a time."""

@@ -9,8 +9,8 @@ from sweeps.engine.checkpoints import TRIALS, Housekeeping
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import trial_name
-from sweeps.engine.shared import SharedFolder
 from sweeps.engine.spec import Sweep
+from sweeps.engine.storage import SharedFolder
 
 from .conftest import learn_all, report
 

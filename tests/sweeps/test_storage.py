@@ -5,7 +5,7 @@ import pytest
 from inflora.config import ConfigError
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.nodes import code_version, require_code
-from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
+from sweeps.engine.storage import SharedFolder, fetch_database, keep_database
 
 from .conftest import learn_all
 
