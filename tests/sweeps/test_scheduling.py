@@ -13,9 +13,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
+from sweeps.engine.cluster import Cluster
 from sweeps.engine.ledger import STUDY_FILE
 from sweeps.engine.records import Outcome
-from sweeps.engine.runner import Cluster, run_sweep
+from sweeps.engine.runner import run_sweep
 from sweeps.engine.spec import Real, Resources
 
 from .conftest import PAPER
