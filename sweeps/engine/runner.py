@@ -179,7 +179,8 @@ def fit(
 
     ``shared`` is the folder of what trials have in common.
     """
-    shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
+    console = Console()
+    shown = LiveTable(ledger) if console.is_terminal else ProgressLines(ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -197,7 +198,7 @@ def fit(
             verbose=0,
         ),
     )
-    with warnings.catch_warnings(), shown.shown():
+    with warnings.catch_warnings(), shown.shown(console):
         warnings.simplefilter("ignore")
         tuner.fit()
 
