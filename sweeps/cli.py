@@ -21,6 +21,7 @@ from inflora.config import ConfigError, RunConfig, dump_config, explain, load_co
 from inflora.data.stream import EvaluateOn
 from inflora.runs import train_into
 from inflora.state import write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine.budget import progress
 from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
@@ -33,7 +34,6 @@ from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.report import page
 from sweeps.engine.runner import Cluster, connect, run_sweep, say_to_stdout, trials_at_a_time
-from sweeps.engine.shared import SharedFolder
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 

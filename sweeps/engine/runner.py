@@ -18,6 +18,7 @@ from rich.console import Console
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
@@ -25,8 +26,8 @@ from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.shared import SharedFolder, fetch_database, keep_database
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.storage import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
 
@@ -250,7 +251,7 @@ def _run_trials(
     sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
 ) -> None:
     resources, trials = sweep.resources, f"{place.address}/{TRIALS}"
-    shared = f"{place.address}/{SHARED}" if sweep.share and place.is_local else None
+    shared = f"{place.address}/{SHARED}" if sweep.share else None
     housekeeping = Housekeeping(ledger, place)
     callbacks: list[tune.Callback] = [housekeeping]
     callbacks += [] if place.address == str(folder) else [StudyKeeper(folder, place)]
@@ -282,7 +283,7 @@ def fit(
 ) -> None:
     """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side.
 
-    ``shared`` is the folder of what trials have in common.
+    ``shared`` is the address of what trials have in common.
     """
     shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
     tuner = tune.Tuner(
