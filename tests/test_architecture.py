@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
-    1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.presets"),
+    1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.storage", "inflora.presets"),
     2: ("inflora.backbone", "inflora.model", "inflora.shared", "inflora.adapters"),
     3: ("inflora.methods",),
     4: ("inflora.training", "inflora.drift"),
@@ -25,7 +25,7 @@ FLOORS = {
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
-        "sweeps.engine.storage",
+        "sweeps.engine.study_backup",
     ),
     9: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
     10: ("sweeps.engine.spec",),

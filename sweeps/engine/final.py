@@ -23,6 +23,7 @@ from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
 from inflora.state import RunState, load_state, write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine import plots
 from sweeps.engine.cluster import connect, trials_at_a_time
 from sweeps.engine.mlflow_store import (
@@ -40,7 +41,6 @@ from sweeps.engine.mlflow_store import (
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import now_ms
 from sweeps.engine.spec import Resources
-from sweeps.engine.storage import SharedFolder
 
 REPORTED = {
     "acc/final": "accuracy over all test images after the last task",

@@ -16,6 +16,7 @@ from rich.console import Console
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.ledger import STUDY_FILE, Ledger
@@ -25,7 +26,7 @@ from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
-from sweeps.engine.storage import SharedFolder, fetch_database, keep_database
+from sweeps.engine.study_backup import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
 
@@ -145,7 +146,7 @@ def _run_trials(
     sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
 ) -> None:
     resources, trials = sweep.resources, f"{place.address}/{TRIALS}"
-    shared = f"{place.address}/{SHARED}" if sweep.share and place.is_local else None
+    shared = f"{place.address}/{SHARED}" if sweep.share else None
     housekeeping = Housekeeping(ledger, place)
     callbacks: list[tune.Callback] = [housekeeping]
     callbacks += [] if place.address == str(folder) else [StudyKeeper(folder, place)]
@@ -177,7 +178,7 @@ def fit(
 ) -> None:
     """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side.
 
-    ``shared`` is the folder of what trials have in common.
+    ``shared`` is the address of what trials have in common.
     """
     console = Console()
     shown = LiveTable(ledger) if console.is_terminal else ProgressLines(ledger, say)
