@@ -27,7 +27,7 @@ def data_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_sweep(data_root) -> Sweep:
     return Sweep(
         name="tiny",
