@@ -9,8 +9,10 @@ import ray
 from mlflow import MlflowClient
 
 from inflora.config import ConfigError
+from sweeps.engine.failures import Failure, kind_of
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome, TaskReport
-from sweeps.engine.runner import check_state_api, claimed, run_sweep, slots
+from sweeps.engine.runner import check_state_api, claimed, fit, run_sweep, slots
 from sweeps.engine.spec import Real, Resources, read_sweep
 
 from .conftest import PAPER, Recipe, undisturbed
@@ -159,6 +161,19 @@ def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_sweep_goes_on
     assert_mlflow_agrees(tmp_path, records)
 
 
+def test_why_a_trial_failed_is_kept_word_for_word(tiny_sweep, local_cluster, tmp_path):
+    local_cluster(num_cpus=1)
+
+    def breaks(settings):
+        raise KeyError(f"no such thing as {settings['number']}")
+
+    ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1, "executor": "inline"}), tmp_path)
+    fit(ledger.sweep, tmp_path, ledger, breaks, 1, print)
+    (record,) = ledger.records()
+    assert record.failures == ("KeyError: 'no such thing as 0'",) * 2, "what is not known is tried once more"
+    assert record.reason == record.failures[-1]
+
+
 def test_the_dashboard_listens_on_this_machine_only(local_cluster):
     local_cluster(num_cpus=1)
     port = int(ray.worker.global_worker.node.webui_url.rsplit(":", 1)[1])
@@ -231,6 +246,6 @@ def test_a_trial_whose_actor_dies_is_tried_again_from_its_last_task(tiny_sweep, 
     (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=kill_once).records
     assert killed
     assert record.outcome is Outcome.FINISHED
-    assert len(record.failures) == 1
+    assert [kind_of(reason) for reason in record.failures] == [Failure.LOST], record.failures
     assert_every_finished_trial_is_undisturbed(sweep, [record])
     assert_mlflow_agrees(tmp_path, [record])
