@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
-from inflora.data.order import ordered_rows, read_given
-from inflora.data.store import Manifest, read_manifest
+from inflora.data.order import Given, given_head, ordered_rows
+from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.drift import Probes, drift
 from inflora.methods import Method, TaskData, make_method
@@ -75,9 +74,8 @@ def run(
     method = make_method(config.method)
     stream = method.arrange(make_stream(config.data, evaluate_on)).at_home_on(device)
     backbone = build_backbone(config.backbone)
-    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     fresh = RunState(
-        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream, manifest)
+        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream)
     )
     state = state or fresh
     if state[:3] != fresh[:3]:
@@ -86,6 +84,8 @@ def run(
             f"on {evaluate_on} (backbones {state.backbone_hash} and {fresh.backbone_hash}); start in an empty folder"
         )
     shape = shape_of(backbone)
+    given = Given.of(config)
+    given.check(config, stream, shape.width, method.passes)
     input = Input(config.data, shape.image_size, shape.channels, device)
     model = ContinualModel(backbone, shape.width, pick_precision(config.precision, device, shape.width))
     method.prepare(model)
@@ -94,14 +94,14 @@ def run(
     model.to(device)
     if config.compile:
         backbone.compile()
-    given = _Given.of(config)
+    setup = _Setup(config, model, method, stream, input, given)
     numerics = f"{model.precision} {'compiled' if config.compile else ''}"
-    keys = keys_of(config, f"{manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
+    keys = keys_of(config, f"{stream.manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
-        # Orders and classifiers from files are in no key: such runs keep to themselves.
-        with_others = shared if index == 0 and shared is not None and given == _Given(None, None) else Shared()
-        learnt = _learn(model, method, stream, index, config, input, given, on_epoch, with_others, keys)
+        # What comes from files is in no key: such runs keep to themselves.
+        with_others = shared if index == 0 and shared is not None and given == Given() else Shared()
+        learnt = _learn(setup, index, on_epoch, with_others, keys)
         seen = stream.tasks[: index + 1]
         watched = Probes(seen, model.width, device)
         evaluation = evaluate(model, stream, seen, input, watched.see)
@@ -128,30 +128,26 @@ def run(
         )
 
 
-def _facts_of(stream: Stream, manifest: Manifest) -> DataFacts:
+def _facts_of(stream: Stream) -> DataFacts:
     names = [name for task in stream.tasks for name in task.classes]
     class_of = stream.class_of.tolist()
     return DataFacts(
         classes=tuple(names[class_of.index(label)] for label in range(max(class_of) + 1)),
         class_of=tuple(class_of),
-        channels=manifest.channels,
-        raw=manifest.form == "raw",
+        channels=stream.manifest.channels,
+        raw=stream.manifest.form == "raw",
     )
 
 
-class _Given(NamedTuple):
-    """What the config gives in files, where a run would draw it: the order of passes, the classifiers' beginnings."""
+class _Setup(NamedTuple):
+    """What a run has from its first task to its last; the model and the method change as they learn."""
 
-    orders: dict[str, Tensor] | None
-    heads: dict[str, Tensor] | None
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "_Given":
-        order, heads = config.data.order, config.optim.head_init
-        return cls(
-            None if order is None else read_given(order, "data.order"),
-            read_given(heads, "optim.head_init") if isinstance(heads, Path) else None,
-        )
+    config: RunConfig
+    model: ContinualModel
+    method: Method
+    stream: Stream
+    input: Input
+    given: Given
 
 
 class _Learnt(NamedTuple):
@@ -161,18 +157,10 @@ class _Learnt(NamedTuple):
 
 
 def _learn(
-    model: ContinualModel,
-    method: Method,
-    stream: Stream,
-    index: int,
-    config: RunConfig,
-    input: Input,
-    given: _Given,
-    on_epoch: Callable[[EpochDone], None],
-    shared: Shared,
-    keys: Mapping[str, str],
+    setup: _Setup, index: int, on_epoch: Callable[[EpochDone], None], shared: Shared, keys: Mapping[str, str]
 ) -> _Learnt:
     """The three moments of one task."""
+    config, model, method, stream, input, given = setup
     task, optim = stream.tasks[index], config.optim.of_task(index)
 
     def passes(purpose: str) -> Iterator[Batch]:
@@ -189,12 +177,13 @@ def _learn(
     def once(moment: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return shared.once(f"{keys[moment]}-covariance", compute)
 
-    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once)
+    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once, given.draws)
     if given.heads is None:
         assert isinstance(optim.head_init, str)
         model.add_head(len(task.classes), optim.head_init, seeded(config.seed, index, "head"))
     else:
-        _load_head(model.add_head(len(task.classes), "zero", torch.Generator()), given.heads, index)
+        head = model.add_head(len(task.classes), "zero", torch.Generator())
+        head.load_state_dict(given_head(given.heads, index, len(task.classes), model.width))
     method.begin_task(model, data)
     trainable = method.trainable(model)
 
@@ -207,16 +196,6 @@ def _learn(
     factors = method.end_task(model, data)
     diagnostics = {"params/trainable": float(trainable.size), "precision/bits": float(8 * model.precision.itemsize)}
     return _Learnt(trained["step_losses"].tolist(), factors, diagnostics | method.diagnostics())
-
-
-def _load_head(head: torch.nn.Linear, heads: dict[str, Tensor], index: int) -> None:
-    try:
-        head.load_state_dict({name: heads[f"{index}.{name}"] for name in ("weight", "bias")})
-    except (KeyError, RuntimeError):
-        raise ConfigError(
-            f"optim.head_init must hold {index}.weight {tuple(head.weight.shape)} and {index}.bias, it holds "
-            + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(heads.items()))[:200]
-        ) from None
 
 
 def _drifts(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
@@ -250,7 +229,7 @@ def check(config: RunConfig) -> None:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
-    _Given.of(config)
+    Given.of(config)
     pick_device(config.device)
 
 
@@ -289,12 +268,11 @@ def pick_precision(name: str, device: torch.device, width: int) -> torch.dtype:
 def identity(config: RunConfig) -> dict[str, str]:
     """What a run's numbers depend on besides its settings: recorded with every result."""
     stream = make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
-    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     packages = ("torch", "timm", "inflora-sweeps")
     return {
         "config_hash": config_hash(config),
         "dataset": config.data.dataset,
-        "dataset_hash": manifest.content_hash,
+        "dataset_hash": stream.manifest.content_hash,
         "class_order": ",".join(map(str, stream.class_order)),
         "split_hash": stream.split_hash,
         "backbone_hash": backbone_hash(build_backbone(config.backbone)),

@@ -1,4 +1,4 @@
-"""What several runs have in common, computed once: tensors in a folder, under a hash of all that they depend on.
+"""What several runs have in common, computed once: tensors in a shared place, under a hash of all they depend on.
 
 The first task is where runs agree: before it the model is the backbone as it came, and its training does not feel
 what is only remembered for later (``AFTER_FIRST_TASK``). What is found has the bits that would have been computed.
@@ -6,21 +6,25 @@ what is only remembered for later (``AFTER_FIRST_TASK``). What is found has the 
 
 import hashlib
 import json
-import os
-import tempfile
+import logging
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from inflora import distributed
 from inflora.config import AFTER_FIRST_TASK, RunConfig
+from inflora.storage import SharedFolder
+
+_SECONDS = "computed in seconds"
+"""The tensor beside the others that says how long they took."""
+
+logger = logging.getLogger(__name__)
 
 
 def keys_of(config: RunConfig, origin: str) -> dict[str, str]:
@@ -57,47 +61,48 @@ def _hash(config: RunConfig, origin: str, depends_on: dict[str, Any]) -> str:
 
 
 class Shared:
-    """A folder of results that any number of runs read and write at the same time; None shares nothing.
+    """A place of results that any number of runs read and write at the same time; None shares nothing.
 
-    ``saved_s`` is the time that computing what was found here has once taken.
+    ``saved_s`` is the time that computing what was found here has once taken. A place that cannot be reached costs
+    time and nothing else: what it would have had is computed.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, place: SharedFolder | None = None) -> None:
+        self.place = place
         self.saved_s = 0.0
 
     def once(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``compute`` gives, on the CPU if it was found; all workers find it or none does."""
-        if self.folder is None:
+        if self.place is None:
             return compute()
-        path = self.folder / f"{key}.safetensors"
-        found = _read(path)
+        name = f"{key}.safetensors"
+        found = _read(self.place, name)
         everywhere = int(distributed.all_sum(torch.tensor(0 if found is None else 1))) == distributed.world_size()
         if found is not None and everywhere:
-            tensors, seconds = found
-            self.saved_s += seconds
-            return tensors
+            self.saved_s += found.pop(_SECONDS).item()
+            return found
         start = time.perf_counter()
         tensors = compute()
         if distributed.rank() == 0:
-            _write(path, tensors, time.perf_counter() - start)
+            _write(self.place, name, tensors, time.perf_counter() - start)
         return tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
-    """What is there and how long it took; None where nothing is, or not all of it."""
+def _read(place: SharedFolder, name: str) -> dict[str, Tensor] | None:
+    """What is there, with how long it took; None where nothing is, or not all of it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            # A copy lies in memory as a computed tensor does: products round otherwise where it is not aligned.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, float(file.metadata()["seconds"])  # noqa: SIM118
-    except (OSError, SafetensorError):
+        content = place.read(name)
+        found = {} if content is None else load(content)
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s in %s cannot be read and is computed again: %s", name, place.address, error)
         return None
+    # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
+    return {key: tensor.clone() for key, tensor in found.items()} if _SECONDS in found else None
 
 
-def _write(path: Path, tensors: dict[str, Tensor], seconds: float) -> None:
-    """A file of its own, then one rename: whoever reads sees all or nothing, and the last of several writers stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    os.close(descriptor)
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"seconds": repr(seconds)})
-    Path(temporary).replace(path)
+def _write(place: SharedFolder, name: str, tensors: dict[str, Tensor], seconds: float) -> None:
+    kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        place.write(name, save(kept | {_SECONDS: torch.tensor(seconds, dtype=torch.float64)}))
+    except OSError as error:
+        logger.warning("%s could not be kept in %s: %s", name, place.address, error)

@@ -9,6 +9,7 @@ import torch
 from inflora.config import override
 from inflora.continual import run
 from inflora.shared import Shared, keys_of
+from inflora.storage import SharedFolder
 from inflora.training import train_task
 
 
@@ -24,6 +25,10 @@ def same(ours, theirs):
         assert all(torch.equal(tensors[name], tensors_2[name]) for name in tensors)
 
 
+def at(place):
+    return Shared(SharedFolder(str(place)))
+
+
 def other(config, **changes):
     return override(config, {name.replace("__", "."): value for name, value in changes.items()})
 
@@ -31,17 +36,17 @@ def other(config, **changes):
 def test_another_energy_learns_the_first_task_from_what_is_shared_to_the_same_bits(tiny, tmp_path):
     first, second = other(tiny, method__energy=0.9), other(tiny, method__energy=0.99)
     alone = results(second)
-    same(results(first, Shared(tmp_path)), results(first))
-    shared = Shared(tmp_path)
+    same(results(first, at(tmp_path)), results(first))
+    shared = at(tmp_path)
     same(results(second, shared), alone)
     assert shared.saved_s > 0
     assert len(list(tmp_path.iterdir())) == 3, "the two covariances and the trained first task"
 
 
 def test_another_rank_shares_only_what_comes_before_training(tiny, tmp_path):
-    results(tiny, Shared(tmp_path))
+    results(tiny, at(tmp_path))
     ours = other(tiny, method__rank=7)
-    same(results(ours, Shared(tmp_path)), results(ours))
+    same(results(ours, at(tmp_path)), results(ours))
     assert len(list(tmp_path.iterdir())) == 5
 
 
@@ -50,8 +55,8 @@ def test_a_first_task_that_is_there_is_not_trained_again(tiny, tmp_path, monkeyp
     monkeypatch.setattr(
         "inflora.continual.train_task", lambda *args: trained.append(args[2].index) or train_task(*args)
     )
-    results(tiny, Shared(tmp_path))
-    results(other(tiny, method__energy=0.8), Shared(tmp_path))
+    results(tiny, at(tmp_path))
+    results(other(tiny, method__energy=0.8), at(tmp_path))
     assert trained == [0, 1, 2, 3, 4, 1, 2, 3, 4]
 
 
@@ -59,8 +64,8 @@ def test_a_first_task_that_is_there_is_not_trained_again(tiny, tmp_path, monkeyp
 def test_every_method_may_share(tiny, tmp_path, name):
     config = override(tiny, {"method.name": name})
     alone = results(config)
-    same(results(config, Shared(tmp_path)), alone)
-    same(results(config, Shared(tmp_path)), alone)
+    same(results(config, at(tmp_path)), alone)
+    same(results(config, at(tmp_path)), alone)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_many_at_a_time_find_all_or_nothing(tmp_path):
 
     def use() -> None:
         for key in range(20):
-            found = Shared(tmp_path).once(str(key), lambda: value)
+            found = at(tmp_path).once(str(key), lambda: value)
             if not torch.equal(found["a"], value["a"]):
                 wrong.append(str(key))
 
@@ -119,12 +124,28 @@ def test_many_at_a_time_find_all_or_nothing(tmp_path):
 
 
 def test_a_damaged_file_is_computed_again(tmp_path):
-    Shared(tmp_path).once("key", lambda: {"a": torch.ones(3)})
+    at(tmp_path).once("key", lambda: {"a": torch.ones(3)})
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    shared = Shared(tmp_path)
+    shared = at(tmp_path)
     assert torch.equal(shared.once("key", lambda: {"a": torch.zeros(3)})["a"], torch.zeros(3))
     assert shared.saved_s == 0.0
+
+
+def test_a_bucket_is_as_good_as_a_folder(tiny, bucket):
+    first, second = other(tiny, method__energy=0.9), other(tiny, method__energy=0.99)
+    same(results(first, at(f"{bucket}/shared")), results(first))
+    shared = at(f"{bucket}/shared")
+    same(results(second, shared), results(second))
+    assert shared.saved_s > 0
+
+
+@pytest.mark.parametrize("address", ["s3://no-such-bucket/shared", "/dev/null/shared"])
+def test_a_place_that_cannot_be_reached_costs_a_computation_and_nothing_else(bucket, address, caplog):
+    shared = at(address)
+    assert torch.equal(shared.once("key", lambda: {"a": torch.ones(1)})["a"], torch.ones(1))
+    assert shared.saved_s == 0.0
+    assert f"could not be kept in {address}" in caplog.text
 
 
 def test_nothing_is_shared_unless_a_folder_is_given(tmp_path, monkeypatch):

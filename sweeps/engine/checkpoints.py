@@ -4,16 +4,15 @@ from typing import Any
 
 from ray import tune
 
+from inflora.storage import SharedFolder
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome, best_record, trial_name
-from sweeps.engine.shared import SharedFolder
 
 TRIALS = "trials"
 """Where the states of a sweep's trials are in its shared place, a folder each."""
 
-
 SHARED = "shared"
-"""Where what their first tasks have in common is; a bucket holds none, as every trial would fetch it from afar."""
+"""Where what their first tasks have in common is, in the same place."""
 
 
 class Housekeeping(tune.Callback):

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inflora.config import ConfigError
-from sweeps.engine.shared import SharedFolder
+from inflora.storage import SharedFolder
 
 _PATIENCE_S = 120.0
 Answer: TypeAlias = "ray.ObjectRef[tuple[str, bool]]"

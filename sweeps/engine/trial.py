@@ -25,6 +25,7 @@ from inflora.continual import run
 from inflora.metrics import accuracy_row
 from inflora.shared import Shared
 from inflora.state import RunState, has_state, load_state, save_state
+from inflora.storage import SharedFolder
 from sweeps.engine.nodes import require_code
 from sweeps.engine.records import TaskReport, now_ms, trial_name
 from sweeps.engine.spec import Resources
@@ -52,7 +53,7 @@ def learn(settings: dict[str, Any], session: Session) -> None:
             session.report(_metrics(state, tasks_done, tasks), state)
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
-        shared = Shared(Path(settings["shared"]) if settings["shared"] else None)
+        shared = Shared(SharedFolder(settings["shared"]) if settings["shared"] else None)
         for result in islice(run(parse_config(settings["config"]), state, shared=shared), left):
             times = {"seconds": result.seconds, "saved_s": result.saved_s}
             session.report(_metrics(result.state, result.state.tasks_done, tasks, **times), result.state)

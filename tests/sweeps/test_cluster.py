@@ -6,10 +6,11 @@ import ray
 from mlflow import MlflowClient
 
 from inflora.config import ConfigError
+from sweeps.engine.cluster import check_state_api, slots
 from sweeps.engine.failures import Failure, kind_of
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome
-from sweeps.engine.runner import check_state_api, claimed, fit, run_sweep, slots
+from sweeps.engine.runner import claimed, fit, run_sweep
 from sweeps.engine.spec import Real, Resources, read_sweep
 
 from .conftest import PAPER, Recipe, undisturbed

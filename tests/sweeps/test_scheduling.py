@@ -13,11 +13,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
+from inflora.storage import SharedFolder
+from sweeps.engine.cluster import Cluster
 from sweeps.engine.ledger import STUDY_FILE
 from sweeps.engine.nodes import check_nodes
-from sweeps.engine.records import Outcome
-from sweeps.engine.runner import Cluster, run_sweep
-from sweeps.engine.shared import SharedFolder
+from sweeps.engine.records import Outcome, best_record, trial_name
+from sweeps.engine.runner import run_sweep
 from sweeps.engine.spec import Real, Resources
 
 from .conftest import PAPER
@@ -129,10 +130,13 @@ def test_a_node_that_has_just_died_does_not_keep_a_sweep_from_starting(nodes, tm
 @pytest.mark.slow
 def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path):
     nodes(1, {"num_cpus": 1})
-    sweep, cluster = tiny_sweep.model_copy(update={"trials": 1}), Cluster(shared=f"{bucket}/sweeps")
+    sweep, cluster = tiny_sweep.model_copy(update={"trials": 2, "grace_tasks": 5}), Cluster(shared=f"{bucket}/sweeps")
     before = run_sweep(sweep, tmp_path / "head", sqlite(tmp_path), cluster=cluster, say=print).records
-    assert [record.outcome for record in before] == [Outcome.FINISHED]
+    assert [record.outcome for record in before] == [Outcome.FINISHED] * 2
     assert not (tmp_path / "head" / "trials").exists(), "checkpoints are in the bucket"
+    best = trial_name(sweep.study_name, best_record(before).number)
+    assert SharedFolder(f"{bucket}/sweeps/tiny").folders("trials") == {best}, "the other's are deleted"
+    assert before[1].reports[0].saved_s > 0, "what the first trial computed is there too"
 
     after = run_sweep(sweep, tmp_path / "new-head", sqlite(tmp_path), cluster=cluster, say=print)
     assert (after.records, after.complete) == (before, True)

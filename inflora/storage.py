@@ -1,21 +1,16 @@
-"""A sweep's place that every node sees: the trials' checkpoints, and a copy of the study that outlives its driver.
-
-The study itself is a database on the driver's own disk, which a network file system or a bucket would break.
-"""
+"""A place that every machine of a cluster sees under one address: a folder, or a bucket's (``s3://bucket/path``)."""
 
 import contextlib
-import sqlite3
-import tempfile
+import uuid
 from pathlib import Path
 
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from inflora.config import ConfigError
-from inflora.state import write_atomically
 
 
 class SharedFolder:
-    """A folder, or a bucket's (``s3://bucket/path``), that the driver and all nodes reach under the same address."""
+    """Files in it are written whole or not at all, also where several machines write the same one at a time."""
 
     def __init__(self, address: str) -> None:
         self.address = address if "://" in address else str(Path(address).expanduser().absolute())
@@ -39,11 +34,18 @@ class SharedFolder:
             return bytes(file.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all."""
+        """Write a file; of several writers the last one's stays."""
+        if not isinstance(self._files, LocalFileSystem):
+            self._write(name, content)  # a bucket shows a file when all of it has come
+            return
+        temporary = f".{name}.{uuid.uuid4().hex}"
         self._files.create_dir(self._path)
-        with self._files.open_output_stream(f"{self._path}/.{name}") as file:
+        self._write(temporary, content)
+        self._files.move(f"{self._path}/{temporary}", f"{self._path}/{name}")
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._files.open_output_stream(f"{self._path}/{name}") as file:
             file.write(content)
-        self._files.move(f"{self._path}/.{name}", f"{self._path}/{name}")
 
     def delete(self, name: str) -> None:
         """Remove a file."""
@@ -65,25 +67,3 @@ class SharedFolder:
     def _below(self, name: str, *, recursive: bool = False) -> list[FileInfo]:
         selector = FileSelector(f"{self._path}/{name}", allow_not_found=True, recursive=recursive)
         return self._files.get_file_info(selector)
-
-
-def keep_database(file: Path, shared: SharedFolder) -> None:
-    """Copy a sqlite database, as it is at one moment, to the shared place."""
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / file.name
-        source, target = sqlite3.connect(file), sqlite3.connect(copy)
-        try:
-            source.backup(target)
-        finally:
-            source.close()
-            target.close()
-        shared.write(file.name, copy.read_bytes())
-
-
-def fetch_database(file: Path, shared: SharedFolder) -> bool:
-    """Bring a database that was kept back to where it is missing; whether that was done."""
-    content = None if file.exists() else shared.read(file.name)
-    if content is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
-    return content is not None

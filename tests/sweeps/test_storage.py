@@ -1,0 +1,104 @@
+"""The place that all nodes see, a folder or a bucket: the study's copy, and what of the trials stays in it."""
+
+import pytest
+
+from inflora.config import ConfigError
+from inflora.storage import SharedFolder
+from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
+from sweeps.engine.ledger import STUDY_FILE, Ledger
+from sweeps.engine.nodes import code_version, require_code
+from sweeps.engine.records import trial_name
+from sweeps.engine.spec import Sweep
+from sweeps.engine.study_backup import fetch_database, keep_database
+
+from .conftest import learn_all
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def shared(request, tmp_path):
+    root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
+    return SharedFolder(f"{root}/sweeps/{tmp_path.name}")
+
+
+def test_what_is_written_is_read_until_it_is_deleted(shared):
+    assert shared.read("file") is None
+    shared.write("file", b"one")
+    shared.write("file", b"two")
+    assert shared.read("file") == b"two"
+    shared.delete("file")
+    assert shared.read("file") is None
+
+
+def test_a_driver_without_the_study_gets_it_back(shared, tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep, tmp_path / "head")
+    learn_all(ledger, ledger.propose().number, [0.9, 0.8, 0.7, 0.6, 0.5])
+    keep_database(tmp_path / "head" / STUDY_FILE, shared)  # while the ledger has it open
+
+    assert fetch_database(tmp_path / "new-head" / STUDY_FILE, shared)
+    assert Ledger(tiny_sweep, tmp_path / "new-head").records() == ledger.records()
+
+
+def test_a_study_that_is_there_is_not_replaced(shared, tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep, tmp_path)
+    keep_database(tmp_path / STUDY_FILE, shared)
+    learn_all(ledger, ledger.propose().number, [0.9, 0.8, 0.7, 0.6, 0.5])
+    assert not fetch_database(tmp_path / STUDY_FILE, shared)
+    assert len(Ledger(tiny_sweep, tmp_path).records()) == 1
+
+
+def keep_state(place, sweep, number, size=1000):
+    SharedFolder(f"{place.address}/{TRIALS}/{trial_name(sweep.study_name, number)}").write("state", bytes(size))
+
+
+def kept(place):
+    return {int(name[-4:]) for name in place.folders(TRIALS)}
+
+
+def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(shared, tiny_sweep, tmp_path):
+    sweep = tiny_sweep.model_copy(update={"early_stopping": "none"})
+    ledger = Ledger(sweep, tmp_path)
+    housekeeping = Housekeeping(ledger, shared)
+    for _ in range(4):
+        keep_state(shared, sweep, ledger.propose().number)
+    housekeeping.tidy()
+    assert kept(shared) == {0, 1, 2, 3}
+    learn_all(ledger, 0, [0.7] * 5)
+    learn_all(ledger, 1, [0.8] * 5)
+    ledger.fail(2, "FloatingPointError")
+    housekeeping.on_trial_complete(0, [], None)
+    assert kept(shared) == {1, 3}
+    ledger.fail(3, "ActorDiedError: it comes back")
+    housekeeping.on_trial_error(0, [], None)
+    assert kept(shared) == {1, 3}, "what is tried again goes on from its state"
+    assert shared.bytes_in(TRIALS) == 2000, "nothing of the others is left behind"
+
+
+def test_a_sweep_that_needs_more_room_than_it_has_ends_and_says_so(shared, tiny_sweep, tmp_path):
+    sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"budget": {"storage_gb": 1e-6}})
+    ledger, results = Ledger(sweep, tmp_path), SharedFolder(f"{shared.address}/{SHARED}")
+    number = ledger.propose().number
+    keep_state(shared, sweep, number, size=999)
+    results.write("key", bytes(500))
+    Housekeeping(ledger, shared).tidy()
+    assert ledger.why_over() == "", "what trials share is given up first"
+    assert results.read("key") is None
+    keep_state(shared, sweep, number, size=2000)
+    Housekeeping(ledger, shared).tidy()
+    assert ledger.why_over().startswith("storage budget spent")
+    assert ledger.propose() is None
+
+
+def test_an_address_that_is_neither_is_refused():
+    with pytest.raises(ConfigError, match=r"must be a folder or s3://bucket/path, got 'carrier://pigeon'"):
+        SharedFolder("carrier://pigeon")
+
+
+def test_a_relative_folder_is_the_one_seen_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert SharedFolder("shared").address == str(tmp_path / "shared")
+
+
+def test_a_node_with_other_code_does_not_work():
+    require_code(code_version())
+    with pytest.raises(ConfigError, match=r"has inflora-sweeps 0\.1\.0\+\w{8}, the driver 0\.0\.1: install the same"):
+        require_code("0.0.1")
