@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora.config import DataSettings, RunConfig
+from sweeps.engine.cluster import connect
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import TaskReport, now_ms
-from sweeps.engine.runner import connect, fit
+from sweeps.engine.runner import fit
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
 from sweeps.engine.tracking import Tracker
 

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sweeps.digits import inflora as digits
+from sweeps.engine.cluster import connect
 from sweeps.engine.ledger import Ledger
-from sweeps.engine.runner import connect, fit
+from sweeps.engine.runner import fit
 from sweeps.engine.spec import Sweep
 from sweeps.engine.trial import inline_trial, train_driver
 

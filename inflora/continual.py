@@ -16,7 +16,7 @@ from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
 from inflora.data.order import ordered_rows, read_given
-from inflora.data.store import Manifest, read_manifest
+from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.drift import Probes, drift
 from inflora.methods import Method, TaskData, make_method
@@ -75,9 +75,8 @@ def run(
     method = make_method(config.method)
     stream = method.arrange(make_stream(config.data, evaluate_on)).at_home_on(device)
     backbone = build_backbone(config.backbone)
-    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     fresh = RunState(
-        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream, manifest)
+        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream)
     )
     state = state or fresh
     if state[:3] != fresh[:3]:
@@ -94,14 +93,14 @@ def run(
     model.to(device)
     if config.compile:
         backbone.compile()
-    given = _Given.of(config)
+    setup = _Setup(config, model, method, stream, input, _Given.of(config))
     numerics = f"{model.precision} {'compiled' if config.compile else ''}"
-    keys = keys_of(config, f"{manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
+    keys = keys_of(config, f"{stream.manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
         # Orders and classifiers from files are in no key: such runs keep to themselves.
-        with_others = shared if index == 0 and shared is not None and given == _Given(None, None) else Shared()
-        learnt = _learn(model, method, stream, index, config, input, given, on_epoch, with_others, keys)
+        with_others = shared if index == 0 and shared is not None and setup.given == _Given(None, None) else Shared()
+        learnt = _learn(setup, index, on_epoch, with_others, keys)
         seen = stream.tasks[: index + 1]
         watched = Probes(seen, model.width, device)
         evaluation = evaluate(model, stream, seen, input, watched.see)
@@ -128,14 +127,14 @@ def run(
         )
 
 
-def _facts_of(stream: Stream, manifest: Manifest) -> DataFacts:
+def _facts_of(stream: Stream) -> DataFacts:
     names = [name for task in stream.tasks for name in task.classes]
     class_of = stream.class_of.tolist()
     return DataFacts(
         classes=tuple(names[class_of.index(label)] for label in range(max(class_of) + 1)),
         class_of=tuple(class_of),
-        channels=manifest.channels,
-        raw=manifest.form == "raw",
+        channels=stream.manifest.channels,
+        raw=stream.manifest.form == "raw",
     )
 
 
@@ -154,6 +153,17 @@ class _Given(NamedTuple):
         )
 
 
+class _Setup(NamedTuple):
+    """What a run has from its first task to its last; the model and the method change as they learn."""
+
+    config: RunConfig
+    model: ContinualModel
+    method: Method
+    stream: Stream
+    input: Input
+    given: _Given
+
+
 class _Learnt(NamedTuple):
     step_losses: list[list[float]]
     factors: dict[str, Tensor]
@@ -161,18 +171,10 @@ class _Learnt(NamedTuple):
 
 
 def _learn(
-    model: ContinualModel,
-    method: Method,
-    stream: Stream,
-    index: int,
-    config: RunConfig,
-    input: Input,
-    given: _Given,
-    on_epoch: Callable[[EpochDone], None],
-    shared: Shared,
-    keys: Mapping[str, str],
+    setup: _Setup, index: int, on_epoch: Callable[[EpochDone], None], shared: Shared, keys: Mapping[str, str]
 ) -> _Learnt:
     """The three moments of one task."""
+    config, model, method, stream, input, given = setup
     task, optim = stream.tasks[index], config.optim.of_task(index)
 
     def passes(purpose: str) -> Iterator[Batch]:
@@ -289,12 +291,11 @@ def pick_precision(name: str, device: torch.device, width: int) -> torch.dtype:
 def identity(config: RunConfig) -> dict[str, str]:
     """What a run's numbers depend on besides its settings: recorded with every result."""
     stream = make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
-    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
     packages = ("torch", "timm", "inflora-sweeps")
     return {
         "config_hash": config_hash(config),
         "dataset": config.data.dataset,
-        "dataset_hash": manifest.content_hash,
+        "dataset_hash": stream.manifest.content_hash,
         "class_order": ",".join(map(str, stream.class_order)),
         "split_hash": stream.split_hash,
         "backbone_hash": backbone_hash(build_backbone(config.backbone)),

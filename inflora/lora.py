@@ -117,10 +117,13 @@ class LoRALinear(nn.Linear):
         """Add the adapter into the weight and remove it: the model does not grow with the tasks."""
         factors = self.detach_adapter()
         if factors is not None:
-            lora_A, lora_B = factors
-            for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
-                self.weight[rows] += part @ lora_A
+            self.add_update(self.weight, *factors)
         return factors
+
+    def add_update(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Add ``B A`` to the adapted rows of ``weight``, in place."""
+        for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
+            weight[rows] += part @ lora_A
 
 
 def inject(

@@ -5,37 +5,34 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import optuna
 import typer
 from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from inflora.cli import one_line_errors
-from inflora.config import ConfigError, RunConfig, dump_config, explain, load_config, override, parse_assignments
-from inflora.data.stream import EvaluateOn
+from inflora.config import ConfigError, dump_config, explain, load_config, override, parse_assignments
 from inflora.runs import train_into
 from inflora.state import write_atomically
-from inflora.storage import SharedFolder
 from sweeps.engine.budget import progress
+from sweeps.engine.cluster import Cluster
 from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
-from sweeps.engine.final import FinalRun, log_final, plan, summarise, train_all, write_report
-from sweeps.engine.judge import PAPER, candidates, judge, judged_orders, write_judgement
+from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
+from sweeps.engine.judge import judge_sweep
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
-from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
 from sweeps.engine.report import page
-from sweeps.engine.runner import Cluster, connect, run_sweep, say_to_stdout, trials_at_a_time
+from sweeps.engine.runner import run_sweep, say_to_stdout
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.tables import print_table, trials_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -200,36 +197,6 @@ def storage_root(storage: Path | None) -> Path:
     return (storage or Path(os.environ.get("INFLORA_STORAGE", "results"))).absolute()
 
 
-def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int] = ()) -> Table:
-    """All trials, the best finished one first; those on the Pareto front are starred."""
-    table = Table(title=f"{sweep.name}: {len(records)} trials, judged on validation images")
-    for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds"):
-        table.add_column(column, justify="left" if column == "outcome" else "right")
-    for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
-        values = [_short(record.settings.get(path, "")) for path in sweep.space]
-        objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)
-        seconds = sum(report.seconds for report in record.reports)
-        number = f"{'* ' if record.number in front else ''}{record.number}"
-        outcome = f"{record.outcome}, breaks {', '.join(record.broken)}" if record.broken else record.outcome
-        table.add_row(number, outcome, str(len(record.reports)), *values, *objectives, f"{seconds:.0f}")
-    if front:
-        table.caption = "* on the Pareto front"
-    return table
-
-
-def _short(value: Any, decimals: int | None = None) -> str:
-    """A number as a cell shows it."""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.4g}" if decimals is None or abs(value) >= 10 else f"{value:.{decimals}f}"
-
-
-def print_table(table: Table) -> None:
-    """As wide as the terminal; wide enough for every column where there is none."""
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
-
-
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord]) -> None:
     best = best_record(records)
     if best is None:
@@ -348,10 +315,10 @@ def final(
         make_client(uri)
         if len(configs) == 1 and (find_sweep(str(configs[0]), storage) / SPEC_FILE).exists():
             folder = (out or find_sweep(str(configs[0]), storage) / "final").absolute()
-            chosen, trained = judge_sweep(find_sweep(str(configs[0]), storage), top, trained, folder)
+            chosen, trained = judge_sweep(find_sweep(str(configs[0]), storage), top, trained, folder, say_to_stdout)
         else:
             chosen = labelled(configs)
-        runs = trained.train(chosen, folder, "test")
+        runs = trained.train(chosen, folder, "test", say_to_stdout)
         summary = summarise(runs)
         written = write_report(runs, summary, folder)
     print(written.read_text())
@@ -361,53 +328,6 @@ def final(
         print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
     print(f"report:     {written}\nlook at it: {how_to_look(uri)}")
-
-
-def labelled(paths: list[Path]) -> dict[str, RunConfig]:
-    """Configs by their method's name, or by their file's where two share a method.
-
-    Raises:
-        ConfigError: Two configs would bear the same name, or one that MLflow does not take.
-    """
-    configs = [(path, load_config(path)) for path in paths]
-    methods = [config.method.name for _, config in configs]
-    labels = [config.method.name if methods.count(config.method.name) == 1 else path.stem for path, config in configs]
-    if len(set(labels)) < len(labels) or not all(re.fullmatch(r"[\w.-]+", label) for label in labels):
-        raise ConfigError(f"configs of one method need different file names of letters, digits, . _ -, got {labels}")
-    return {label: config for label, (_, config) in zip(labels, configs, strict=True)}
-
-
-class Trained(NamedTuple):
-    """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
-
-    seeds: list[int]
-    orders: list[int | None] | None
-    resources: Resources
-    address: str | None
-
-    def train(self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn) -> list[FinalRun]:
-        """The runs of these configs, trained unless they are there already."""
-        runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
-        connect(self.address)
-        check_nodes(SharedFolder(str(folder)))
-        trials_at_a_time(self.resources, say_to_stdout)
-        train_all(runs, self.resources, say_to_stdout)
-        return runs
-
-
-def judge_sweep(folder: Path, top: int, trained: Trained, out: Path) -> tuple[dict[str, RunConfig], Trained]:
-    """What the test set is opened for: a sweep's winner among its best trials, and the paper's setting; and on what."""
-    sweep = read_sweep(folder)
-    records = sweep_records(sweep, folder)
-    numbers = [order for order in trained.orders or [] if order is not None]
-    trained = trained._replace(orders=judged_orders(sweep, numbers))
-    runs = trained.train(candidates(sweep, records, top), out / "judged", "validation")
-    winner, estimates, comparisons = judge(runs, sweep.objective)
-    print(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
-    labels = {label: config for label, config in candidates(sweep, records, top).items() if label in (winner, PAPER)}
-    chosen = {label: override(config, {"data.train_on": "train+validation"}) for label, config in labels.items()}
-    write_atomically(out / "winner.yaml", dump_config(chosen[winner]).encode())
-    return chosen, trained
 
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:

@@ -19,32 +19,17 @@ paper = {"method.rank": 10, "method.energy": 0.98, "optim.lr": 5e-4}
 # JPEGs are decoded on the worker's CPUs.
 resources = Resources(cpus_per_worker=8, gpus_per_worker=1)
 
-tasks_10 = Sweep(
-    name="imagenet-r-10",
-    base=for_tuning("imagenet-r-10"),
-    space=space,
-    first=(paper,),
-    trials=24,
-    grace_tasks=3,
-    resources=resources,
-)
-tasks_5 = Sweep(
-    name="imagenet-r-5",
-    base=for_tuning("imagenet-r-5"),
-    space=space,
-    first=(paper,),
-    trials=24,
-    grace_tasks=2,
-    resources=resources,
-)
-tasks_20 = Sweep(
-    name="imagenet-r-20",
-    base=for_tuning("imagenet-r-20"),
-    space=space,
-    first=(paper,),
-    trials=24,
-    grace_tasks=5,
-    resources=resources,
+tasks_10, tasks_5, tasks_20 = (
+    Sweep(
+        name=f"imagenet-r-{tasks}",
+        base=for_tuning(f"imagenet-r-{tasks}"),
+        space=space,
+        first=(paper,),
+        trials=24,
+        grace_tasks=grace,
+        resources=resources,
+    )
+    for tasks, grace in ((10, 3), (5, 2), (20, 5))
 )
 
 if __name__ == "__main__":

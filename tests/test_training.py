@@ -14,7 +14,7 @@ from inflora.config import DataSettings, OptimSettings, RunConfig, override
 from inflora.continual import run
 from inflora.data.loader import Batch, Input
 from inflora.data.pixels import RawPixels
-from inflora.data.store import Images
+from inflora.data.store import Images, read_manifest
 from inflora.data.stream import Stream, Task
 from inflora.lora import adapted_layers
 from inflora.methods import TaskData, make_method
@@ -204,7 +204,7 @@ def counted_one_by_one(model: ContinualModel, images: Images, tasks: list[Task])
     return tuple(counts)
 
 
-def test_evaluation_counts_what_the_definitions_say():
+def test_evaluation_counts_what_the_definitions_say(digits):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 6
     pixels = RawPixels(torch.randint(0, 256, (600, 2, 2, 1), generator=generator, dtype=torch.uint8))
@@ -219,7 +219,7 @@ def test_evaluation_counts_what_the_definitions_say():
         tasks.append(Task(index, first, tuple("abc"[:size]), rows[:0], rows))
         model.add_head(size, "uniform", generator)
     input = Input(DataSettings(), side=2, channels=1, device=torch.device("cpu"))
-    stream = Stream(tuple(tasks), images, images, torch.arange(6), tuple(range(6)), "")
+    stream = Stream(tuple(tasks), images, images, torch.arange(6), tuple(range(6)), "", read_manifest(digits))
     counts = evaluate(model, stream, tasks, input)
     assert counts == counted_one_by_one(model, images, tasks)
     assert evaluate(model, stream, tasks[:1], input)[0].images == 300

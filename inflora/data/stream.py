@@ -32,7 +32,8 @@ class Stream(NamedTuple):
     Every task has labels, and so classifier outputs, of its own; ``class_of`` (labels) says which class each means:
     another one for every label when classes arrive, the same ones again in every task when domains do.
     ``split_hash`` identifies the division into training and validation images.
-    ``train`` and ``evaluate`` hold all tasks' images (memory-mapped, uint8); tasks name rows of them.
+    ``train`` and ``evaluate`` hold all tasks' images (memory-mapped, uint8); tasks name rows of them. ``manifest`` is
+    that of the store they come from.
     """
 
     tasks: tuple[Task, ...]
@@ -41,6 +42,7 @@ class Stream(NamedTuple):
     class_of: Tensor
     class_order: tuple[int, ...]
     split_hash: str
+    manifest: Manifest
 
     def merged(self) -> "Stream":
         """The same images as one single task: what joint training sees."""
@@ -124,7 +126,7 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
         )
         for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
     )
-    return Stream(tasks, train, evaluate, class_of, order, split_hash)
+    return Stream(tasks, train, evaluate, class_of, order, split_hash, manifest)
 
 
 def task_sizes(settings: DataSettings, manifest: Manifest) -> tuple[int, ...]:

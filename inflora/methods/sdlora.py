@@ -41,8 +41,7 @@ class DecoupledLinear(LoRALinear):
         """The weight plus all directions, each with its magnitude."""
         weight = self.weight.detach().clone()
         for magnitude, lora_A, lora_B in zip(self.magnitudes, self.old_A, self.old_B, strict=True):
-            for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
-                weight[rows] += magnitude * part @ lora_A
+            self.add_update(weight, lora_A, magnitude * lora_B)
         return weight
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from sweeps.engine.records import Outcome, best_record, trial_name
 TRIALS = "trials"
 """Where the states of a sweep's trials are in its shared place, a folder each."""
 
-
 SHARED = "shared"
 """Where what their first tasks have in common is, in the same place."""
 

@@ -13,9 +13,10 @@ from mlflow.exceptions import MlflowException
 
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
+from sweeps.engine.cluster import Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.mlflow_store import make_client
 from sweeps.engine.nodes import check_nodes
-from sweeps.engine.runner import Cluster, check_folder, check_state_api, connect, trials_at_a_time, trials_place
+from sweeps.engine.runner import check_folder, trials_place
 from sweeps.engine.spec import Sweep
 
 _EPOCHS = 2

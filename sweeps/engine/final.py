@@ -6,6 +6,7 @@ is complete is not trained again.
 
 import hashlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from inflora.config import ConfigError, RunConfig, config_hash, dump_config, override
+from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, override
 from inflora.continual import check, identity
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
 from inflora.state import RunState, load_state, write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine import plots
+from sweeps.engine.cluster import connect, trials_at_a_time
 from sweeps.engine.mlflow_store import (
     experiment_id,
     experiment_name,
@@ -35,6 +38,7 @@ from sweeps.engine.mlflow_store import (
     tagged_runs,
     task_metrics,
 )
+from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import now_ms
 from sweeps.engine.spec import Resources
 
@@ -63,6 +67,20 @@ class Spread(NamedTuple):
 
     mean: float
     std: float
+
+
+def labelled(paths: list[Path]) -> dict[str, RunConfig]:
+    """Configs by their method's name, or by their file's where two share a method.
+
+    Raises:
+        ConfigError: Two configs would bear the same name, or one that MLflow does not take.
+    """
+    configs = [(path, load_config(path)) for path in paths]
+    methods = [config.method.name for _, config in configs]
+    labels = [config.method.name if methods.count(config.method.name) == 1 else path.stem for path, config in configs]
+    if len(set(labels)) < len(labels) or not all(re.fullmatch(r"[\w.-]+", label) for label in labels):
+        raise ConfigError(f"configs of one method need different file names of letters, digits, . _ -, got {labels}")
+    return {label: config for label, (_, config) in zip(labels, configs, strict=True)}
 
 
 def plan(
@@ -118,6 +136,26 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
 def _train_one(run: FinalRun, threads: int) -> float:
     torch.set_num_threads(threads)
     return _final_metrics(train_into(run.folder, run.config, run.evaluate_on, resume=True))["acc/final"]
+
+
+class Trained(NamedTuple):
+    """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
+
+    seeds: list[int]
+    orders: list[int | None] | None
+    resources: Resources
+    address: str | None
+
+    def train(
+        self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn, say: Callable[[str], None]
+    ) -> list[FinalRun]:
+        """The runs of these configs, trained unless they are there already."""
+        runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        connect(self.address)
+        check_nodes(SharedFolder(str(folder)))
+        trials_at_a_time(self.resources, say)
+        train_all(runs, self.resources, say)
+        return runs
 
 
 def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
@@ -210,7 +248,7 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
 
 def _create_run(client: MlflowClient, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> Run:
     commit = git_commit()
-    tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": "test"}
+    tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": run.evaluate_on}
     tags |= {"mlflow.source.git.commit": commit} if commit else {}
     return client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
 

@@ -7,18 +7,19 @@ training images and judged on validation images, all over the same seeds and ord
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from inflora.config import ConfigError, RunConfig
+from inflora.config import ConfigError, RunConfig, dump_config, override
 from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, load_state, write_atomically
-from sweeps.engine.final import FinalRun
+from sweeps.engine.export import sweep_records
+from sweeps.engine.final import FinalRun, Trained
 from sweeps.engine.records import TrialRecord, ranking
-from sweeps.engine.spec import Sweep
+from sweeps.engine.spec import Sweep, read_sweep
 
 PAPER = "paper"
 _LEVEL = 0.95
@@ -114,6 +115,23 @@ def score(state: RunState, objective: str) -> float:
     matrix = accuracy_matrix(state.evaluations)
     current = sum(row[-1] for row in matrix) / len(matrix)
     return {**state.metrics(state.tasks), "acc/current": current}[objective]
+
+
+def judge_sweep(
+    folder: Path, top: int, trained: Trained, out: Path, say: Callable[[str], None]
+) -> tuple[dict[str, RunConfig], Trained]:
+    """What the test set is opened for: a sweep's winner among its best trials, and the paper's setting; and on what."""
+    sweep = read_sweep(folder)
+    records = sweep_records(sweep, folder)
+    numbers = [order for order in trained.orders or [] if order is not None]
+    trained = trained._replace(orders=judged_orders(sweep, numbers))
+    runs = trained.train(candidates(sweep, records, top), out / "judged", "validation", say)
+    winner, estimates, comparisons = judge(runs, sweep.objective)
+    say(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
+    labels = {label: config for label, config in candidates(sweep, records, top).items() if label in (winner, PAPER)}
+    chosen = {label: override(config, {"data.train_on": "train+validation"}) for label, config in labels.items()}
+    write_atomically(out / "winner.yaml", dump_config(chosen[winner]).encode())
+    return chosen, trained
 
 
 def write_judgement(

@@ -21,7 +21,7 @@ class ProgressLines(tune.Callback):
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
         self.ledger, self.say = ledger, say
 
-    def shown(self) -> AbstractContextManager[Any]:
+    def shown(self, console: Console) -> AbstractContextManager[Any]:
         """While this is entered the progress is shown."""
         return nullcontext()
 
@@ -54,15 +54,17 @@ class ProgressLines(tune.Callback):
 
 
 class LiveTable(ProgressLines):
-    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands."""
+    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands.
 
-    def __init__(self, ledger: Ledger, console: Console) -> None:
+    Tune pickles its callbacks, which a terminal cannot be: it is only lent while the table is shown.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger, lambda line: None)
-        self._live = Live(console=console, get_renderable=self.draw, refresh_per_second=2)
 
-    def shown(self) -> AbstractContextManager[Any]:
+    def shown(self, console: Console) -> AbstractContextManager[Any]:
         """The table, until this is left."""
-        return self._live
+        return Live(console=console, get_renderable=self.draw, refresh_per_second=2)
 
     def draw(self) -> Group:
         """The table as it stands."""

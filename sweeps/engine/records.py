@@ -62,6 +62,11 @@ def trial_name(study_name: str, number: int) -> str:
     return f"{study_name}-{number:04d}"
 
 
+def best_first(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """All trials as tables list them: the highest objective first, those without one last."""
+    return sorted(records, key=lambda r: (r.value is None, -(r.value or 0.0), r.number))
+
+
 def best_record(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """The best of ``ranking``."""
     return next(iter(ranking(records)), None)

@@ -17,7 +17,7 @@ from inflora.metrics import forgetting
 from sweeps.engine.budget import gpu_hours_spent, progress
 from sweeps.engine.ledger import pareto_front, read_records
 from sweeps.engine.metrics import direction
-from sweeps.engine.records import Outcome, TrialRecord, ranking
+from sweeps.engine.records import Outcome, TrialRecord, best_first, best_record, ranking
 from sweeps.engine.spec import Sweep
 
 _STYLE = """
@@ -197,7 +197,7 @@ def _setup(sweep: Sweep) -> str:
 
 def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
     yield "<h2>Best configuration</h2>"
-    best = next(iter(ranking(records)), None)
+    best = best_record(records)
     if best is None:
         yield "<p>No trial has finished.</p>"
         return
@@ -209,10 +209,10 @@ def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
 
 
 def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) -> str:
-    best = next(iter(ranking(records)), None)
+    best = best_record(records)
     columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "minutes"]
     rows = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
-    for record in sorted(records, key=lambda r: (-(r.value if r.value is not None else -1.0), r.number)):
+    for record in best_first(records):
         values = [record.settings.get(path, "") for path in sweep.space]
         objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
         minutes = sum(report.seconds for report in record.reports) / 60

@@ -2,7 +2,6 @@
 
 import fcntl
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import ray
 from ray import tune
-from ray.util.state import list_actors
 from rich.console import Console
 
 from inflora.config import ConfigError
@@ -20,35 +18,17 @@ from inflora.continual import check, identity
 from inflora.state import write_atomically
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
+from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
 from sweeps.engine.storage import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
-
-# Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
-_QUICK_TRAIN = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-}
-# A trial that waits for room is not late: its place in the queue is what the cluster grows for. A new GPU node takes
-# minutes; giving the place up and asking again every minute would make the cluster shrink and grow.
-_PATIENT_TRAIN = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600"}
-_QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
-}
-
-
-DRIVER = "trial_driver"
-"""The custom resource by which a cluster's head says how many trials it drives at a time."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +43,6 @@ class SweepResult(NamedTuple):
     complete: bool
     delivered: bool
     over: str
-
-
-class Cluster(NamedTuple):
-    """Where a sweep runs, and where it keeps its trials so that every node finds them.
-
-    ``address`` None is the cluster found, else this machine; ``shared`` None is the sweep's own folder; ``at_a_time``
-    None is what the cluster declares or has room for.
-    """
-
-    address: str | None = None
-    shared: str | None = None
-    at_a_time: int | None = None
-
-
-THIS_MACHINE = Cluster()
 
 
 def run_sweep(
@@ -177,76 +142,6 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
         )
 
 
-def connect(address: str | None) -> None:
-    """Connect to a Ray cluster, or start one on this machine.
-
-    The dashboard stays on (loopback): without its state API a stopped trial's workers are never released.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    environment = {
-        name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _PATIENT_TRAIN | _QUIET).items()
-    }
-    try:
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": environment},
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            ignore_reinit_error=True,
-        )
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at address {address!r}: {' '.join(str(error).split())[:200]}") from None
-
-
-def check_state_api() -> None:
-    """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
-    try:
-        list_actors(limit=1)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, one cluster per machine, "
-            "or use --executor inline"
-        ) from None
-
-
-def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
-    """As many as the cluster declares drivers for, else as many as its nodes have room for.
-
-    A cluster that declares them may grow: a trial then waits for its nodes, however long they take.
-
-    Raises:
-        ConfigError: Nothing is declared and there is no room for a single trial.
-    """
-    declared = int(ray.cluster_resources().get(DRIVER, 0))
-    if not declared:
-        return slots(resources)
-    try:
-        slots(resources)
-    except ConfigError as error:
-        say(f"waiting for nodes: {error}")
-    return declared
-
-
-def slots(resources: Resources) -> int:
-    """How many trials the nodes that are there can train at a time.
-
-    Raises:
-        ConfigError: Not even one.
-    """
-    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(int(min(node.get(name, 0) / need for name, need in needs.items() if need)) for node in nodes)
-    if workers < resources.workers:
-        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
-        raise ConfigError(
-            f"a trial needs {resources.workers} workers of {needs['CPU']} CPUs and {needs['GPU']:g} GPUs, the cluster "
-            f"has room for {workers}: {len(nodes)} nodes of at most {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
-        )
-    return workers // resources.workers
-
-
 def _run_trials(
     sweep: Sweep, folder: Path, place: SharedFolder, ledger: Ledger, at_a_time: int, say: Callable[[str], None]
 ) -> None:
@@ -285,7 +180,8 @@ def fit(
 
     ``shared`` is the address of what trials have in common.
     """
-    shown = LiveTable(ledger, Console()) if Console().is_terminal else ProgressLines(ledger, say)
+    console = Console()
+    shown = LiveTable(ledger) if console.is_terminal else ProgressLines(ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -303,7 +199,7 @@ def fit(
             verbose=0,
         ),
     )
-    with warnings.catch_warnings(), shown.shown():
+    with warnings.catch_warnings(), shown.shown(console):
         warnings.simplefilter("ignore")
         tuner.fit()
 

@@ -31,12 +31,11 @@ class Searched(Settings):
         return {path: value}
 
 
-class _Range(Searched):
+class _Bounded(Searched):
     """Everything between two bounds, both possible."""
 
     low: float
     high: float
-    log: bool = False
 
     def ends(self) -> tuple[Scalar, ...]:
         """The extreme values: what a run must accept."""
@@ -45,6 +44,12 @@ class _Range(Searched):
     def contains(self, value: Any) -> bool:
         """Whether the sampler could choose ``value``."""
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+class _Range(_Bounded):
+    """Everything between two bounds, on a linear scale or a logarithmic one."""
+
+    log: bool = False
 
     def _spaced(self, count: int) -> list[float]:
         space = np.geomspace if self.log else np.linspace
@@ -81,7 +86,7 @@ class Real(_Range):
         return list(dict.fromkeys(self._spaced(count)))
 
 
-class NearOne(Searched):
+class NearOne(_Bounded):
     """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in what is missing to 1.
 
     The sampler searches ``1 - setting`` under that very name; the setting itself is what is recorded.
@@ -99,14 +104,6 @@ class NearOne(Searched):
     def fix(self, path: str, value: Any) -> dict[str, Any]:
         """The sampler's parameters that make the setting ``value``."""
         return {f"1 - {path}": _missing(value)}
-
-    def ends(self) -> tuple[Scalar, ...]:
-        """The extreme values: what a run must accept."""
-        return self.low, self.high
-
-    def contains(self, value: Any) -> bool:
-        """Whether the sampler could choose ``value``."""
-        return isinstance(value, int | float) and self.low <= value <= self.high
 
     def points(self, count: int) -> list[Scalar]:
         """``count`` values from end to end, evenly on the domain's scale."""

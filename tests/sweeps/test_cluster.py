@@ -9,8 +9,9 @@ import ray
 from mlflow import MlflowClient
 
 from inflora.config import ConfigError
+from sweeps.engine.cluster import check_state_api, slots
 from sweeps.engine.records import Outcome, TaskReport
-from sweeps.engine.runner import check_state_api, claimed, run_sweep, slots
+from sweeps.engine.runner import claimed, run_sweep
 from sweeps.engine.spec import Real, Resources, read_sweep
 
 from .conftest import PAPER, Recipe, undisturbed

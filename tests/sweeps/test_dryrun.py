@@ -3,8 +3,8 @@
 import pytest
 
 from inflora.config import ConfigError
+from sweeps.engine.cluster import Cluster
 from sweeps.engine.dryrun import Timing, check_storage, check_tracking, dry_run, estimate, time_one_task
-from sweeps.engine.runner import Cluster
 from sweeps.engine.spec import Resources, Sweep
 
 from .test_tracking import free_port

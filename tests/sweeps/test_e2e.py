@@ -1,10 +1,15 @@
 """The product's commands, one after another, as a user types them: sweep, export, train, final."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -30,7 +35,21 @@ def user(tmp_path_factory, data_root):
     def command(line: str) -> subprocess.CompletedProcess:
         return subprocess.run(line.split(), cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
-    command.folder = folder
+    def typed(line: str) -> subprocess.CompletedProcess:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 160, 0, 0))
+        process = subprocess.Popen(
+            line.split(), cwd=folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        out = b""
+        with contextlib.suppress(OSError):  # the other end is closed: all is said
+            while part := os.read(ours, 65536):
+                out += part
+        os.close(ours)
+        return subprocess.CompletedProcess(line, process.wait(), out.decode(), "")
+
+    command.folder, command.typed = folder, typed
     return command
 
 
@@ -41,10 +60,11 @@ def ok(done: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture(scope="module")
 def swept(user):
-    """Two small sweeps, of InfLoRA and of a baseline, and their best configs."""
-    for name in ("digits", "digits-frozen"):
-        out = ok(user(f"python my_digits.py --sweep {name} --executor inline --num-trials 2 optim.epochs=1"))
+    """Two small sweeps, of InfLoRA on a terminal and of a baseline into a pipe, and their best configs."""
+    for name, run in (("digits", user.typed), ("digits-frozen", user)):
+        out = ok(run(f"python my_digits.py --sweep {name} --executor inline --num-trials 2 optim.epochs=1"))
         assert "best: trial" in out
+        assert ("trials ended: " in out, "trial   0 starts" in out) == ((run is not user), (run is user))
         assert "mlflow ui" in out
         ok(user(f"sweeps export {name} -o {name}.yaml"))
     return user

@@ -45,8 +45,7 @@ def test_a_terminal_has_one_table_with_what_runs_what_ended_and_what_is_left(led
     running = ledger.propose().number
     ledger.report(running, report(1, 0.77))
     console = Console(width=140, force_terminal=True, record=True)
-    table = LiveTable(ledger, console)
-    with table.shown():
+    with LiveTable(ledger).shown(console):
         pass
     text = console.export_text()
     assert "finished" in text
