@@ -140,6 +140,9 @@ class AlignmentSettings(Settings):
     weight_decay: float = Field(default=5e-4, ge=0)
     samples: int = Field(default=256, ge=1, description="features drawn per class seen and epoch; also the batch size")
     temperature: float | None = Field(default=None, gt=0, description="of the normalised logits; None: not normalised")
+    draws: Path | None = Field(
+        default=None, description="a .safetensors file with every epoch's features, in place of drawing"
+    )
 
 
 class InfLoRASettings(LoRASettings):

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.data import ensure_store
 from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
-from inflora.data.order import ordered_rows, read_given
+from inflora.data.order import Given, given_head, ordered_rows
 from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.drift import Probes, drift
@@ -85,6 +84,8 @@ def run(
             f"on {evaluate_on} (backbones {state.backbone_hash} and {fresh.backbone_hash}); start in an empty folder"
         )
     shape = shape_of(backbone)
+    given = Given.of(config)
+    given.check(config, stream, shape.width, method.passes)
     input = Input(config.data, shape.image_size, shape.channels, device)
     model = ContinualModel(backbone, shape.width, pick_precision(config.precision, device, shape.width))
     method.prepare(model)
@@ -93,13 +94,13 @@ def run(
     model.to(device)
     if config.compile:
         backbone.compile()
-    setup = _Setup(config, model, method, stream, input, _Given.of(config))
+    setup = _Setup(config, model, method, stream, input, given)
     numerics = f"{model.precision} {'compiled' if config.compile else ''}"
     keys = keys_of(config, f"{stream.manifest.content_hash} {stream.split_hash} {fresh.backbone_hash} {numerics}")
     for index in range(state.tasks_done, len(stream.tasks)):
         start = time.perf_counter()
-        # Orders and classifiers from files are in no key: such runs keep to themselves.
-        with_others = shared if index == 0 and shared is not None and setup.given == _Given(None, None) else Shared()
+        # What comes from files is in no key: such runs keep to themselves.
+        with_others = shared if index == 0 and shared is not None and given == Given() else Shared()
         learnt = _learn(setup, index, on_epoch, with_others, keys)
         seen = stream.tasks[: index + 1]
         watched = Probes(seen, model.width, device)
@@ -138,21 +139,6 @@ def _facts_of(stream: Stream) -> DataFacts:
     )
 
 
-class _Given(NamedTuple):
-    """What the config gives in files, where a run would draw it: the order of passes, the classifiers' beginnings."""
-
-    orders: dict[str, Tensor] | None
-    heads: dict[str, Tensor] | None
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "_Given":
-        order, heads = config.data.order, config.optim.head_init
-        return cls(
-            None if order is None else read_given(order, "data.order"),
-            read_given(heads, "optim.head_init") if isinstance(heads, Path) else None,
-        )
-
-
 class _Setup(NamedTuple):
     """What a run has from its first task to its last; the model and the method change as they learn."""
 
@@ -161,7 +147,7 @@ class _Setup(NamedTuple):
     method: Method
     stream: Stream
     input: Input
-    given: _Given
+    given: Given
 
 
 class _Learnt(NamedTuple):
@@ -191,12 +177,13 @@ def _learn(
     def once(moment: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return shared.once(f"{keys[moment]}-covariance", compute)
 
-    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once)
+    data = TaskData(task, len(stream.tasks), config.seed, passes, plain, once, given.draws)
     if given.heads is None:
         assert isinstance(optim.head_init, str)
         model.add_head(len(task.classes), optim.head_init, seeded(config.seed, index, "head"))
     else:
-        _load_head(model.add_head(len(task.classes), "zero", torch.Generator()), given.heads, index)
+        head = model.add_head(len(task.classes), "zero", torch.Generator())
+        head.load_state_dict(given_head(given.heads, index, len(task.classes), model.width))
     method.begin_task(model, data)
     trainable = method.trainable(model)
 
@@ -209,16 +196,6 @@ def _learn(
     factors = method.end_task(model, data)
     diagnostics = {"params/trainable": float(trainable.size), "precision/bits": float(8 * model.precision.itemsize)}
     return _Learnt(trained["step_losses"].tolist(), factors, diagnostics | method.diagnostics())
-
-
-def _load_head(head: torch.nn.Linear, heads: dict[str, Tensor], index: int) -> None:
-    try:
-        head.load_state_dict({name: heads[f"{index}.{name}"] for name in ("weight", "bias")})
-    except (KeyError, RuntimeError):
-        raise ConfigError(
-            f"optim.head_init must hold {index}.weight {tuple(head.weight.shape)} and {index}.bias, it holds "
-            + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(heads.items()))[:200]
-        ) from None
 
 
 def _drifts(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
@@ -252,7 +229,7 @@ def check(config: RunConfig) -> None:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
-    _Given.of(config)
+    Given.of(config)
     pick_device(config.device)
 
 

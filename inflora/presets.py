@@ -60,6 +60,7 @@ def _adam(epochs: int, lr: float = 5e-4) -> OptimSettings:
     return OptimSettings(name="adam", lr=lr, epochs=epochs, batch_size=128)
 
 
+_ALIGNED = AlignmentSettings(epochs=5, temperature=0.1)
 _STEPPED_SGD = OptimSettings(
     name="sgd", lr=5e-3, head_lr=1e-2, schedule="step", milestones=(4,), epochs=5, batch_size=128
 )
@@ -96,7 +97,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cifar100-10-ca": _preset(
         _cifar100(),
-        InfLoRASettings(rank=5, energy=0.95, memory="gpm", classifier_alignment=AlignmentSettings(epochs=5)),
+        InfLoRASettings(rank=5, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
         OptimSettings(
             name="sgd",
             lr=1e-3,
@@ -108,12 +109,10 @@ PRESETS: dict[str, Preset] = {
             batch_size=128,
         ),
     ),
-    # One rate for all, no weight decay, normalised logits: as in the authors' configuration.
+    # One rate for all, no weight decay: as in the authors' configuration.
     "imagenet-r-10-ca": _preset(
         _imagenet_r(10),
-        InfLoRASettings(
-            rank=10, energy=0.95, memory="gpm", classifier_alignment=AlignmentSettings(epochs=5, temperature=0.1)
-        ),
+        InfLoRASettings(rank=10, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
         OptimSettings(name="sgd", lr=1e-3, epochs=50, batch_size=128),
     ),
 }

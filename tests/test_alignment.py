@@ -4,16 +4,19 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inflora.config import AlignmentSettings, RunConfig, override
+from inflora.config import AlignmentSettings, ConfigError, RunConfig, override
 from inflora.continual import run
-from inflora.data.loader import Batch
+from inflora.data.loader import Batch, seeded
 from inflora.data.stream import Task
 from inflora.methods.alignment import Alignment, align, normalised
 from inflora.methods.base import TaskData
 from inflora.methods.statistics import class_gaussians, class_means
 from inflora.model import ContinualModel
+from inflora.state import RunState
+from tests.conftest import same_tensors
 
 WIDTH = 4
 
@@ -142,3 +145,54 @@ def test_a_run_with_alignment_lets_the_old_classifiers_go_on_learning(temperatur
     assert {name for name in second.method if name.startswith("classes/")} == {
         f"classes/{part}/{task}" for part in ("means", "covariances") for task in range(2)
     }
+
+
+ALIGNED = {"data.tasks": 2, "method.classifier_alignment": {"epochs": 2, "samples": 16}}
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny) -> tuple[RunState, dict[str, Tensor]]:
+    """A run with alignment, and the features that it has drawn."""
+    *_, last = run(override(tiny, ALIGNED))
+    alignment = Alignment(AlignmentSettings(epochs=2, samples=16))
+    alignment.load_state(
+        {name.removeprefix("classes/"): t for name, t in last.state.method.items() if "classes" in name}
+    )
+    draws = {}
+    for epoch in range(2):
+        batches = alignment._draw(seeded(0, 1, "alignment", epoch), torch.device("cpu"))
+        features, classes = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        draws |= {f"1/features-{epoch}": features, f"1/classes-{epoch}": classes}
+    return last.state, draws
+
+
+def test_features_can_be_given_in_place_of_drawn_ones(drawn, tiny, tmp_path):
+    state, draws = drawn
+    save_file(draws, tmp_path / "draws.safetensors")
+    given = ALIGNED | {"method.classifier_alignment.draws": tmp_path / "draws.safetensors"}
+    *_, last = run(override(tiny, given))
+    assert same_tensors(last.state.model, state.model)
+    assert last.state.evaluations == state.evaluations
+    save_file(draws | {"1/features-0": 2 * draws["1/features-0"]}, tmp_path / "draws.safetensors")
+    *_, other = run(override(tiny, given))
+    assert not same_tensors(other.state.model, state.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("1/features-1", lambda _: None, r"must hold 1/features-1; it holds 1/classes-0"),
+        ("1/classes-1", lambda _: None, r"must hold 1/classes-1; it holds 1/classes-0"),
+        ("1/features-1", lambda features: features[:, 1:], r"in 1/features-1 rows of 32 numbers .* got \(160, 31\)"),
+        ("1/classes-1", lambda classes: classes + 1, r"in 1/classes-1 as many classes below 10"),
+    ],
+)
+def test_features_that_do_not_fit_the_run_are_refused_before_the_first_task(
+    name, change, message, drawn, tiny, tmp_path
+):
+    draws = drawn[1] | {name: change(drawn[1][name])}
+    save_file({n: t.contiguous() for n, t in draws.items() if t is not None}, tmp_path / "draws.safetensors")
+    config = override(tiny, ALIGNED | {"method.classifier_alignment.draws": tmp_path / "draws.safetensors"})
+    with pytest.raises(ConfigError, match=message) as error:
+        next(run(config))
+    assert len(str(error.value).splitlines()) == 1

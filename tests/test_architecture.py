@@ -25,7 +25,7 @@ FLOORS = {
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
-        "sweeps.engine.backup",
+        "sweeps.engine.study_backup",
     ),
     9: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
     10: ("sweeps.engine.spec",),

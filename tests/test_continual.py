@@ -392,11 +392,12 @@ def test_a_given_order_is_the_order_of_the_batches_whatever_the_seed(tiny, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda orders: orders.pop("0/train-0"), r"data\.order does not give the pass 0/train-0"),
-        (lambda orders: orders["0/train-0"].__setitem__(0, -1), r"must name each of the \d+ images of task 0 once"),
+        (lambda orders: orders.pop("4/train-0"), r"data\.order does not give the pass 4/train-0"),
+        (lambda orders: orders.pop("4/covariance-after"), r"data\.order does not give the pass 4/covariance-after"),
+        (lambda orders: orders["4/train-0"].__setitem__(0, -1), r"must name each of the \d+ images of task 4 once"),
     ],
 )
-def test_an_order_that_is_not_of_this_run_is_refused(change, message, tiny, tmp_path):
+def test_an_order_that_is_not_of_this_run_is_refused_before_the_first_task(change, message, tiny, tmp_path):
     orders = orders_of(tiny)
     change(orders)
     save_file(orders, tmp_path / "orders.safetensors")
@@ -405,14 +406,14 @@ def test_an_order_that_is_not_of_this_run_is_refused(change, message, tiny, tmp_
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("setting", ["data.order", "optim.head_init"])
+@pytest.mark.parametrize("setting", ["data.order", "optim.head_init", "method.classifier_alignment.draws"])
 def test_a_file_that_cannot_be_read_is_refused_before_anything_heavy(setting, tiny, tmp_path):
     with pytest.raises(ConfigError, match=f"cannot read {setting}"):
         check(override(tiny, {setting: tmp_path / "nowhere.safetensors"}))
 
 
 def test_classifiers_start_from_given_values(tiny, tmp_path):
-    heads = {f"{t}.{name}": torch.full(shape, 0.1 * t) for t in (0, 1) for name, shape in HEAD.items()}
+    heads = {f"{t}.{name}": torch.full(shape, 0.1 * t) for t in range(5) for name, shape in HEAD.items()}
     save_file(heads, tmp_path / "heads.safetensors")
     config = with_method(tiny, "frozen", **{"optim.head_init": tmp_path / "heads.safetensors", "optim.lr": 1e-12})
     stages = run(config)
@@ -420,8 +421,16 @@ def test_classifiers_start_from_given_values(tiny, tmp_path):
         model = next(stages).state.model
         for name in HEAD:
             torch.testing.assert_close(model[f"heads.{t}.{name}"], heads[f"{t}.{name}"])
-    with pytest.raises(ConfigError, match=r"optim\.head_init must hold 2\.weight \(2, 32\)"):
-        next(stages)
+
+
+@pytest.mark.parametrize(
+    "change", [{"4.weight": None}, {"4.bias": torch.zeros(3)}], ids=lambda change: next(iter(change))
+)
+def test_classifiers_that_are_not_of_this_run_are_refused_before_the_first_task(change, tiny, tmp_path):
+    heads = {f"{t}.{name}": torch.zeros(shape) for t in range(5) for name, shape in HEAD.items()} | change
+    save_file({name: t for name, t in heads.items() if t is not None}, tmp_path / "heads.safetensors")
+    with pytest.raises(ConfigError, match=r"optim\.head_init must hold 4\.weight \(2, 32\) and 4\.bias, it holds"):
+        next(run(override(tiny, {"optim.head_init": tmp_path / "heads.safetensors"})))
 
 
 HEAD = {"weight": (2, 32), "bias": (2,)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inflora import distributed
 from inflora.config import AlignmentSettings
 from inflora.data.loader import seeded
+from inflora.data.order import drawn_features
 from inflora.methods.base import TaskData
 from inflora.methods.statistics import class_gaussians
 from inflora.model import ContinualModel
@@ -38,11 +39,16 @@ class Alignment:
         self.means.append(mean_CD.float().cpu())
         self.covs.append(cov_CDD.float().cpu())
         if len(self.means) > 1:
-            epochs = (
-                self._draw(seeded(data.seed, data.task.index, "alignment", epoch), model.device)
-                for epoch in range(self.settings.epochs)
-            )
+            epochs = (self._epoch(model, data, epoch) for epoch in range(self.settings.epochs))
             align(model.heads, epochs, self.settings)
+
+    def _epoch(self, model: ContinualModel, data: TaskData, epoch: int) -> Iterator[Drawn]:
+        """The batches of one epoch, drawn or as they are given."""
+        task = data.task.index
+        if data.draws is None:
+            return self._draw(seeded(data.seed, task, "alignment", epoch), model.device)
+        given = drawn_features(data.draws, task, epoch, model.width, model.classes)
+        return zip(*(part.to(model.device).split(self.settings.samples) for part in given), strict=True)
 
     def _draw(self, generator: torch.Generator, device: torch.device) -> Iterator[Drawn]:
         """One epoch's features, shuffled: a batch of S for each class. The means of older tasks are shrunk more."""

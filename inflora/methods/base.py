@@ -1,7 +1,7 @@
 """What every method is: three moments of a task, and a state that can be saved."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class TaskData(NamedTuple):
     ``passes(purpose)`` is one augmented pass; the same purpose gives the same pass, on any number of workers.
     ``plain()`` is one pass without augmentation. ``once(moment, compute)`` is what ``compute`` gives, perhaps computed
     by another run that agrees on all it depends on: the images, and the model "before" or "after" its training.
+    ``draws`` are features given for classifier alignment (``inflora.data.order``), None where they are drawn.
     """
 
     task: Task
@@ -33,6 +34,7 @@ class TaskData(NamedTuple):
     passes: Callable[[str], Iterator[Batch]]
     plain: Callable[[], Iterator[Batch]]
     once: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = _here
+    draws: dict[str, Tensor] | None = None
 
 
 class Trainable(NamedTuple):
@@ -60,8 +62,11 @@ class Trainable(NamedTuple):
 class Method(Generic[S]):
     """A continual learning method: before a task, the loss of a batch, after a task.
 
-    The defaults train the new task's classifier, and adapters where there are any.
+    The defaults train the new task's classifier, and adapters where there are any. ``passes`` are the augmented passes
+    that it makes over a task's images besides the epochs of its training.
     """
+
+    passes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

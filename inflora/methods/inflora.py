@@ -19,6 +19,8 @@ from inflora.subspace import Memory, design, energy_inside, taken_count, thresho
 class InfLoRA(Method[InfLoRASettings]):
     """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights."""
 
+    passes = ("covariance-before", "covariance-after")
+
     def __init__(self, settings: InfLoRASettings) -> None:
         super().__init__(settings)
         self.memory: dict[str, Memory] = {}

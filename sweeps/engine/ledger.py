@@ -64,14 +64,6 @@ class Ledger:
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
         )
-        # A sweep that goes on must not draw the random numbers of its first start again.
-        seed = sweep.sampler_seed + len(self._trials(*_ENDED, TrialState.RUNNING))
-        self.study.sampler = make_sampler(sweep, seed)
-        self._by_chance = optuna.load_study(
-            study_name=sweep.study_name,
-            storage=self.study._storage,
-            sampler=optuna.samplers.RandomSampler(seed=seed),
-        )
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -144,7 +136,7 @@ class Ledger:
         if self.sweep.sampler == "grid":
             self._enqueue_next_of_grid(tried)
         for attempt in range(_SAME_SETTINGS_TRIES):
-            trial = (self._by_chance if attempt else self.study).ask()
+            trial = self._ask("random" if attempt else self.sweep.sampler)
             settings = space.suggest(self.sweep.space, trial)
             twin = tried.get(_key(settings))
             if twin is None:
@@ -159,6 +151,11 @@ class Ledger:
         self.end_early(self._why_over())
         return None
 
+    def _ask(self, sampler: str) -> optuna.Trial:
+        """A new trial, whose settings will come from ``sampler``."""
+        self.study.sampler = make_sampler(self.sweep, sampler, len(self.study.get_trials(deepcopy=False)))
+        return self.study.ask()
+
     def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
         if self._trials(TrialState.WAITING):
             return  # the first trials come before the grid
@@ -170,6 +167,7 @@ class Ledger:
     def _propose_again(self, number: int) -> Proposal:
         record = self.record_of(number)
         if number not in self._open:
+            self.study.sampler = make_sampler(self.sweep, self.sweep.sampler, number)
             trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
             self._open[number] = _Open(trial, {report.tasks_done for report in record.reports})
         trial = self._open[number].trial

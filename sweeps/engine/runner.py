@@ -17,7 +17,6 @@ from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.state import write_atomically
 from inflora.storage import SharedFolder
-from sweeps.engine.backup import fetch_database, keep_database
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.ledger import STUDY_FILE, Ledger
@@ -27,6 +26,7 @@ from sweeps.engine.progress import LiveTable, ProgressLines
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
+from sweeps.engine.study_backup import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial, pick_backend, train_driver
 

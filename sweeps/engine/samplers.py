@@ -3,6 +3,7 @@
 import warnings
 from statistics import median
 
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
@@ -12,15 +13,20 @@ from sweeps.engine.records import Outcome, TrialRecord
 from sweeps.engine.spec import Sweep
 
 
-def make_sampler(sweep: Sweep, seed: int) -> BaseSampler:
-    """The sampler that ``sweep.sampler`` names; the grid needs none, it is counted through."""
+def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
+    """The sampler called ``name``, for trial ``number``; the grid needs none, it is counted through.
+
+    Its random numbers hang on the sweep's seed and the trial: one that goes on after a stop draws neither those that
+    were drawn before nor others than it would have drawn without the stop.
+    """
+    (seed,) = np.random.SeedSequence((sweep.sampler_seed, number)).generate_state(1).tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _make_sampler(sweep, seed, startup=min(10, sweep.trials // 3))
+        return _make_sampler(sweep, name, seed, startup=min(10, sweep.trials // 3))
 
 
-def _make_sampler(sweep: Sweep, seed: int, startup: int) -> BaseSampler:
-    match sweep.sampler:
+def _make_sampler(sweep: Sweep, name: str, seed: int, startup: int) -> BaseSampler:
+    match name:
         case "tpe":
             return TPESampler(
                 seed=seed,
@@ -34,7 +40,7 @@ def _make_sampler(sweep: Sweep, seed: int, startup: int) -> BaseSampler:
         case "cmaes":
             # Stopped trials have no value: with early stopping only the finished ones teach it.
             return CmaEsSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
-        case "random" | "grid":
+        case _:  # random; what the grid proposes is enqueued
             return RandomSampler(seed=seed)
 
 

@@ -96,6 +96,31 @@ def test_a_second_start_goes_on_with_the_interrupted_and_repeats_nothing(tiny_sw
     assert len(second.records()) == 3
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random"])
+def test_a_sweep_started_again_and_again_proposes_what_an_undisturbed_one_does(tiny_sweep, tmp_path, sampler):
+    sweep = tiny_sweep.model_copy(update={"sampler": sampler, "early_stopping": "none", "trials": 6})
+
+    def search(folder, trials_per_start):
+        for _ in range(sweep.trials // trials_per_start):
+            ledger = Ledger(sweep, folder)
+            for _ in range(trials_per_start):
+                proposal = ledger.propose()
+                yield proposal.settings
+                learn_all(ledger, proposal.number, [proposal.settings["method.energy"]] * 5)
+
+    undisturbed = list(search(tmp_path / "undisturbed", sweep.trials))
+    assert list(search(tmp_path / "disturbed", 1)) == undisturbed
+
+
+def test_two_seeds_have_no_random_proposal_in_common(tiny_sweep, tmp_path):
+    def proposed(seed):
+        changes = {"sampler": "random", "sampler_seed": seed, "first": ()}
+        ledger = Ledger(tiny_sweep.model_copy(update=changes), tmp_path / str(seed))
+        return {repr(ledger.propose().settings) for _ in range(4)}
+
+    assert len(proposed(0) | proposed(1)) == 8
+
+
 def test_a_driver_that_died_while_proposing_leaves_a_trial_that_can_still_be_run(tiny_sweep, tmp_path):
     Ledger(tiny_sweep, tmp_path).study.ask()
     again = Ledger(tiny_sweep, tmp_path).propose()
