@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inflora.config import AlignmentSettings, ConfigError, RunConfig, override
+from inflora.config import AlignmentSettings, ConfigError, NCMSettings, RunConfig, override
 from inflora.continual import run
 from inflora.data.loader import Batch, seeded
 from inflora.data.stream import Task
+from inflora.methods import make_method
 from inflora.methods.alignment import Alignment, align, normalised
 from inflora.methods.base import TaskData
 from inflora.methods.statistics import class_gaussians, class_means
@@ -196,3 +197,18 @@ def test_features_that_do_not_fit_the_run_are_refused_before_the_first_task(
     with pytest.raises(ConfigError, match=message) as error:
         next(run(config))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_class_without_images_is_neither_drawn_nor_the_nearest_mean():
+    """DomainNet's paintings show no t-shirt to train on: such a class has no mean to stand for it."""
+    features, labels = made_up(0)
+    data = data_of(0, features[labels == 1], labels[labels == 1])
+    alignment, model = Alignment(AlignmentSettings(epochs=1, samples=8)), identity_model(1)
+    alignment.after_task(model, data)
+    alignment.means.append(alignment.means[0] + 1)
+    alignment.covs.append(alignment.covs[0])
+    drawn = alignment._draw(torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert torch.cat([classes for _, classes in drawn]).bincount().tolist() == [0, 8, 8, 8]
+    make_method(NCMSettings()).end_task(model, data)
+    logits = model.logits(torch.cat([torch.zeros(1, WIDTH), features]))
+    assert (logits.argmax(1) == 1).all() and torch.isfinite(logits).all()

@@ -51,17 +51,19 @@ class Alignment:
         return zip(*(part.to(model.device).split(self.settings.samples) for part in given), strict=True)
 
     def _draw(self, generator: torch.Generator, device: torch.device) -> Iterator[Drawn]:
-        """One epoch's features, shuffled: a batch of S for each class. The means of older tasks are shrunk more."""
-        features = []
+        """One epoch's features, shuffled: a batch of S per class with images. Means of older tasks are shrunk more."""
+        features, seen = [], torch.cat(self.means).any(dim=1)
         for index, (mean_CD, cov_CDD) in enumerate(zip(self.means, self.covs, strict=True)):
+            cov_CDD, mean_CD = cov_CDD[mean_CD.any(dim=1)], mean_CD[mean_CD.any(dim=1)]
             shrink = 0.9 + 0.1 * (index + 1) / len(self.means)
             scale_CDD = torch.linalg.cholesky(cov_CDD.double() + _RIDGE * torch.eye(cov_CDD.shape[1])).float()
             noise_CSD = torch.randn(len(mean_CD), self.settings.samples, mean_CD.shape[1], generator=generator)
             features.append((shrink * mean_CD[:, None] + noise_CSD @ scale_CDD.mT).flatten(0, 1))
         drawn = torch.cat(features)
         order = torch.randperm(len(drawn), generator=generator)
+        classes = seen.nonzero()[:, 0].repeat_interleave(self.settings.samples)
         for rows in order.split(self.settings.samples):
-            yield drawn[rows].to(device), (rows // self.settings.samples).to(device)
+            yield drawn[rows].to(device), classes[rows].to(device)
 
     def state(self) -> dict[str, Tensor]:
         """What ``load_state`` takes back."""

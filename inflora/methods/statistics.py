@@ -36,7 +36,10 @@ def _input_covariances(model: ContinualModel, data: TaskData, moment: str) -> di
 
 @torch.no_grad()
 def class_means(model: ContinualModel, data: TaskData) -> Tensor:
-    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation."""
+    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation.
+
+    Zero for a class without images, as DomainNet has some in some domains.
+    """
     count_C = torch.zeros(len(data.task.classes), dtype=torch.float64, device=model.device)
     sum_CD = count_C.new_zeros(len(count_C), model.width)
     for features, labels in _features(model, data):

@@ -160,7 +160,8 @@ def test_the_dashboard_listens_on_this_machine_only(local_cluster):
     assert listening == {"127.0.0.1"}
 
 
-def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_its_workers(local_cluster):
+def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_its_workers(local_cluster, monkeypatch):
+    monkeypatch.setattr("sweeps.engine.cluster.STATE_API_PATIENCE_S", 3)
     local_cluster(num_cpus=1, include_dashboard=False)
     with pytest.raises(ConfigError, match="state API does not answer"):
         check_state_api()
