@@ -212,3 +212,20 @@ def test_a_class_without_images_is_neither_drawn_nor_the_nearest_mean():
     make_method(NCMSettings()).end_task(model, data)
     logits = model.logits(torch.cat([torch.zeros(1, WIDTH), features]))
     assert (logits.argmax(1) == 1).all() and torch.isfinite(logits).all()
+
+
+def test_features_that_are_large_and_fewer_than_their_width_are_drawn_too():
+    """Rounded to float32 such a covariance has eigenvalues further below zero than what is added to it."""
+    generator = torch.Generator().manual_seed(0)
+    features = 300 * torch.randn(10, 64, generator=generator)
+    alignment, cov_DD = Alignment(AlignmentSettings(epochs=1, samples=4096)), torch.cov(features.T)
+    assert torch.linalg.cholesky_ex(cov_DD.double() + 1e-4 * torch.eye(64)).info > 0
+    alignment.means, alignment.covs = [torch.ones(1, 64)], [cov_DD[None]]
+    ((drawn, _),) = alignment._draw(generator, torch.device("cpu"))
+    torch.testing.assert_close(torch.cov(drawn.T), cov_DD, atol=0.1 * float(cov_DD.max()), rtol=0)
+
+
+def test_features_that_are_no_numbers_stop_the_run_and_say_where():
+    features, labels = made_up(0)
+    with pytest.raises(FloatingPointError, match=r"the features after task 0 are not finite; try a smaller optim\.lr"):
+        Alignment(AlignmentSettings(epochs=1)).after_task(identity_model(1), data_of(0, features / 0, labels))

@@ -56,7 +56,7 @@ class Alignment:
         for index, (mean_CD, cov_CDD) in enumerate(zip(self.means, self.covs, strict=True)):
             cov_CDD, mean_CD = cov_CDD[mean_CD.any(dim=1)], mean_CD[mean_CD.any(dim=1)]
             shrink = 0.9 + 0.1 * (index + 1) / len(self.means)
-            scale_CDD = torch.linalg.cholesky(cov_CDD.double() + _RIDGE * torch.eye(cov_CDD.shape[1])).float()
+            scale_CDD = _root(cov_CDD)
             noise_CSD = torch.randn(len(mean_CD), self.settings.samples, mean_CD.shape[1], generator=generator)
             features.append((shrink * mean_CD[:, None] + noise_CSD @ scale_CDD.mT).flatten(0, 1))
         drawn = torch.cat(features)
@@ -75,6 +75,17 @@ class Alignment:
         tasks = range(len(state) // 2)
         self.means = [state[f"means/{index}"] for index in tasks]
         self.covs = [state[f"covariances/{index}"] for index in tasks]
+
+
+def _root(cov_CDD: Tensor) -> Tensor:
+    """L (C x D x D) with ``L L^T`` the covariances plus the ridge."""
+    ridge_DD = _RIDGE * torch.eye(cov_CDD.shape[1], dtype=torch.float64)
+    root_CDD, failed_C = torch.linalg.cholesky_ex(cov_CDD.double() + ridge_DD)
+    if failed_C.any():
+        # Large covariances, rounded to float32, may have eigenvalues further below zero than the ridge is above.
+        values_CD, vectors_CDD = torch.linalg.eigh(cov_CDD[failed_C > 0].double())
+        root_CDD[failed_C > 0] = vectors_CDD * (values_CD.clamp_min(0) + _RIDGE).sqrt()[:, None]
+    return root_CDD.float()
 
 
 def align(heads: nn.ModuleList, epochs: Iterable[Iterable[Drawn]], settings: AlignmentSettings) -> None:
