@@ -26,7 +26,7 @@ h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2em .7em; text-align: right }
 th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
-td.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
+.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
 summary { cursor: pointer; color: #555; } .row { display: flex; flex-wrap: wrap; }
 """
 _SHOWN = 6
@@ -217,7 +217,7 @@ def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) 
         objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
         minutes = sum(report.seconds for report in record.reports) / 60
         marks = " *" if record.number in front else ""
-        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, f"{minutes:.1f}"]
+        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
         shown = (html.escape(_short(cell)) for cell in cells)
         kind = " class='best'" if record is best else ""
         rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
@@ -236,5 +236,5 @@ def _endings(records: Sequence[TrialRecord]) -> str:
         for record in records
         if record.outcome in (Outcome.PRUNED, Outcome.FAILED)
     ]
-    head = "<tr><th>trial</th><th>outcome</th><th>tries</th><th>reason</th></tr>"
+    head = "<tr><th>trial</th><th class='text'>outcome</th><th>tries</th><th class='text'>reason</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>None.</p>"
