@@ -1,12 +1,15 @@
 """A sweep on one HTML page that needs nothing else: what was found, how, what failed and what it cost."""
 
 import html
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import optuna
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 from plotly.offline import get_plotlyjs
 
 from inflora.config import dump_config
@@ -23,10 +26,22 @@ h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2em .7em; text-align: right }
 th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
-td.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
+.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
+summary { cursor: pointer; color: #555; } .row { display: flex; flex-wrap: wrap; }
 """
 _SHOWN = 6
 """Trials whose matrices and curves are drawn: the best."""
+_OUTCOME_COLORS = {
+    Outcome.FINISHED: "#2a9d5c",
+    Outcome.PRUNED: "#b8b8b8",
+    Outcome.FAILED: "#d1495b",
+    Outcome.RUNNING: "#4c78a8",
+}
+_MEMORY = {
+    "size": "memory: directions taken",
+    "kept": "memory: share of the task's energy in it",
+    "overlap": "memory: share of the task's energy in it before",
+}
 
 
 def page(sweep: Sweep, study: optuna.Study) -> str:
@@ -44,6 +59,7 @@ def page(sweep: Sweep, study: optuna.Study) -> str:
         *(_embed(figure) for figure in search_figures(sweep, study)),
         "<h2>Learning</h2>",
         *(_embed(figure) for figure in learning_figures(records)),
+        *_side_by_side(accuracy_matrices(records)),
         "<h2>Cost</h2>",
         *(_embed(figure) for figure in cost_figures(sweep, records)),
     ]
@@ -74,7 +90,7 @@ def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
                 warnings.simplefilter("ignore", UserWarning)
                 yield show.plot_param_importances(study, **low)
         if len(names) > 1 and len(finished) > 3:
-            yield show.plot_contour(study, params=names[:4], **told)
+            yield show.plot_contour(study, params=names[:4], **told).update_layout(height=200 * min(4, len(names)))
 
 
 def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
@@ -83,20 +99,29 @@ def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
 
 
 def learning_figures(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
-    """Accuracy after every task of all trials; forgetting and matrices of the best; memory where it was reported."""
-    told = [record for record in records if record.reports]
-    if told:
-        seen = {_name(record): [100 * report.metrics["acc/seen"] for report in record.reports] for record in told}
-        yield _curves("accuracy on all classes seen (%)", seen)
+    """Accuracy after every task of all trials, those behind the best in grey; the best's forgetting and memory."""
     best = ranking(records)[:_SHOWN]
-    matrices = {_name(record): [report.accuracies for report in record.reports] for record in best}
-    if best and len(best[0].reports) > 1:
+    others = [record for record in records if record.reports and record not in best]
+    if told := [*others, *best]:
+        seen = {_name(record): [100 * report.metrics["acc/seen"] for report in record.reports] for record in told}
+        yield _curves("accuracy on all classes seen (%)", seen, grey={_name(record) for record in others})
+    if not best:
+        return
+    if len(best[0].reports) > 1:
+        matrices = {_name(record): [report.accuracies for report in record.reports] for record in best}
         curves = {name: [100 * forgetting(m[:i]) for i in range(1, len(m) + 1)] for name, m in matrices.items()}
         yield _curves("forgetting so far (points)", curves)
-    for metric in sorted({name for r in best for x in r.reports for name in x.metrics if name.startswith("memory/")}):
-        yield _curves(metric, {_name(r): [x.metrics.get(metric) for x in r.reports] for r in best})
-    for name, matrix in matrices.items():
-        yield accuracy_matrix(f"{name}: accuracy (%) on each task after each task", matrix)
+    for kind, title in _MEMORY.items():
+        names = [name for name in best[0].reports[-1].metrics if re.fullmatch(rf"memory/.+/{kind}", name)]
+        layers = {name.split("/")[1]: [report.metrics.get(name) for report in best[0].reports] for name in names}
+        if layers:
+            yield _curves(f"{title}, {_name(best[0])}", layers)
+
+
+def accuracy_matrices(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Of the best trials."""
+    for record in ranking(records)[:_SHOWN]:
+        yield accuracy_matrix(f"{_name(record)}: accuracy (%)", [report.accuracies for report in record.reports])
 
 
 def accuracy_matrix(title: str, matrix: Sequence[Sequence[float]]) -> go.Figure:
@@ -105,7 +130,8 @@ def accuracy_matrix(title: str, matrix: Sequence[Sequence[float]]) -> go.Figure:
     cells = [[100 * value for value in row] for row in matrix]
     heat = go.Heatmap(z=cells, x=tasks, y=tasks, zmin=0, zmax=100, colorscale="Viridis", texttemplate="%{z:.0f}")
     layout = {"title": title, "xaxis_title": "on task", "yaxis_title": "after task", "yaxis_autorange": "reversed"}
-    return go.Figure(heat, {**layout, "height": 420, "width": 560, "xaxis_type": "category", "yaxis_type": "category"})
+    sides = {"height": 420, "width": 530, "xaxis_type": "category", "yaxis_type": "category"}
+    return go.Figure(heat, {**layout, **sides, "xaxis_showgrid": False, "yaxis_showgrid": False})
 
 
 def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
@@ -116,24 +142,40 @@ def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Fi
     bars = [
         go.Bar(
             name=str(outcome),
+            marker_color=_OUTCOME_COLORS[outcome],
             x=[str(record.number) for record in told if record.outcome is outcome],
             y=[sum(report.seconds for report in record.reports) / 60 for record in told if record.outcome is outcome],
         )
         for outcome in Outcome
+        if any(record.outcome is outcome for record in told)
     ]
     gpus = gpu_hours_spent(sweep, records)
     title = "Training time per trial" + (f"; {gpus:.2f} GPU-hours in all" if gpus else "")
-    yield go.Figure(bars, {"title": title, "xaxis_title": "trial", "yaxis_title": "minutes", "barmode": "stack"})
+    axes = {"xaxis_title": "trial", "yaxis_title": "minutes", "xaxis_type": "category"}
+    order = [str(record.number) for record in told]
+    yield go.Figure(bars, {"title": title, "barmode": "stack", "xaxis_categoryarray": order, **axes})
 
 
-def _curves(ylabel: str, curves: dict[str, list[Any]]) -> go.Figure:
-    tasks = list(range(1, max(map(len, curves.values())) + 1))
-    lines = [go.Scatter(name=name, x=tasks[: len(y)], y=y, mode="lines+markers") for name, y in curves.items()]
-    return go.Figure(lines, {"xaxis_title": "tasks learnt", "yaxis_title": ylabel, "xaxis_dtick": 1, "title": ylabel})
+def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ()) -> go.Figure:
+    """A line per name over the tasks learnt; grey ones have no entry in the legend, only a word at their points."""
+    colors = cycle(qualitative.Plotly)
+    lines = []
+    for name, values in curves.items():
+        color, shown = ("#cccccc", False) if name in grey else (next(colors), True)
+        tasks = list(range(1, len(values) + 1))
+        lines.append(go.Scatter(name=name, x=tasks, y=values, mode="lines+markers", line_color=color, showlegend=shown))
+    return go.Figure(lines, {"xaxis_title": "tasks learnt", "xaxis_dtick": 1, "title": title})
 
 
 def _embed(figure: go.Figure) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False)
+    figure.update_layout(template="plotly_white", font_family="system-ui, sans-serif")
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _side_by_side(figures: Iterator[go.Figure]) -> Iterator[str]:
+    yield "<div class='row'>"
+    yield from (_embed(figure) for figure in figures)
+    yield "</div>"
 
 
 def _name(record: TrialRecord) -> str:
@@ -160,8 +202,10 @@ def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
         yield "<p>No trial has finished.</p>"
         return
     config = dump_config(sweep.config(best.settings))
+    settings = "  ".join(f"{path} = {_short(value)}" for path, value in best.settings.items())
     yield _paragraphs([f"{_name(best)}: {sweep.objective} {best.value:.4f}"])
-    yield f"<pre>{html.escape(config)}</pre>"
+    yield f"<pre>{html.escape(settings)}</pre>"
+    yield f"<details><summary>the whole configuration</summary><pre>{html.escape(config)}</pre></details>"
 
 
 def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) -> str:
@@ -173,12 +217,16 @@ def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) 
         objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
         minutes = sum(report.seconds for report in record.reports) / 60
         marks = " *" if record.number in front else ""
-        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, minutes]
-        shown = (f"{cell:.4g}" if isinstance(cell, float) else html.escape(str(cell)) for cell in cells)
+        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
+        shown = (html.escape(_short(cell)) for cell in cells)
         kind = " class='best'" if record is best else ""
         rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
     star = "<p>* on the Pareto front</p>" if front else ""
     return f"<div class='wide'><table>{''.join(rows)}</table></div>{star}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _endings(records: Sequence[TrialRecord]) -> str:
@@ -188,5 +236,5 @@ def _endings(records: Sequence[TrialRecord]) -> str:
         for record in records
         if record.outcome in (Outcome.PRUNED, Outcome.FAILED)
     ]
-    head = "<tr><th>trial</th><th>outcome</th><th>tries</th><th>reason</th></tr>"
+    head = "<tr><th>trial</th><th class='text'>outcome</th><th>tries</th><th class='text'>reason</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>None.</p>"

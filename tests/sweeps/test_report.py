@@ -29,7 +29,8 @@ def some_trials(sweep, folder, finished=5):
         for done in range(1, 5):
             ledger.report(number, report(done, 0.9 - 0.02 * done + 0.01 * index))
         last = report(5, 0.7 + 0.02 * index)
-        own = {"forgetting": 0.1 + 0.01 * index, "memory/occupied": 0.3}
+        memory = {f"memory/block{block}/{kind}": 0.3 for block in range(12) for kind in ("size", "kept", "overlap")}
+        own = memory | {"forgetting": 0.1 + 0.01 * index}
         ledger.report(number, last.model_copy(update={"metrics": last.metrics | own}))
         ledger.close(number)
     number = ledger.propose().number
@@ -72,7 +73,8 @@ def test_a_browser_draws_every_plot_without_a_word_on_its_console(sweep, tmp_pat
     sweep = with_changes(sweep, tradeoffs=tradeoffs)
     text = page(sweep, some_trials(sweep, tmp_path))
     plots = text.count('class="plotly-graph-div"')
-    assert plots >= 13
+    assert plots >= 16
+    assert plots <= 25, "a model of many blocks has no more plots than one of few"
     (tmp_path / "report.html").write_text(text)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--enable-logging=stderr"]
     command = [
