@@ -295,7 +295,11 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
     """
     try:
         return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
-    except (KeyError, SQLAlchemyError) as error:
+    except KeyError:
+        raise ConfigError(
+            f"{folder / STUDY_FILE} has no study {sweep.study_name}: it was begun by a version with other settings"
+        ) from None
+    except SQLAlchemyError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / STUDY_FILE}: {reason}") from None
 
