@@ -12,7 +12,7 @@ sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export th
 	$(BIN)/python sweeps/digits.py
 	$(BIN)/sweeps export digits -o results/digits.yaml
 
-test: check unit cluster  ## everything CI runs
+test: check unit cluster hosts  ## everything CI runs
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
