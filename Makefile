@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep test unit cluster slow hosts compare bench check format clean
+.PHONY: sweep test unit cluster slow chaos hosts compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -26,7 +26,12 @@ cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a
 	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" --durations=20
 
 slow: $(READY)  ## what would make `test` longer than half an hour
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/sweeps/test_chaos.py
+
+SEEDS ?= $(shell seq 0 19)
+CHAOS := tests/sweeps/test_chaos.py::test_worker_driver_node_and_server_are_killed_and_the_sweep_ends_as_if_undisturbed
+chaos: $(READY)  ## worker, driver, node and MLflow server killed at random, twenty times (make chaos SEEDS="3 7": these)
+	$(BIN)/python -m pytest -s $(SEEDS:%="$(CHAOS)[%]")
 
 hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
 	$(BIN)/python -m pytest -m hosts

@@ -24,6 +24,15 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def everywhere(yes: bool) -> bool:
+    """Whether it is so in every process."""
+    if world_size() == 1:
+        return yes
+    # NCCL knows tensors on GPUs only.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return int(all_sum(torch.tensor(int(yes), device=device))) == world_size()
+
+
 def from_first(tensor: Tensor) -> Tensor:
     """The first process's ``tensor`` in all of them; the others' may have other sizes, but as many dimensions.
 

@@ -1,4 +1,4 @@
-"""The experiments of the InfLoRA paper (CVPR 2024) by name, exactly as published, and what they gave there.
+"""The experiments of the InfLoRA paper (CVPR 2024) by name, with the published settings, and what they gave there.
 
 A preset trains on all training images and is judged on the test images, as in the paper. ``for_tuning`` holds out
 validation images instead: the base of a sweep.
@@ -95,6 +95,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-r-10-b5": _preset(
         _imagenet_r(10), InfLoRASettings(rank=10, energy=0.99, blocks=5, memory="gpm"), _adam(50)
     ),
+    # The authors' run also begins with a new final norm; here the pre-trained one stays, as everywhere.
     "cifar100-10-ca": _preset(
         _cifar100(),
         InfLoRASettings(rank=5, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),

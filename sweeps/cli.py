@@ -307,15 +307,16 @@ def final(
     orders; the test set is then opened for the winner and the paper's setting.
     """
     with one_line_errors():
-        folder = (out or storage_root(storage) / "final").absolute()
+        named = find_sweep(str(configs[0]), storage)
+        swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
+        folder = (out or (swept or storage_root(storage)) / "final").absolute()
         resources = Resources(cpus_per_worker=cpus, gpus_per_worker=gpus)
         numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
         trained = Trained(parse_seeds(seeds), numbers, resources, address)
-        uri = tracking_uri or default_tracking_uri(folder)
+        uri = tracking_uri or default_tracking_uri(swept or folder)
         make_client(uri)
-        if len(configs) == 1 and (find_sweep(str(configs[0]), storage) / SPEC_FILE).exists():
-            folder = (out or find_sweep(str(configs[0]), storage) / "final").absolute()
-            chosen, trained = judge_sweep(find_sweep(str(configs[0]), storage), top, trained, folder, say_to_stdout)
+        if swept:
+            chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
         else:
             chosen = labelled(configs)
         runs = trained.train(chosen, folder, "test", say_to_stdout)

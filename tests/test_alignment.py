@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inflora.config import AlignmentSettings, ConfigError, RunConfig, override
+from inflora.config import AlignmentSettings, ConfigError, NCMSettings, RunConfig, override
 from inflora.continual import run
 from inflora.data.loader import Batch, seeded
 from inflora.data.stream import Task
+from inflora.methods import make_method
 from inflora.methods.alignment import Alignment, align, normalised
 from inflora.methods.base import TaskData
 from inflora.methods.statistics import class_gaussians, class_means
@@ -89,7 +90,7 @@ def test_drawn_features_have_the_classes_moments_with_older_means_shrunk_more():
     alignment.after_task(model, data_of(0, *made_up(0)))
     alignment.means.append(alignment.means[0] + 1)
     alignment.covs.append(2 * alignment.covs[0])
-    batches = list(alignment._draw(torch.Generator().manual_seed(0), torch.device("cpu")))
+    batches = list(alignment._draw(alignment._roots(), torch.Generator().manual_seed(0), torch.device("cpu")))
     assert [len(classes) for _, classes in batches] == [20_000] * 4
     features, classes = (torch.cat(parts) for parts in zip(*batches, strict=True))
     for c in range(4):
@@ -160,7 +161,7 @@ def drawn(tiny) -> tuple[RunState, dict[str, Tensor]]:
     )
     draws = {}
     for epoch in range(2):
-        batches = alignment._draw(seeded(0, 1, "alignment", epoch), torch.device("cpu"))
+        batches = alignment._draw(alignment._roots(), seeded(0, 1, "alignment", epoch), torch.device("cpu"))
         features, classes = (torch.cat(parts) for parts in zip(*batches, strict=True))
         draws |= {f"1/features-{epoch}": features, f"1/classes-{epoch}": classes}
     return last.state, draws
@@ -196,3 +197,35 @@ def test_features_that_do_not_fit_the_run_are_refused_before_the_first_task(
     with pytest.raises(ConfigError, match=message) as error:
         next(run(config))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_class_without_images_is_neither_drawn_nor_the_nearest_mean():
+    """DomainNet's paintings show no t-shirt to train on: such a class has no mean to stand for it."""
+    features, labels = made_up(0)
+    data = data_of(0, features[labels == 1], labels[labels == 1])
+    alignment, model = Alignment(AlignmentSettings(epochs=1, samples=8)), identity_model(1)
+    alignment.after_task(model, data)
+    alignment.means.append(alignment.means[0] + 1)
+    alignment.covs.append(alignment.covs[0])
+    drawn = alignment._draw(alignment._roots(), torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert torch.cat([classes for _, classes in drawn]).bincount().tolist() == [0, 8, 8, 8]
+    make_method(NCMSettings()).end_task(model, data)
+    logits = model.logits(torch.cat([torch.zeros(1, WIDTH), features]))
+    assert (logits.argmax(1) == 1).all() and torch.isfinite(logits).all()
+
+
+def test_features_that_are_large_and_fewer_than_their_width_are_drawn_too():
+    """Rounded to float32 such a covariance has eigenvalues further below zero than what is added to it."""
+    generator = torch.Generator().manual_seed(0)
+    features = 300 * torch.randn(10, 64, generator=generator)
+    alignment, cov_DD = Alignment(AlignmentSettings(epochs=1, samples=4096)), torch.cov(features.T)
+    assert torch.linalg.cholesky_ex(cov_DD.double() + 1e-4 * torch.eye(64)).info > 0
+    alignment.means, alignment.covs = [torch.ones(1, 64)], [cov_DD[None]]
+    ((drawn, _),) = alignment._draw(alignment._roots(), generator, torch.device("cpu"))
+    torch.testing.assert_close(torch.cov(drawn.T), cov_DD, atol=0.1 * float(cov_DD.max()), rtol=0)
+
+
+def test_features_that_are_no_numbers_stop_the_run_and_say_where():
+    features, labels = made_up(0)
+    with pytest.raises(FloatingPointError, match=r"the features after task 0 are not finite; try a smaller optim\.lr"):
+        Alignment(AlignmentSettings(epochs=1)).after_task(identity_model(1), data_of(0, features / 0, labels))

@@ -303,6 +303,7 @@ CHANGES = {
     "method.classifier_alignment.weight_decay": 0.1,
     "method.classifier_alignment.samples": 3,
     "method.classifier_alignment.temperature": 0.1,
+    "method.classifier_alignment.draws": "draws.safetensors",
     "optim.name": "sgd",
     "optim.lr": 0.1,
     "optim.head_lr": 0.1,

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, functional
 
 from inflora.config import AugmentSettings, ConfigError, DataSettings
-from inflora.data import ensure_store
+from inflora.data import ensure_store, prepare_store
 from inflora.data.augment import Crops, central_views, crop_and_resize, sample_crops
 from inflora.data.loader import Input, evaluation_batches, seeded, training_batches
 from inflora.data.preparation import prepare
@@ -296,6 +296,19 @@ def test_the_test_split_is_not_opened_for_validation(damage, digits, tmp_path):
 def test_tasks_that_do_not_divide_the_classes_are_refused_with_the_numbers_that_do(tasks, digits):
     with pytest.raises(ConfigError, match=rf"10 classes of digits \(1, 2, 5, 10\), got {tasks}"):
         make_stream(DataSettings(tasks=tasks), "validation")
+
+
+@pytest.mark.parametrize(("empty", "images"), [("train", "training"), ("test", "evaluation")])
+def test_a_task_without_images_is_refused_before_anything_is_learnt(empty, images, tmp_path):
+    """A dataset may have classes without images in a split; a whole task of them cannot be learnt, or judged."""
+    labels = {split: np.array([0, 0, 1, 1] if split == empty else [0, 0, 1, 1, 2, 2]) for split in ("train", "test")}
+    splits = {split: Arrays(np.zeros((len(own), 8, 8, 1), dtype=np.uint8), own) for split, own in labels.items()}
+    source = Source("holes", ("a", "b", "c"), splits, gaps=True)
+    prepare_store("holes", Dataset(lambda *_: source, needs=None), tmp_path, Options(), str(tmp_path))
+    settings = DataSettings(dataset="holes", root=str(tmp_path), tasks=3, train_on="train+validation")
+    with pytest.raises(ConfigError, match=rf"task 2 of data\.tasks \(c\) has no {images} images in holes"):
+        make_stream(settings, "test")
+    assert len(make_stream(settings.model_copy(update={"tasks": (1, 2)}), "test").tasks) == 2
 
 
 def test_a_merged_stream_is_one_task_with_the_images_of_all(digits):

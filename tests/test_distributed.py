@@ -219,8 +219,20 @@ def test_losses_accuracies_and_logits_are_those_of_one_process(world, kind, proc
     torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), ("nccl", "cuda")])
+def test_a_workers_yes_or_no_travels_on_a_device_that_the_backend_knows(backend, device, monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch, "tensor", lambda value, device: sent.append((value, device)) or torch.full((), value))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(1))
+    assert distributed.everywhere(True) and not distributed.everywhere(False)
+    assert sent == [(1, device), (0, device)]
+
+
 def test_without_a_process_group_nothing_is_exchanged():
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    assert distributed.everywhere(True) and not distributed.everywhere(False)
     tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
     assert distributed.all_sum(tensor) is tensor
     distributed.sum_gradients([parameter])

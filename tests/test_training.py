@@ -182,6 +182,17 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tiny):
         train_task(model, learner, TASK, OptimSettings(epochs=4), broken, lambda _: None)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_inputs_that_are_no_numbers_stop_the_run_before_they_are_decomposed(moment, tiny):
+    """A solver would stop with an error of its own, or never."""
+    model, learner = begun(tiny, "inflora")
+    with torch.no_grad():
+        model.backbone.get_parameter("pos_embed").fill_(math.nan)
+    step = learner.begin_task if moment == "before" else learner.end_task
+    with pytest.raises(FloatingPointError, match=f"inputs of the adapted layers {moment} task 0 are not finite"):
+        step(model, TaskData(TASK, 2, 0, passes, passes))
+
+
 # Evaluation.
 
 

@@ -73,7 +73,8 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
     With ``evaluate_on`` "validation" the test split is not opened, not even looked at.
 
     Raises:
-        ConfigError: The classes cannot be divided into the tasks, or the settings would evaluate on training images.
+        ConfigError: The classes cannot be divided into the tasks, a task is left without images, or the settings would
+            evaluate on training images.
         DataError: The store cannot be read.
     """
     folder = ensure_store(settings.dataset, settings.root)
@@ -126,6 +127,13 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
         )
         for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
     )
+    for task in tasks:
+        for rows, images in ((task.train_rows, "training"), (task.eval_rows, "evaluation")):
+            if not len(rows):
+                held = ", ".join(task.classes)[:100]
+                raise ConfigError(
+                    f"task {task.index} of data.tasks ({held}) has no {images} images in {settings.dataset}"
+                )
     return Stream(tasks, train, evaluate, class_of, order, split_hash, manifest)
 
 

@@ -4,7 +4,7 @@ Zhang et al., "SLCA" (ICCV 2023, arXiv 2303.05118), as InfLoRA's authors combine
 Shapes: C classes, S features drawn for each of them, D width, B batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,36 @@ class Alignment:
         self.means.append(mean_CD.float().cpu())
         self.covs.append(cov_CDD.float().cpu())
         if len(self.means) > 1:
-            epochs = (self._epoch(model, data, epoch) for epoch in range(self.settings.epochs))
-            align(model.heads, epochs, self.settings)
+            align(model.heads, self._epochs(model, data), self.settings)
 
-    def _epoch(self, model: ContinualModel, data: TaskData, epoch: int) -> Iterator[Drawn]:
-        """The batches of one epoch, drawn or as they are given."""
-        task = data.task.index
-        if data.draws is None:
-            return self._draw(seeded(data.seed, task, "alignment", epoch), model.device)
-        given = drawn_features(data.draws, task, epoch, model.width, model.classes)
-        return zip(*(part.to(model.device).split(self.settings.samples) for part in given), strict=True)
+    def _epochs(self, model: ContinualModel, data: TaskData) -> Iterator[Iterator[Drawn]]:
+        """Every epoch's batches, drawn or as they are given."""
+        task, samples = data.task.index, self.settings.samples
+        roots = self._roots() if data.draws is None else []
+        for epoch in range(self.settings.epochs):
+            if data.draws is None:
+                yield self._draw(roots, seeded(data.seed, task, "alignment", epoch), model.device)
+            else:
+                given = drawn_features(data.draws, task, epoch, model.width, model.classes)
+                yield zip(*(part.to(model.device).split(samples) for part in given), strict=True)
 
-    def _draw(self, generator: torch.Generator, device: torch.device) -> Iterator[Drawn]:
-        """One epoch's features, shuffled: a batch of S for each class. The means of older tasks are shrunk more."""
-        features = []
-        for index, (mean_CD, cov_CDD) in enumerate(zip(self.means, self.covs, strict=True)):
+    def _roots(self) -> list[Tensor]:
+        """For each task, of its classes with images (C): L (C x D x D) with ``L L^T`` the covariances and a ridge."""
+        return [_root(cov_CDD[mean_CD.any(dim=1)]) for mean_CD, cov_CDD in zip(self.means, self.covs, strict=True)]
+
+    def _draw(self, roots: Sequence[Tensor], generator: torch.Generator, device: torch.device) -> Iterator[Drawn]:
+        """One epoch's features, shuffled: a batch of S per class with images. Means of older tasks are shrunk more."""
+        features, seen = [], torch.cat(self.means).any(dim=1)
+        for index, (mean_CD, root_CDD) in enumerate(zip(self.means, roots, strict=True)):
+            mean_CD = mean_CD[mean_CD.any(dim=1)]
             shrink = 0.9 + 0.1 * (index + 1) / len(self.means)
-            scale_CDD = torch.linalg.cholesky(cov_CDD.double() + _RIDGE * torch.eye(cov_CDD.shape[1])).float()
             noise_CSD = torch.randn(len(mean_CD), self.settings.samples, mean_CD.shape[1], generator=generator)
-            features.append((shrink * mean_CD[:, None] + noise_CSD @ scale_CDD.mT).flatten(0, 1))
+            features.append((shrink * mean_CD[:, None] + noise_CSD @ root_CDD.mT).flatten(0, 1))
         drawn = torch.cat(features)
         order = torch.randperm(len(drawn), generator=generator)
+        classes = seen.nonzero()[:, 0].repeat_interleave(self.settings.samples)
         for rows in order.split(self.settings.samples):
-            yield drawn[rows].to(device), (rows // self.settings.samples).to(device)
+            yield drawn[rows].to(device), classes[rows].to(device)
 
     def state(self) -> dict[str, Tensor]:
         """What ``load_state`` takes back."""
@@ -73,6 +80,17 @@ class Alignment:
         tasks = range(len(state) // 2)
         self.means = [state[f"means/{index}"] for index in tasks]
         self.covs = [state[f"covariances/{index}"] for index in tasks]
+
+
+def _root(cov_CDD: Tensor) -> Tensor:
+    """L (C x D x D) with ``L L^T`` the covariances plus the ridge."""
+    ridge_DD = _RIDGE * torch.eye(cov_CDD.shape[1], dtype=torch.float64)
+    root_CDD, failed_C = torch.linalg.cholesky_ex(cov_CDD.double() + ridge_DD)
+    if failed_C.any():
+        # Large covariances, rounded to float32, may have eigenvalues further below zero than the ridge is above.
+        values_CD, vectors_CDD = torch.linalg.eigh(cov_CDD[failed_C > 0].double())
+        root_CDD[failed_C > 0] = vectors_CDD * (values_CD.clamp_min(0) + _RIDGE).sqrt()[:, None]
+    return root_CDD.float()
 
 
 def align(heads: nn.ModuleList, epochs: Iterable[Iterable[Drawn]], settings: AlignmentSettings) -> None:

@@ -24,5 +24,7 @@ class NCM(Method[NCMSettings]):
         head = model.heads[-1]
         assert isinstance(head, nn.Linear)
         head.weight.copy_(means_CD)
-        head.bias.copy_(-means_CD.square().sum(1) / 2)
+        # A class without images is never the nearest.
+        biases_C = torch.where(means_CD.any(dim=1), -means_CD.square().sum(1) / 2, torch.finfo(head.bias.dtype).min)
+        head.bias.copy_(biases_C)
         return {}

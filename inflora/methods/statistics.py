@@ -4,7 +4,7 @@ Everything is summed over all workers before it is used, so that all of them wor
 Shapes: C classes of the task, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ from inflora.model import ContinualModel
 
 
 def input_covariances(model: ContinualModel, data: TaskData, moment: str) -> dict[str, Tensor]:
-    """Uncentred covariance (D x D) of what each adapted layer reads, in one augmented pass over the task's images."""
+    """Uncentred covariance (D x D) of what each adapted layer reads, in one augmented pass over the task's images.
+
+    Raises:
+        FloatingPointError: They are not finite numbers.
+    """
     covariances = data.once(moment, lambda: _input_covariances(model, data, moment))
+    _require_finite(covariances.values(), f"inputs of the adapted layers {moment}", data)
     return {name: covariance.to(model.device) for name, covariance in covariances.items()}
 
 
@@ -36,7 +41,10 @@ def _input_covariances(model: ContinualModel, data: TaskData, moment: str) -> di
 
 @torch.no_grad()
 def class_means(model: ContinualModel, data: TaskData) -> Tensor:
-    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation."""
+    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation.
+
+    Zero for a class without images, as DomainNet has some in some domains.
+    """
     count_C = torch.zeros(len(data.task.classes), dtype=torch.float64, device=model.device)
     sum_CD = count_C.new_zeros(len(count_C), model.width)
     for features, labels in _features(model, data):
@@ -50,6 +58,9 @@ def class_gaussians(model: ContinualModel, data: TaskData) -> tuple[Tensor, Tens
     """Means (C x D) and unbiased covariances (C x D x D) of the features of the task's classes, float64.
 
     Two passes, the second around the means of the first. The covariance of a class with one image is zero.
+
+    Raises:
+        FloatingPointError: They are not finite numbers.
     """
     mean_CD = class_means(model, data)
     count_C, sum_CDD = mean_CD.new_zeros(len(mean_CD)), mean_CD.new_zeros(*mean_CD.shape, mean_CD.shape[1])
@@ -58,8 +69,15 @@ def class_gaussians(model: ContinualModel, data: TaskData) -> tuple[Tensor, Tens
             centred = features[labels == label] - mean_CD[label]
             count_C[label] += len(centred)
             sum_CDD[label] += centred.T @ centred
-    distributed.all_sum(count_C)
-    return mean_CD, distributed.all_sum(sum_CDD) / (count_C - 1).clamp_min(1)[:, None, None]
+    cov_CDD = distributed.all_sum(sum_CDD) / (distributed.all_sum(count_C) - 1).clamp_min(1)[:, None, None]
+    _require_finite([cov_CDD], "features after", data)
+    return mean_CD, cov_CDD
+
+
+def _require_finite(tensors: Iterable[Tensor], what: str, data: TaskData) -> None:
+    """What is decomposed next: solvers stop at other numbers with an error of their own, or never."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise FloatingPointError(f"the {what} task {data.task.index} are not finite; try a smaller optim.lr")
 
 
 def _features(model: ContinualModel, data: TaskData) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,6 +26,9 @@ _QUIET = {
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
 }
 
+STATE_API_PATIENCE_S = 30
+"""How long the state API may take to answer at all."""
+
 DRIVER = "trial_driver"
 """The custom resource by which a cluster's head says how many trials it drives at a time."""
 
@@ -70,7 +73,7 @@ def connect(address: str | None) -> None:
 def check_state_api() -> None:
     """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
     try:
-        list_actors(limit=1)
+        list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

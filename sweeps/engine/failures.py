@@ -16,13 +16,18 @@ class Failure(StrEnum):
 
 _SIGNS = (
     (Failure.HOPELESS, r"FloatingPointError|ConfigError|DataError|StateError"),
-    (Failure.MEMORY, r"OutOfMemoryError|MemoryError|out of memory"),
+    (Failure.MEMORY, r"OutOfMemoryError|MemoryError|out of memory|running low on memory"),
     (
         Failure.LOST,
         r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|NodeDiedError|OwnerDiedError"
+        r"|[Tt]he actor .*(died|dead|unavailable)"
         r"|ObjectLostError|PreemptionError|WorkerHealthCheck|SIGKILL|SIGTERM|Connection (refused|reset)",
     ),
 )
+
+
+# An actor's death is told without an error's name where Ray tells it of a trial's own actor.
+_NAMES_ERROR = r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b|The actor .*(died|dead|unavailable)"
 
 
 def kind_of(reason: str) -> Failure:
@@ -56,5 +61,5 @@ def alike(reasons: Sequence[str]) -> bool:
 def headline(text: str) -> str:
     """The line of a traceback that says what happened: the last that names an error, or the last at all."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b", line)]
+    named = [line for line in lines if re.match(_NAMES_ERROR, line)]
     return (named or lines or ["unknown error"])[-1][:500]

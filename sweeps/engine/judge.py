@@ -150,7 +150,7 @@ def write_judgement(
     ]
     for label, e in sorted(estimates.items(), key=lambda item: -item[1].mean):
         versus = _versus(comparisons[label]) if label in comparisons else ""
-        lines.append(f"| {label} | {100 * e.mean:.1f} | {100 * e.low:.1f} to {100 * e.high:.1f} | {versus} |")
+        lines.append(f"| {label} | {100 * e.mean:.1f} | {_interval(e)} | {versus} |")
     named = ", ".join("natural" if order is None else str(order) for order in orders)
     runs = next(iter(estimates.values())).runs
     lines += ["", f"Percent; {runs} runs each, class orders: {named}; protocol {sweep.protocol}. Winner: **{winner}**."]
@@ -161,9 +161,9 @@ def write_judgement(
         "winner": winner,
         "protocol": sweep.protocol,
         "orders": list(orders),
-        "estimates": {label: e._asdict() for label, e in estimates.items()},
+        "estimates": {label: _facts(e) for label, e in estimates.items()},
         "against_paper": {
-            label: {**c._asdict(), "difference": c.difference._asdict()} for label, c in comparisons.items()
+            label: {**c._asdict(), "difference": _facts(c.difference)} for label, c in comparisons.items()
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +174,14 @@ def write_judgement(
 
 def _versus(comparison: Comparison) -> str:
     d = comparison.difference
-    return (
-        f"{comparison.verdict}: {100 * d.mean:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f}), p = {comparison.p:.3f}"
-    )
+    said = f"{comparison.verdict}: {100 * d.mean:+.1f}"
+    return said if d.runs < 2 else f"{said} ({100 * d.low:+.1f} to {100 * d.high:+.1f}), p = {comparison.p:.3f}"
+
+
+def _interval(e: Estimate) -> str:
+    return "none" if e.runs < 2 else f"{100 * e.low:.1f} to {100 * e.high:.1f}"
+
+
+def _facts(e: Estimate) -> dict[str, float | None]:
+    """As JSON can hold it: no interval has no numbers."""
+    return {name: value if math.isfinite(value) else None for name, value in e._asdict().items()}

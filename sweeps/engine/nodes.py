@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -55,31 +55,35 @@ def check_nodes(shared: SharedFolder) -> None:
         # All at once; a node that cannot answer must not keep the others waiting.
         answers = [_ask(node["NodeID"], shared.address, mark) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
-            _judge(node["NodeManagerAddress"], answer, shared.address)
+            _judge(node, answer, shared.address)
     finally:
         shared.delete(mark)
 
 
 def _ask(node_id: str, address: str, mark: str) -> Answer:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(address, mark)
+    # The second try is for a node that dies meanwhile: it is not known to be dead at once.
+    return ray.remote(_look).options(num_cpus=0, max_retries=1, scheduling_strategy=there).remote(address, mark)
 
 
 def _look(address: str, mark: str) -> tuple[str, bool]:
     return code_version(), SharedFolder(address).read(mark) is not None
 
 
-def _judge(node: str, answer: Answer, address: str) -> None:
+def _judge(node: dict[str, Any], answer: Answer, address: str) -> None:
+    where = node["NodeManagerAddress"]
     try:
         theirs, sees = ray.get(answer, timeout=_PATIENCE_S)
     except ray.exceptions.RayError as error:
+        if node["NodeID"] not in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+            return  # it has died, and will run nothing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ConfigError(f"node {node} cannot run inflora-sweeps {code_version()}: {reason[:200]}") from None
+        raise ConfigError(f"node {where} cannot run inflora-sweeps {code_version()}: {reason[:200]}") from None
     if theirs != code_version():
-        raise ConfigError(_differs(node, theirs, code_version()))
+        raise ConfigError(_differs(where, theirs, code_version()))
     if not sees:
         raise ConfigError(
-            f"node {node} does not see {address}: --shared (INFLORA_SHARED) must be a folder that all nodes see, "
+            f"node {where} does not see {address}: --shared (INFLORA_SHARED) must be a folder that all nodes see, "
             "or s3://bucket/path"
         )
 

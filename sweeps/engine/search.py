@@ -1,6 +1,7 @@
 """Ray Tune's searcher and scheduler, both speaking for the ledger."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -71,7 +72,13 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Keep why the trial failed."""
-        self.ledger.fail(trial.config["number"], headline(str(trial.get_error())))
+        self.ledger.fail(trial.config["number"], headline(last_error(trial)))
+
+
+def last_error(trial: Any) -> str:
+    """What Tune has just written down of a trial's failure, on the driver's disk: the storage has it only later."""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
+    return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
 def with_room(resources: Resources, failed: Sequence[str]) -> float:

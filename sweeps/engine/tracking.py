@@ -99,8 +99,8 @@ class Mirror:
             tags = {**self.tags, **self._own_tags()}
             parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
         if not parent.data.params:
-            log_all(self.client, parent.info.run_id, params=params_of(self.sweep.base))
             self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
+            log_all(self.client, parent.info.run_id, params=params_of(self.sweep.base))  # last: they say all is there
         return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ Through Ray Train (``train_driver``) or inside the Tune trial itself (``inline_t
 differs is the ``Session``, where a state comes from and where results go.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import ray.tune
 import torch
 from ray.train import Checkpoint
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from inflora import distributed
@@ -135,6 +137,8 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
 
     def trial(settings: dict[str, Any]) -> None:
+        name = trial_name(study_name, settings["number"])
+        forget_if_torn(SharedFolder(storage), name)
         TorchTrainer(
             _train_worker,
             train_loop_config={**settings, "threads": resources.cpus_per_worker},
@@ -146,7 +150,7 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
             ),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=trial_name(study_name, settings["number"]),
+                name=name,
                 storage_path=storage,
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -156,6 +160,21 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
         ).fit()
 
     return trial
+
+
+def forget_if_torn(trials: SharedFolder, name: str) -> None:
+    """Discard what Train has kept of a trial if its list of checkpoints is not whole: the trial begins anew.
+
+    Train writes that list in place; a driver that is killed just then, or a machine that loses power, leaves a part of
+    it, with which every further try would fail.
+    """
+    content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
+    if content is None:
+        return
+    try:
+        json.loads(content)
+    except ValueError:
+        trials.discard(name)
 
 
 def pick_backend(resources: Resources) -> str:

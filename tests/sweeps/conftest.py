@@ -1,5 +1,6 @@
 """A sweep small enough to run in seconds, and reports without training."""
 
+import json
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ def data_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_sweep(data_root) -> Sweep:
     return Sweep(
         name="tiny",
@@ -116,6 +117,12 @@ class Recipe:
 
     def records(self) -> list[TrialRecord]:
         return read_records(optuna.load_study(study_name=self.sweep.study_name, storage=study_url(self.results)))
+
+    def learnt(self, number: int) -> list[int]:
+        """The tasks that Tune was told of as just learnt, over all starts and tries of a trial."""
+        lines = [json.loads(line) for file in self.results.glob("tune/*/result.json") for line in file.open()]
+        told = [TaskReport.model_validate_json(each["report"]) for each in lines if each["config"]["number"] == number]
+        return sorted(report.tasks_done for report in told if report.seconds > 0)
 
 
 @pytest.fixture

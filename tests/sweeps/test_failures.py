@@ -13,6 +13,7 @@ from .conftest import learn_all, report
 LOST = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
 FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 NAN = "FloatingPointError: the loss of task 0, epoch 3 is nan; try a smaller optim.lr"
+GONE = "The actor is dead because its node has died. Node Id: 7ec9"
 STRANGE = "KeyError: 'blocks.0'"
 
 
@@ -25,6 +26,9 @@ def ledger(tiny_sweep, tmp_path) -> Ledger:
     ("reason", "kind"),
     [
         (LOST, Failure.LOST),
+        (GONE, Failure.LOST),
+        ("The actor 5db8 is unavailable: The actor is temporarily unavailable", Failure.LOST),
+        ("Task was killed due to the node running low on memory.", Failure.MEMORY),
         (FULL, Failure.MEMORY),
         ("MemoryError", Failure.MEMORY),
         (NAN, Failure.HOPELESS),
@@ -137,4 +141,6 @@ def test_failures_are_alike_whatever_their_numbers():
 def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
     text = f"Traceback:\n  File x\n{LOST}\n\tclass_name: Trial\n\tactor_id: 123\n"
     assert headline(text) == LOST
+    bare = f"The actor died unexpectedly before finishing this task.\n\tclass_name: T\n{GONE}\nThe actor never ran.\n"
+    assert headline(bare) == GONE
     assert headline("") == "unknown error"

@@ -66,6 +66,18 @@ def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_be
     assert json.loads((tmp_path / "judged.json").read_text())["winner"] == winner
 
 
+def test_one_run_has_no_interval_and_decides_nothing(tiny_sweep, tmp_path):
+    estimates = {"trial-1": estimate([0.5]), PAPER_LABEL: estimate([0.4])}
+    text = write_judgement(tiny_sweep, "trial-1", estimates, {"trial-1": compare([0.5], [0.4])}, [None], tmp_path)
+    assert "| trial-1 | 50.0 | none | one run each: nothing can be said: +10.0 |" in text
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    facts = json.loads((tmp_path / "judged.json").read_text(), parse_constant=refuse)
+    assert facts["estimates"]["trial-1"] == {"mean": 0.5, "low": None, "high": None, "runs": 1}
+
+
 def with_changes(sweep, **changes) -> Sweep:
     return Sweep.model_validate({**sweep.model_dump(), **changes})
 

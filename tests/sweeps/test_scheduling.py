@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster as Nodes
 from inflora.storage import SharedFolder
 from sweeps.engine.cluster import Cluster
 from sweeps.engine.ledger import STUDY_FILE
+from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import Outcome, best_record, trial_name
 from sweeps.engine.runner import run_sweep
 from sweeps.engine.spec import Real, Resources
@@ -43,6 +44,7 @@ def nodes(monkeypatch):
         cluster.wait_for_nodes()
         return cluster.address
 
+    start.cluster = cluster
     yield start
     ray.shutdown()
     cluster.shutdown()
@@ -111,6 +113,18 @@ def test_a_sweep_waits_for_a_node_that_is_still_to_come(nodes, tiny_sweep, tmp_p
         late.wait()
     assert record.outcome is Outcome.FINISHED
     assert "waiting for nodes: a trial needs 1 workers of 1 CPUs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_node_that_has_just_died_does_not_keep_a_sweep_from_starting(nodes, tmp_path):
+    nodes(1, {"num_cpus": 1})
+    (worker,) = nodes.cluster.worker_nodes
+    raylet = worker.all_processes["raylet"][0].process
+    raylet.kill()
+    raylet.wait()
+    assert all(node["Alive"] for node in ray.nodes()), "not known to be dead yet"
+    check_nodes(SharedFolder(str(tmp_path)))
+    assert not all(node["Alive"] for node in ray.nodes())
 
 
 @pytest.mark.slow

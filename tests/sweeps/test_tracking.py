@@ -6,9 +6,7 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +22,7 @@ from sweeps.engine.mlflow_store import find_trial_run
 from sweeps.engine.tracking import Mirror, Tracker
 
 from .conftest import PAPER, learn_all, report
+from .server import Server, free_port
 
 TAGS = {"dataset": "digits", "seed": "0", "class_order": "0,1", "split_hash": "abc", "backbone_hash": "def"}
 
@@ -108,6 +107,22 @@ def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(
     assert parent.data.params["method.name"] == "inflora"
 
 
+def test_a_parent_whose_first_request_failed_is_completed(ledger, tiny_sweep, tmp_path):
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    mirror = Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError
+
+    mirror.client.log_text = refuse
+    with pytest.raises(ConnectionError):
+        mirror.sync()
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
+    client, (parent,), _ = all_runs(sqlite_uri(tmp_path))
+    assert parent.data.params["method.name"] == "inflora"
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
+
+
 def test_a_sweep_that_was_interrupted_is_not_shown_as_finished(ledger, tiny_sweep, tmp_path):
     ledger.propose()
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=False)
@@ -164,39 +179,10 @@ def test_sending_twice_is_sending_once_also_for_a_second_driver(ledger, tiny_swe
     assert children[running].info.status == "FINISHED"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """A real MLflow server in a process group of its own."""
-
-    def __init__(self, folder, port, store=None):
-        self.uri = f"http://127.0.0.1:{port}"
-        where = ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", folder / "art"]
-        store = store or f"sqlite:///{folder / 'server.db'}"
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1", *where]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise TimeoutError("the MLflow server did not start")
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.mark.cluster
 def test_a_server_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_path):
     port = free_port()
-    server = Server(tmp_path, port)
+    server = Server(tmp_path, port).ready()
     tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
     try:
         tracker.start()
@@ -210,7 +196,7 @@ def test_a_server_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_p
         ledger.close(number)
         assert time.monotonic() - start < 5, "training does not wait for the server"
         time.sleep(2)
-        server = Server(tmp_path, port)
+        server = Server(tmp_path, port).ready()
         assert tracker.close(patience_s=60)
         client, parents, children = all_runs(server.uri)
         assert (len(parents), len(children)) == (1, 1)
@@ -268,13 +254,13 @@ def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tin
     port = free_port()
     server = None
     try:
-        server = Server(tmp_path, port, store=database.uri)
+        server = Server(tmp_path, port, store=database.uri).ready()
         tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
         tracker.start()
         three_trials(ledger)
         server.kill()
         learn_all(ledger, ledger.propose().number, [0.9, 0.9, 0.8, 0.8, 0.8])
-        server = Server(tmp_path, port, store=database.uri)
+        server = Server(tmp_path, port, store=database.uri).ready()
         assert tracker.close(patience_s=90)
         client, parents, children = all_runs(server.uri)
         assert len(parents) == 1
@@ -327,7 +313,7 @@ class Unwell(http.server.BaseHTTPRequestHandler):
 def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_once(
     ledger, tiny_sweep, tmp_path, seed
 ):
-    server = Server(tmp_path, free_port())
+    server = Server(tmp_path, free_port()).ready()
     handler = type("Seeded", (Unwell,), {"server_up": server.uri, "rng": random.Random(seed)})
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()

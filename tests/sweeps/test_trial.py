@@ -5,8 +5,9 @@ import json
 import pytest
 
 from inflora.config import override
+from inflora.storage import SharedFolder
 from sweeps.engine.records import TaskReport
-from sweeps.engine.trial import learn
+from sweeps.engine.trial import forget_if_torn, learn
 
 
 class MemorySession:
@@ -94,3 +95,15 @@ def test_a_trial_works_where_no_test_image_can_be_read(tiny_sweep, tmp_path):
 
 def test_no_setting_of_a_trial_names_the_test_split(tiny_sweep):
     assert "test" not in json.dumps(settings_of(tiny_sweep.base))
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "kept"), [('{"checkpoint_results": []}', True), ('{"checkpoint_re', False), ("", False)]
+)
+def test_a_trial_whose_list_of_checkpoints_was_written_in_part_begins_anew(tmp_path, snapshot, kept):
+    run = tmp_path / "tiny-0000"
+    run.mkdir()
+    (run / "checkpoint_manager_snapshot.json").write_text(snapshot)
+    forget_if_torn(SharedFolder(str(tmp_path)), run.name)
+    assert run.exists() == kept
+    forget_if_torn(SharedFolder(str(tmp_path)), "tiny-0001")  # has kept nothing yet
