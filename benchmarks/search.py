@@ -168,12 +168,15 @@ def median_until(sweeps: Sequence[Sequence[TrialRecord]], score: float) -> tuple
     return median(costs), True
 
 
-def foretold(sweeps: Sequence[Sequence[TrialRecord]], metric: str) -> list[float]:
-    """Rank correlation of ``metric`` after each task but the last with the objective, over trials that finished."""
+def foretold(sweeps: Sequence[Sequence[TrialRecord]], metric: str) -> list[float | None]:
+    """Rank correlation of ``metric`` after each task but the last with the objective, over trials that finished.
+
+    None where all have the same.
+    """
     finished = {repr(trial.settings): trial for trials in sweeps for trial in trials if trial.value is not None}
     values = [trial.value for trial in finished.values()]
     early = zip(*([r.metrics[metric] for r in trial.reports[:-1]] for trial in finished.values()), strict=True)
-    return [float(spearmanr(after_task, values).statistic) for after_task in early]
+    return [float(spearmanr(after, values).statistic) if len(set(after)) > 1 else None for after in early]
 
 
 def replayed(pool: Sequence[TrialRecord], stopping: Mapping[str, Any], score: float, order: int) -> tuple[int, bool]:
@@ -312,8 +315,9 @@ def main(
         console.print(until_table(said["arms"], share, said["best"]))
     console.print(whole_table(said["arms"]))
     console.print(replay_table(said["replays"], said["pool"]))
-    order = ", ".join(f"{value:+.2f} after task {task}" for task, value in enumerate(said["foretold"], start=1))
-    console.print(f"rank correlation of {digits.rung_metric} with the objective, trials run to their end: {order}")
+    known = ["all alike" if value is None else f"{value:+.2f}" for value in said["foretold"]]
+    by_task = ", ".join(f"{value} after task {task}" for task, value in enumerate(known, start=1))
+    console.print(f"rank correlation of {digits.rung_metric} with the objective, trials run to their end: {by_task}")
     facts = {"date": date.today().isoformat(), "torch": version("torch"), "optuna": version("optuna")}
     told = facts | {"seeds": seeds, "ray": ray, "trials": trials, "epochs": epochs} | said
     write_atomically(out, json.dumps(told, indent=2).encode())
