@@ -58,9 +58,16 @@ class Ledger:
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
+        storage = open_storage(folder)
+        others = set(optuna.get_all_study_names(storage)) - {sweep.study_name}
+        if others:
+            raise ConfigError(
+                f"{folder / STUDY_FILE} holds {', '.join(sorted(others))}, not {sweep.study_name}: a sweep with other "
+                "settings, or begun by another version; choose another --storage, or remove the folder"
+            )
         self.study = optuna.create_study(
             study_name=sweep.study_name,
-            storage=open_storage(folder),
+            storage=storage,
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
         )

@@ -3,7 +3,8 @@
 import optuna
 import pytest
 
-from sweeps.engine.ledger import Ledger, read_records, study_url
+from inflora.config import ConfigError
+from sweeps.engine.ledger import Ledger, load_study, read_records, study_url
 from sweeps.engine.records import Outcome, TaskReport, best_record
 from sweeps.engine.spec import Choice, Sweep
 
@@ -149,13 +150,6 @@ def test_early_stopping_remembers_the_trials_of_earlier_starts(tiny_sweep, tmp_p
     assert learn_all(second, second.propose().number, [0.5] * 5)
 
 
-def test_two_sweeps_in_one_folder_keep_their_studies_apart(tiny_sweep, tmp_path):
-    ledger = Ledger(tiny_sweep, tmp_path)
-    learn_all(ledger, ledger.propose().number, [0.9] * 5)
-    other = Sweep.model_validate(tiny_sweep.model_dump() | {"objective": "acc/avg_incremental"})
-    assert Ledger(other, tmp_path).records() == []
-
-
 def test_a_small_space_is_tried_once_and_then_ends(tiny_sweep, tmp_path):
     space = {
         "method.memory": Choice(options=("gpm", "dualgpm")),
@@ -177,3 +171,14 @@ def test_the_study_can_be_read_without_the_ledger(ledger, tmp_path):
     learn_all(ledger, ledger.propose().number, [0.9] * 5)
     study = optuna.load_study(study_name=ledger.sweep.study_name, storage=study_url(tmp_path))
     assert read_records(study) == ledger.records()
+
+
+def test_a_folder_whose_study_is_another_sweeps_is_refused_and_left_as_it_is(tiny_sweep, tmp_path):
+    """Also what the same recipe began under a version whose settings had other names or defaults."""
+    Ledger(tiny_sweep, tmp_path).propose()
+    other = tiny_sweep.model_copy(update={"base": tiny_sweep.config({"optim.epochs": 7})})
+    with pytest.raises(ConfigError, match=f"holds {tiny_sweep.study_name}, not {other.study_name}"):
+        Ledger(other, tmp_path)
+    with pytest.raises(ConfigError, match="begun by a version with other settings"):
+        load_study(other, tmp_path)
+    assert len(Ledger(tiny_sweep, tmp_path).records()) == 1
