@@ -28,6 +28,12 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield Path(os.environ["INFLORA_DATA"])
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Every test draws the same numbers in every run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def digits(data_root: Path) -> Path:
     """The store of the digits; read it, do not write to it."""
