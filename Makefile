@@ -20,7 +20,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not cluster and not e2e and not hosts" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not cluster and not e2e and not hosts" -n auto --dist worksteal
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
 	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" --durations=20
