@@ -83,6 +83,11 @@ class LiveTable(ProgressLines):
         return Group(table, Text("\n".join(progress(sweep, records, self.ledger.hours()))))
 
 
+def progress_on(console: Console, ledger: Ledger, say: Callable[[str], None]) -> ProgressLines:
+    """The table where it can be drawn again, lines elsewhere: into a pipe, or on a terminal that only prints."""
+    return LiveTable(ledger) if console.is_interactive else ProgressLines(ledger, say)
+
+
 def describe(settings: dict[str, Any]) -> str:
     """Settings in a line."""
     return "  ".join(

@@ -22,7 +22,7 @@ from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.nodes import check_nodes
-from sweeps.engine.progress import LiveTable, ProgressLines
+from sweeps.engine.progress import progress_on
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
@@ -181,7 +181,7 @@ def fit(
     ``shared`` is the address of what trials have in common.
     """
     console = Console()
-    shown = LiveTable(ledger) if console.is_terminal else ProgressLines(ledger, say)
+    shown = progress_on(console, ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

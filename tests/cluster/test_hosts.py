@@ -155,7 +155,7 @@ def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     log = tmp_path / "log"
     submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=3")
     deadline = time.monotonic() + 300
-    while not re.search(r"\b[1-4]/5\b", log.read_text()):  # of the live table: ray submit gives a terminal
+    while "task 1" not in log.read_text():  # lines and no table: ray submit gives a terminal, here a dumb one
         assert submitted.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
     lost = next(machine for machine in cluster.workers if cluster.trains(machine))

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from sweeps.engine.ledger import Ledger
-from sweeps.engine.progress import LiveTable, ProgressLines
+from sweeps.engine.progress import LiveTable, ProgressLines, progress_on
 
 from .conftest import learn_all, report
 
@@ -53,3 +53,10 @@ def test_a_terminal_has_one_table_with_what_runs_what_ended_and_what_is_left(led
     assert "77.0" in text
     assert "1/5" in text
     assert "1 of 4 trials ended: 1 running, 1 finished" in text
+
+
+@pytest.mark.parametrize(("term", "shown"), [("xterm-256color", LiveTable), ("dumb", ProgressLines)])
+def test_a_terminal_that_cannot_draw_again_has_lines(ledger, monkeypatch, term, shown):
+    monkeypatch.setenv("TERM", term)
+    assert type(progress_on(Console(force_terminal=True), ledger, print)) is shown
+    assert type(progress_on(Console(force_terminal=False), ledger, print)) is ProgressLines
