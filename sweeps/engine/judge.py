@@ -125,11 +125,12 @@ def judge_sweep(
     records = sweep_records(sweep, folder)
     numbers = [order for order in trained.orders or [] if order is not None]
     trained = trained._replace(orders=judged_orders(sweep, numbers))
-    runs = trained.train(candidates(sweep, records, top), out / "judged", "validation", say)
+    judged = candidates(sweep, records, top)
+    runs = trained.train(judged, out / "judged", "validation", say)
     winner, estimates, comparisons = judge(runs, sweep.objective)
     say(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
-    labels = {label: config for label, config in candidates(sweep, records, top).items() if label in (winner, PAPER)}
-    chosen = {label: override(config, {"data.train_on": "train+validation"}) for label, config in labels.items()}
+    labels = [label for label in judged if label in (winner, PAPER)]
+    chosen = {label: override(judged[label], {"data.train_on": "train+validation"}) for label in labels}
     write_atomically(out / "winner.yaml", dump_config(chosen[winner]).encode())
     return chosen, trained
 
