@@ -22,13 +22,6 @@ PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    os.environ["INFLORA_DATA"] = str(root)
-    return root
-
-
-@pytest.fixture(scope="session")
 def tiny_sweep(data_root) -> Sweep:
     return Sweep(
         name="tiny",
