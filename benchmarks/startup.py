@@ -12,20 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 from rich.console import Console
 from rich.table import Table
 
 from sweeps.digits import inflora as digits
+from sweeps.engine import driver
 from sweeps.engine.cluster import connect
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.runner import fit
 from sweeps.engine.spec import Sweep
-from sweeps.engine.trial import inline_trial, train_driver
 
 MOMENTS = ("driver", "process", "worker", "checked", "data", "backbone", "model", "step")
 """Each is the end of one part: Tune has called the trial; the worker's process exists; it has imported everything and
@@ -35,7 +35,9 @@ are designed and the first step begins."""
 
 def stamped(number: int, file: str, learn: Callable[[], None], *, process: bool) -> None:
     """``learn`` with the moments of its beginning written to ``file``; steps do nothing."""
+    driver.import_trial()  # before anything else: importing torch is a part of the worker's start
     import psutil
+    import torch
 
     from inflora import continual, training
 
@@ -78,21 +80,21 @@ def stamped_trial(sweep: Sweep, folder: str, file: str) -> Callable[[dict[str, A
     """The product's own trial of either kind, stamped."""
 
     def trial(settings: dict[str, Any]) -> None:
-        from sweeps.engine import trial as product
-
         number = settings["number"]
         with Path(file).open("a") as out:
             out.write(json.dumps([number, "driver", time.time()]) + "\n")
         if sweep.executor == "inline":
+            from sweeps.engine.trial import inline_trial
+
             whole = inline_trial(sweep.resources, Path(folder), sweep.study_name)
             stamped(number, file, lambda: whole(settings), process=False)
             return
-        train_worker = product._train_worker
-        product._train_worker = lambda given: stamped(number, file, lambda: train_worker(given), process=True)
+        train_worker = driver._train_worker
+        driver._train_worker = lambda given: stamped(number, file, lambda: train_worker(given), process=True)
         try:
-            train_driver(sweep.resources, "gloo", folder, sweep.study_name)(settings)
+            driver.train_driver(sweep.resources, "gloo", folder, sweep.study_name)(settings)
         finally:
-            product._train_worker = train_worker
+            driver._train_worker = train_worker
 
     return trial
 
@@ -138,7 +140,7 @@ def main() -> None:
         for index, row in enumerate(rows):
             table.add_row(f"{executor}, trial {index + 1}", *(f"{value:.2f}" for value in row.values()))
     Console(width=120).print(table)
-    facts = {"date": date.today().isoformat(), "torch": torch.__version__}
+    facts = {"date": date.today().isoformat(), "torch": version("torch")}
     arguments.out.write_text(json.dumps({**facts, **found}, indent=2))
 
 

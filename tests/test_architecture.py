@@ -36,7 +36,7 @@ FLOORS = {
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    12: ("sweeps.engine.ledger",),
+    12: ("sweeps.engine.ledger", "sweeps.engine.driver"),
     13: (
         "sweeps.engine.search",
         "sweeps.engine.report",
@@ -130,6 +130,11 @@ print([name for name in sys.modules if name.split(".")[0] == "sweeps"])
 """
     done = run_python(script, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_what_stands_before_a_trial_s_worker_starts_without_torch(tmp_path):
+    done = run_python("import sweeps.engine.driver, sys; print('torch' in sys.modules)", tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_there_is_a_recipe():

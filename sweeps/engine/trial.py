@@ -1,10 +1,9 @@
-"""One trial: the worker that learns the tasks, and what Tune calls to run it.
+"""One trial: the worker that learns the tasks.
 
-Through Ray Train (``train_driver``) or inside the Tune trial itself (``inline_trial``), the same ``learn`` runs: what
-differs is the ``Session``, where a state comes from and where results go.
+In a worker of Ray Train (``train_worker``) or inside the Tune trial itself (``inline_trial``), the same ``learn`` runs:
+what differs is the ``Session``, where a state comes from and where results go.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
 import ray.train.torch
 import ray.tune
 import torch
 from ray.train import Checkpoint
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from inflora import distributed
 from inflora.config import parse_config
@@ -133,62 +128,8 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
     return trial
 
 
-def train_driver(resources: Resources, backend: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
-    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
-
-    def trial(settings: dict[str, Any]) -> None:
-        name = trial_name(study_name, settings["number"])
-        forget_if_torn(SharedFolder(storage), name)
-        TorchTrainer(
-            _train_worker,
-            train_loop_config={**settings, "threads": resources.cpus_per_worker},
-            torch_config=TorchConfig(backend=backend),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=resources.workers,
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
-            ),
-            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
-            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=name,
-                storage_path=storage,
-                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-                failure_config=ray.train.FailureConfig(max_failures=1),
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            ),
-        ).fit()
-
-    return trial
-
-
-def forget_if_torn(trials: SharedFolder, name: str) -> None:
-    """Discard what Train has kept of a trial if its list of checkpoints is not whole: the trial begins anew.
-
-    Train writes that list in place; a driver that is killed just then, or a machine that loses power, leaves a part of
-    it, with which every further try would fail.
-    """
-    content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
-    if content is None:
-        return
-    try:
-        json.loads(content)
-    except ValueError:
-        trials.discard(name)
-
-
-def pick_backend(resources: Resources) -> str:
-    """What the workers talk through; asked where they will be: a GPU of the cluster's may be one in name only.
-
-    It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
-    """
-    if not resources.gpus_per_worker:
-        return "gloo"
-    probe = ray.remote(torch.cuda.is_available).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
-    return "nccl" if ray.get(probe.remote()) else "gloo"
-
-
-def _train_worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker of a trial."""
     require_code(settings["code"])
     torch.set_num_threads(settings["threads"])
     if torch.cuda.is_available():

@@ -6,8 +6,9 @@ import pytest
 
 from inflora.config import override
 from inflora.storage import SharedFolder
+from sweeps.engine.driver import forget_if_torn
 from sweeps.engine.records import TaskReport
-from sweeps.engine.trial import forget_if_torn, learn
+from sweeps.engine.trial import learn
 
 
 class MemorySession:

@@ -1,0 +1,109 @@
+"""What Tune calls to run a trial through Ray Train.
+
+Tune's process, Train's controller and the worker start one after another, so the first two must not wait for what only
+the last one needs: with one worker, neither imports torch.
+"""
+
+import gc
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from inflora.storage import SharedFolder
+from sweeps.engine.records import trial_name
+from sweeps.engine.spec import Resources
+
+
+def train_driver(resources: Resources, backend: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
+    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        name = trial_name(study_name, settings["number"])
+        forget_if_torn(SharedFolder(storage), name)
+        DataParallelTrainer(
+            _train_worker,
+            train_loop_config={**settings, "threads": resources.cpus_per_worker},
+            backend_config=_meeting(resources, backend),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
+            ),
+            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+                name=name,
+                storage_path=storage,
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                failure_config=ray.train.FailureConfig(max_failures=1),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
+
+    return trial
+
+
+def forget_if_torn(trials: SharedFolder, name: str) -> None:
+    """Discard what Train has kept of a trial if its list of checkpoints is not whole: the trial begins anew.
+
+    Train writes that list in place; a driver that is killed just then, or a machine that loses power, leaves a part of
+    it, with which every further try would fail.
+    """
+    content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
+    if content is None:
+        return
+    try:
+        json.loads(content)
+    except ValueError:
+        trials.discard(name)
+
+
+def pick_backend(resources: Resources) -> str:
+    """What the workers talk through; asked where they will be: a GPU of the cluster's may be one in name only.
+
+    It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
+    """
+    if not resources.gpus_per_worker:
+        return "gloo"
+    probe = ray.remote(_sees_gpu).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
+    return "nccl" if ray.get(probe.remote()) else "gloo"
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _meeting(resources: Resources, backend: str) -> BackendConfig:
+    """How a trial's workers find each other; a single one has nobody to find."""
+    if resources.workers == 1:
+        return BackendConfig()
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend=backend)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    import_trial().train_worker(settings)
+
+
+def import_trial() -> ModuleType:
+    """``sweeps.engine.trial``, and with it torch and timm: most of what a worker does before its first step.
+
+    A fifth of that time would be the search for garbage, of which imports leave none.
+    """
+    gc.disable()
+    try:
+        from sweeps.engine import trial
+    finally:
+        gc.enable()
+    return trial
