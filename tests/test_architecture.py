@@ -45,14 +45,15 @@ FLOORS = {
         "sweeps.engine.checkpoints",
     ),
     14: ("sweeps.engine.tracking",),
-    15: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    16: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
-    17: ("sweeps.cli",),
+    15: ("sweeps.engine.mirror",),
+    16: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    17: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
+    18: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 18
+RECIPES_FLOOR = 19
 
 
 def modules() -> dict[str, Path]:

@@ -1,201 +1,106 @@
-"""The ledger, shown in MLflow.
+"""The process that shows a sweep in MLflow, as its driver sees it."""
 
-MLflow is a view: a background thread compares the study with what it has sent and sends the difference, so training
-never waits for a server, and what a server missed while it was down is still there to be sent. Every metric carries
-the time at which the trial reported it, which makes sending twice the same as sending once.
-"""
-
-import json
 import logging
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from mlflow.entities import Metric, Run, RunTag
-from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
+from pydantic import BaseModel
 
-from inflora.config import RunConfig, config_hash, dump_config
-from sweeps.engine import report as sweep_report
-from sweeps.engine.ledger import Reader, load_study
-from sweeps.engine.mlflow_store import (
-    experiment_id,
-    experiment_name,
-    log_accuracy,
-    log_all,
-    make_client,
-    params_of,
-    tagged_runs,
-    task_metrics,
-)
-from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
 
 logger = logging.getLogger(__name__)
 
-_OUTCOME_TAG = "inflora.outcome"
-_STATUS = {Outcome.FINISHED: "FINISHED", Outcome.PRUNED: "KILLED", Outcome.FAILED: "FAILED"}
+
+class Errand(BaseModel):
+    """What the process is told when it starts."""
+
+    sweep: Sweep
+    folder: Path
+    uri: str
+    tags: dict[str, str]
+    every_s: float
 
 
-class Mirror:
-    """Makes MLflow show what the study holds: a parent run for the sweep, a child for every trial."""
+class Closing(BaseModel):
+    """What it is told at the end: whether the sweep is ``complete``, or why it is ``over``, and how long to try."""
 
-    def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
-        self.sweep, self.tags = sweep, dict(tags)
-        self.client = make_client(uri)
-        self.study = load_study(sweep, folder)
-        self._reader = Reader(self.study)
-        self._experiment = ""
-        self.parent: str | None = None
-        self._children: dict[int, Run] = {}
-        self._sent: dict[int, tuple[int, Outcome]] = {}
-
-    def sync(self) -> None:
-        """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
-        if self.parent is None:
-            self.parent = self._find_or_create_parent()
-        for record in self._reader.records():
-            state = (len(record.reports), record.outcome)
-            sent = self._sent.get(record.number)
-            if sent != state and record.settings:
-                self._sync_trial(record, sent[0] if sent else 0)
-                self._sent[record.number] = state
-
-    def finish(self, *, complete: bool, over: str = "") -> None:
-        """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has.
-
-        Trials that were interrupted are shown as killed until the sweep goes on with them.
-        """
-        self.sync()
-        assert self.parent is not None
-        records = self._reader.records()
-        for record in records:
-            if record.outcome is Outcome.RUNNING and record.number in self._children:
-                self.client.set_terminated(self._children[record.number].info.run_id, "KILLED")
-        self.client.set_tag(self.parent, "inflora.ended_early", over)
-        best = best_record(records)
-        if best is not None:
-            last = best.reports[-1]
-            metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
-            self.client.log_batch(self.parent, metrics=metrics, tags=[RunTag("inflora.best_trial", str(best.number))])
-        self.client.log_text(self.parent, sweep_report.page(self.sweep, self.study), "report.html")
-        self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
-
-    def _find_or_create_parent(self) -> str:
-        self._experiment = experiment_id(
-            self.client, experiment_name(self.sweep.base.data.dataset), self.sweep.objective
-        )
-        parents = []
-        for run in tagged_runs(self.client, self._experiment, "inflora.sweep", self.sweep.study_name):
-            number = run.data.tags.get("inflora.trial")
-            if number is None:
-                parents.append(run)
-            else:
-                self._children[int(number)] = run
-        if parents:
-            parent = parents[0]
-            self.client.update_run(parent.info.run_id, status="RUNNING")
-        else:
-            tags = {**self.tags, **self._own_tags()}
-            parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
-        if not parent.data.params:
-            self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
-            log_all(self.client, parent.info.run_id, params=params_of(self.sweep.base))  # last: they say all is there
-        return parent.info.run_id
-
-    def _own_tags(self) -> dict[str, str]:
-        return {
-            "inflora.sweep": self.sweep.study_name,
-            "inflora.objective": ", ".join(self.sweep.objectives),
-            "inflora.protocol": self.sweep.protocol,
-        }
-
-    def _sync_trial(self, record: TrialRecord, reports_sent: int) -> None:
-        """Send what is new of a trial in one batch; sent again by another start it changes nothing."""
-        config = self.sweep.config(record.settings)
-        run = self._children.get(record.number)
-        if run is not None and _OUTCOME_TAG in run.data.tags and run.info.status in _STATUS.values():
-            return  # sent to its end by an earlier start of this sweep
-        if run is None:
-            run = self._children[record.number] = self._create_child(record, config)
-        elif run.info.status != "RUNNING":
-            self.client.update_run(run.info.run_id, status="RUNNING")  # it was interrupted
-        metrics = [
-            metric
-            for report in record.reports[reports_sent:]
-            for metric in task_metrics(
-                report.tasks_done, {**report.metrics, "seconds": report.seconds}, report.accuracies, report.time_ms
-            )
-        ]
-        tags = {_OUTCOME_TAG: record.outcome.value} if record.outcome in _STATUS else {}
-        tags |= {"inflora.reason": record.reason} if record.reason else {}
-        tags |= {"inflora.failures": json.dumps(record.failures)} if record.failures else {}
-        params = [] if run.data.params or reports_sent else params_of(config)
-        log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
-        if record.outcome in _STATUS:
-            self._end_child(run.info.run_id, record)
-
-    def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
-        assert self.parent is not None
-        own = {"inflora.trial": str(record.number), "mlflow.parentRunId": self.parent}
-        tags = {**self.tags, "config_hash": config_hash(config), **self._own_tags(), **own}
-        name = f"{self.sweep.name}-{record.number:04d}"
-        return self.client.create_run(self._experiment, start_time=record.start_ms, run_name=name, tags=tags)
-
-    def _end_child(self, run_id: str, record: TrialRecord) -> None:
-        if record.reports:
-            matrix = [report.accuracies for report in record.reports]
-            log_accuracy(self.client, run_id, matrix, [report.metrics["acc/seen"] for report in record.reports])
-        self.client.log_text(run_id, dump_config(self.sweep.config(record.settings)), "config.yaml")
-        self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
+    complete: bool
+    over: str
+    patience_s: float
 
 
-class Tracker(threading.Thread):
-    """Keeps a ``Mirror`` up to date in the background until it is closed."""
+class Done(BaseModel):
+    """What it says last: whether MLflow has everything, and the processor time it took."""
+
+    delivered: bool
+    cpu_s: float
+
+
+class Tracker:
+    """Has a process keep MLflow up to date until it is closed; a process of its own takes none of the driver's time.
+
+    It ends with the driver, however that ends: its input is the driver's pipe.
+    """
 
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], every_s: float = 1.0) -> None:
-        super().__init__(name="mlflow-tracker", daemon=True)
-        self._make_mirror = lambda: Mirror(sweep, folder, uri, tags)
-        self._mirror: Mirror | None = None
-        self._every_s = every_s
-        self._closing = threading.Event()
-        self._delivered = threading.Event()
-        self._patience_s = 0.0
-        self._complete, self._over = False, ""
+        self._errand = Errand(sweep=sweep, folder=folder, uri=uri, tags=dict(tags), every_s=every_s)
+        self._process: subprocess.Popen[str] | None = None
         self.cpu_s = 0.0
 
-    def run(self) -> None:
-        """Send differences until closed, then everything that is left; a failure is only a later try."""
-        wait_s = self._every_s
-        while not self._closing.wait(wait_s):
-            try:
-                self._with_mirror(Mirror.sync)
-                wait_s = self._every_s
-            except Exception as error:  # a server may fail in any way; the study still holds what it missed
-                wait_s = min(2 * wait_s, 30.0)
-                logger.warning("MLflow is behind (%s); trials go on, the next try is in %.0f s", error, wait_s)
-        retry = Retrying(
-            stop=stop_after_delay(self._patience_s),
-            wait=wait_exponential(max=5),
-            before_sleep=before_sleep_log(logger, logging.WARNING),
-            reraise=True,
+    def start(self) -> None:
+        """Start the process. It takes no signals from the terminal: the driver says when it is over."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sweeps.engine.mirror"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        try:
-            retry(self._with_mirror, lambda mirror: mirror.finish(complete=self._complete, over=self._over))
-            self._delivered.set()
-        except Exception as error:
-            logger.warning("MLflow has not taken everything: %s", error)
-        self.cpu_s = time.thread_time()
+        threading.Thread(target=_warn_of, args=(self._process,), daemon=True).start()
+        self._tell(self._errand.model_dump_json())
+
+    @property
+    def pid(self) -> int | None:
+        """The process's, while there is one."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def close(self, *, complete: bool = True, over: str = "", patience_s: float = 60.0) -> bool:
         """Send what is left, and why the sweep is ``over``; whether MLflow has taken all of it in ``patience_s``."""
-        self._patience_s, self._complete, self._over = patience_s, complete, over
-        self._closing.set()
-        self.join(patience_s + 30)
-        return self._delivered.is_set()
+        closing = Closing(complete=complete, over=over, patience_s=patience_s)
+        done = self._end(closing)
+        if done is None:  # something has killed it: the study still holds what it had to send
+            self.start()
+            done = self._end(closing)
+        self.cpu_s = done.cpu_s if done else 0.0
+        return done is not None and done.delivered
 
-    def _with_mirror(self, do: Callable[[Mirror], None]) -> None:
-        """A failed request may have arrived all the same: the next try looks at what is there with new eyes."""
-        mirror, self._mirror = self._mirror or self._make_mirror(), None
-        do(mirror)
-        self._mirror = mirror
+    def _end(self, closing: Closing) -> Done | None:
+        """What the process says last; None if it ended without a word."""
+        assert self._process is not None and self._process.stdout is not None
+        self._tell(closing.model_dump_json())
+        try:
+            self._process.wait(closing.patience_s + 30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return Done(delivered=False, cpu_s=0.0)
+        said = self._process.stdout.read().splitlines()
+        return Done.model_validate_json(said[-1]) if said else None
+
+    def _tell(self, line: str) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; close looks after that
+
+
+def _warn_of(process: subprocess.Popen[str]) -> None:
+    """Pass on what the process says beside its work, so that it does not write over a live table."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        logger.warning("%s", line.rstrip())

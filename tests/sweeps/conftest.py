@@ -57,9 +57,9 @@ def report(tasks_done: int, accuracy: float, tasks: int = 5) -> TaskReport:
     )
 
 
-def learn_all(ledger, number: int, accuracies: list[float]) -> bool:
-    """Report one accuracy per task and close the trial; whether the ledger stopped it on the way."""
-    for done, accuracy in enumerate(accuracies, start=1):
+def learn_all(ledger, number: int, accuracies: list[float], after: int = 0) -> bool:
+    """Report an accuracy per task, from ``after`` on, and close the trial; whether the ledger stopped it on the way."""
+    for done, accuracy in enumerate(accuracies[after:], start=after + 1):
         if ledger.report(number, report(done, accuracy)):
             return True
     ledger.close(number)

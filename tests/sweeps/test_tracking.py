@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -14,12 +15,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
 from sweeps.engine.ledger import Ledger
+from sweeps.engine.mirror import Mirror
 from sweeps.engine.mlflow_store import find_trial_run
-from sweeps.engine.tracking import Mirror, Tracker
+from sweeps.engine.tracking import Tracker
 
 from .conftest import PAPER, learn_all, report
 from .server import Server, free_port
@@ -188,7 +191,7 @@ def test_a_server_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_p
         tracker.start()
         number = ledger.propose().number
         ledger.report(number, report(1, 0.9))
-        time.sleep(3)
+        until(lambda: find_trial_run(server.uri, "digits", tiny_sweep.study_name, number))
         server.kill()
         start = time.monotonic()
         for done in range(2, 6):
@@ -211,7 +214,47 @@ def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep,
     tracker.start()
     learn_all(ledger, ledger.propose().number, [0.9] * 5)
     assert not tracker.close(patience_s=1.0)
-    assert not tracker.is_alive()
+    assert tracker.pid is None
+
+
+def until(true, patience_s=30.0):
+    """Wait until ``true()``."""
+    end = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < end, "it never came to be so"
+        time.sleep(0.1)
+
+
+def test_what_a_killed_process_had_not_sent_is_sent_at_the_end(ledger, tiny_sweep, tmp_path):
+    tracker = Tracker(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS, every_s=0.1)
+    tracker.start()
+    number = ledger.propose().number
+    ledger.report(number, report(1, 0.9))
+    until(lambda: find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, number))
+    os.kill(tracker.pid, signal.SIGKILL)
+    learn_all(ledger, number, [0.9] * 5, after=1)
+    assert tracker.close()
+    client, parents, children = all_runs(sqlite_uri(tmp_path))
+    assert (len(parents), len(children)) == (1, 1)
+    assert history(client, children[number], "acc/seen") == [(done, 0.9) for done in range(1, 6)]
+
+
+def test_it_ends_with_its_driver_however_that_ends(tiny_sweep, tmp_path):
+    Ledger(tiny_sweep, tmp_path)
+    script = f"""
+import os, signal
+from pathlib import Path
+from sweeps.engine.spec import Sweep
+from sweeps.engine.tracking import Tracker
+sweep = Sweep.model_validate_json({tiny_sweep.model_dump_json()!r})
+tracker = Tracker(sweep, Path({str(tmp_path)!r}), "http://127.0.0.1:{free_port()}", {{}})
+tracker.start()
+print(tracker.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    driver = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert driver.returncode == -signal.SIGKILL
+    until(lambda: not psutil.pid_exists(int(driver.stdout)))
 
 
 class Postgres:
