@@ -5,7 +5,7 @@ python benchmarks/engine.py --ray --trials 200 the same through Ray Tune, in act
 
 Prints a table and writes it as JSON. Both kinds of sweep take turns; each figure is a median over the rounds, and the
 ratio is the median of the rounds' ratios. Driver time is wall time from the first proposal to the last trial's end;
-``mlflow_after_s`` is what the tracker needs after that until all is delivered, ``mlflow_cpu_s`` what its process computes.
+``mlflow_after_s`` is what the tracker needs after that until all is delivered, ``mlflow_cpu_s`` its own time.
 """
 
 import argparse

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from mlflow.entities import Metric, Run, RunTag
@@ -207,7 +208,7 @@ def follow(errand: Errand, driver: _Driver) -> bool:
 
 def main() -> None:
     """A mirror's own process: told what to do on its input, it says on its output how it went, and warns beside it."""
-    os.nice(19)  # trials and their driver come first
+    _give_way()
     for name in ("mlflow", "alembic", "optuna"):
         logging.getLogger(name).setLevel(logging.WARNING)
     errand = Errand.model_validate_json(sys.stdin.readline())
@@ -217,6 +218,16 @@ def main() -> None:
     delivered = follow(errand, driver)
     print(Done(delivered=delivered, cpu_s=time.process_time() - before_s).model_dump_json(), flush=True)
     os._exit(0)  # the thread that listens would wait for the driver's end
+
+
+def _give_way() -> None:
+    """Trials and their driver come first.
+
+    Where Linux groups processes by session, a process is only nice within its own session, and the session to others.
+    """
+    os.nice(19)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
 
 
 if __name__ == "__main__":
