@@ -129,10 +129,10 @@ def main() -> None:
     if arguments.ray:
         connect("local")
     kinds = {"without MLflow": False, "with MLflow": True}
-    rounds = [
-        {name: measure(sweep, with_mlflow=with_mlflow, with_ray=arguments.ray) for name, with_mlflow in kinds.items()}
-        for _ in range(arguments.rounds)
-    ]
+    rounds = []
+    for index in range(arguments.rounds):
+        turns = [*kinds][:: -1 if index % 2 else 1]  # what was run first in one round is run last in the next
+        rounds.append({n: measure(sweep, with_mlflow=kinds[n], with_ray=arguments.ray) for n in turns})
     rows = {name: {key: median(each[name][key] for each in rounds) for key in rounds[0][name]} for name in kinds}
     ratio = median(each["with MLflow"]["driver_s"] / each["without MLflow"]["driver_s"] for each in rounds)
     table = Table(title=f"{arguments.trials} trials x {arguments.tasks} tasks, sampler {arguments.sampler}")

@@ -53,7 +53,7 @@ class Tracker:
     def start(self) -> None:
         """Start the process. It takes no signals from the terminal: the driver says when it is over."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sweeps.engine.mirror"],
+            [sys.executable, "-W", "ignore", "-m", "sweeps.engine.mirror"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
