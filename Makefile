@@ -44,9 +44,10 @@ compare: $(READY)  ## every method tuned with the same budget, then trained over
 	$(BIN)/sweeps final results/digits.yaml results/digits-aligned.yaml results/digits-sequential.yaml \
 		results/digits-frozen.yaml results/digits-joint.yaml --seeds 0,1,2
 
-bench: $(READY)  ## the data path, the engine and the training step, each against its floor; under ten minutes
+bench: $(READY)  ## data path, engine, start of a trial and training step, each against its floor; under ten minutes
 	$(BIN)/python benchmarks/data.py --seconds 2
 	$(BIN)/python benchmarks/engine.py --trials 200
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step.py
 
 format: $(READY)
