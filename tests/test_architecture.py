@@ -133,8 +133,16 @@ print([name for name in sys.modules if name.split(".")[0] == "sweeps"])
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_what_stands_before_a_trial_s_worker_starts_without_torch(tmp_path):
-    done = run_python("import sweeps.engine.driver, sys; print('torch' in sys.modules)", tmp_path)
+def test_what_stands_before_a_trial_s_worker_and_beside_the_driver_starts_without_torch(tmp_path):
+    script = """
+import sys
+from sweeps.engine import driver, mirror
+from sweeps.engine.spec import Resources
+driver.train_driver(Resources(), "gloo", "somewhere", "study")
+driver.meeting(Resources(), "gloo")
+print("torch" in sys.modules)
+"""
+    done = run_python(script, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 

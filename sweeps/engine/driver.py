@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.backend import BackendConfig
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -31,7 +31,7 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
         DataParallelTrainer(
             _train_worker,
             train_loop_config={**settings, "threads": resources.cpus_per_worker},
-            backend_config=_meeting(resources, backend),
+            backend_config=meeting(resources, backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
@@ -83,10 +83,22 @@ def _sees_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _meeting(resources: Resources, backend: str) -> BackendConfig:
-    """How a trial's workers find each other; a single one has nobody to find."""
+class _Alone(Backend):
+    """A single worker has nobody to find; its GPU is shown to it as Train's own backend for torch would."""
+
+    share_cuda_visible_devices = True
+
+
+class _AloneConfig(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Alone
+
+
+def meeting(resources: Resources, backend: str) -> BackendConfig:
+    """How a trial's workers find each other."""
     if resources.workers == 1:
-        return BackendConfig()
+        return _AloneConfig()
     from ray.train.torch import TorchConfig
 
     return TorchConfig(backend=backend)

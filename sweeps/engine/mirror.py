@@ -10,9 +10,7 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from mlflow.entities import Metric, Run, RunTag
@@ -33,7 +31,7 @@ from sweeps.engine.mlflow_store import (
 )
 from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
-from sweeps.engine.tracking import Closing, Done, Errand
+from sweeps.engine.tracking import BEHIND, DELIVERED, Closing, Errand
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +161,12 @@ class _Driver(threading.Thread):
         self.closing = Closing(complete=False, over="", patience_s=0.0)
 
     def run(self) -> None:
-        for line in sys.stdin:
-            self.closing = Closing.model_validate_json(line)
-            self.said_last.set()
-        os._exit(1)
+        try:
+            for line in sys.stdin:
+                self.closing = Closing.model_validate_json(line)
+                self.said_last.set()
+        finally:
+            os._exit(1)
 
 
 def follow(errand: Errand, driver: _Driver) -> bool:
@@ -207,27 +207,16 @@ def follow(errand: Errand, driver: _Driver) -> bool:
 
 
 def main() -> None:
-    """A mirror's own process: told what to do on its input, it says on its output how it went, and warns beside it."""
-    _give_way()
+    """A mirror's own process: told what to do on its input, it warns on its output and ends with how it went."""
     for name in ("mlflow", "alembic", "optuna"):
         logging.getLogger(name).setLevel(logging.WARNING)
     errand = Errand.model_validate_json(sys.stdin.readline())
     driver = _Driver()
     driver.start()
-    before_s = time.process_time()
-    delivered = follow(errand, driver)
-    print(Done(delivered=delivered, cpu_s=time.process_time() - before_s).model_dump_json(), flush=True)
-    os._exit(0)  # the thread that listens would wait for the driver's end
-
-
-def _give_way() -> None:
-    """Trials and their driver come first, though not so far that a busy machine shows nothing for minutes.
-
-    Where Linux groups processes by session, a process is only nice within its own session, and the session to others.
-    """
-    os.nice(10)
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("10")
+    code = DELIVERED if follow(errand, driver) else BEHIND
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the thread that listens would wait for the driver's end
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _PARAM_LENGTH = 6000
 _BATCH = 800
 """Metrics per request: with parameters and tags it stays below a thousand values."""
 
-# One try per request here, ours around it: MLflow's own seven tries would hold the thread for minutes.
+# One try per request here, ours around it: MLflow's own seven tries would take minutes.
 _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

@@ -1,10 +1,12 @@
 """The process that shows a sweep in MLflow, as its driver sees it."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -12,6 +14,13 @@ from pydantic import BaseModel
 from sweeps.engine.spec import Sweep
 
 logger = logging.getLogger(__name__)
+
+DELIVERED, BEHIND = 0, 3
+"""The exit codes with which the process says whether MLflow has taken everything; any other is an accident."""
+
+_AGAIN_S = 5.0
+_LIMIT_S = 600.0
+"""How much longer than asked for the last delivery may take while it gets on."""
 
 
 class Errand(BaseModel):
@@ -32,75 +41,88 @@ class Closing(BaseModel):
     patience_s: float
 
 
-class Done(BaseModel):
-    """What it says last: whether MLflow has everything, and the processor time it took."""
-
-    delivered: bool
-    cpu_s: float
-
-
-class Tracker:
+class Tracker(threading.Thread):
     """Has a process keep MLflow up to date until it is closed; a process of its own takes none of the driver's time.
 
-    It ends with the driver, however that ends: its input is the driver's pipe.
+    It ends with the driver, however that ends: its input is the driver's pipe. One that ends before, killed for its
+    memory perhaps, is replaced: the study holds what it had to send.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], every_s: float = 1.0) -> None:
+        super().__init__(name="mlflow-tracker", daemon=True)
         self._errand = Errand(sweep=sweep, folder=folder, uri=uri, tags=dict(tags), every_s=every_s)
         self._process: subprocess.Popen[str] | None = None
-        self.cpu_s = 0.0
-
-    def start(self) -> None:
-        """Start the process. It takes no signals from the terminal: the driver says when it is over."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "sweeps.engine.mirror"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        threading.Thread(target=_warn_of, args=(self._process,), daemon=True).start()
-        self._tell(self._errand.model_dump_json())
+        self._lock = threading.Lock()
+        self._closing: Closing | None = None
+        self._is_closing = threading.Event()
+        self._code: int | None = None
 
     @property
     def pid(self) -> int | None:
         """The process's, while there is one."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
+    def run(self) -> None:
+        """One process after another until one says how it went, or the last one there is a use for has ended."""
+        wait_s, is_last = _AGAIN_S, False
+        while not is_last:
+            is_last = self._is_closing.is_set()
+            self._code = self._serve()
+            if self._code in (DELIVERED, BEHIND):
+                return
+            logger.warning("the process that shows this sweep in MLflow has ended (exit code %d)", self._code)
+            self._is_closing.wait(wait_s)
+            wait_s = min(2 * wait_s, 60.0)
+
     def close(self, *, complete: bool = True, over: str = "", patience_s: float = 60.0) -> bool:
-        """Send what is left, and why the sweep is ``over``; whether MLflow has taken all of it in ``patience_s``."""
-        closing = Closing(complete=complete, over=over, patience_s=patience_s)
-        done = self._end(closing)
-        if done is None:  # something has killed it: the study still holds what it had to send
-            self.start()
-            done = self._end(closing)
-        self.cpu_s = done.cpu_s if done else 0.0
-        return done is not None and done.delivered
+        """Send what is left, and why the sweep is ``over``; whether MLflow has taken all of it.
 
-    def _end(self, closing: Closing) -> Done | None:
-        """What the process says last; None if it ended without a word."""
-        assert self._process is not None and self._process.stdout is not None
-        self._tell(closing.model_dump_json())
-        try:
-            self._process.wait(closing.patience_s + 30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return Done(delivered=False, cpu_s=0.0)
-        said = self._process.stdout.read().splitlines()
-        return Done.model_validate_json(said[-1]) if said else None
+        ``patience_s`` is for a server that fails; one that takes what is sent gets longer.
+        """
+        with self._lock:
+            self._closing = Closing(complete=complete, over=over, patience_s=patience_s)
+            self._is_closing.set()
+            self._tell(self._closing)
+        self.join(patience_s + _LIMIT_S)
+        return not self.is_alive() and self._code == DELIVERED
 
-    def _tell(self, line: str) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        try:
-            self._process.stdin.write(line + "\n")
+    def _serve(self) -> int:
+        """Start a process and pass its warnings on, so that it does not write over a live table; its exit code."""
+        with self._lock:
+            self._process = process = _start()
+            self._tell(self._errand)
+            if self._closing is not None:
+                self._tell(self._closing)
+        assert process.stdout is not None
+        for line in process.stdout:
+            logger.warning("%s", line.rstrip())
+        return process.wait()
+
+    def _tell(self, what: Errand | Closing) -> None:
+        if self._process is None:
+            return  # it will be told when it starts
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, and another will be told
+            self._process.stdin.write(what.model_dump_json() + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended; close looks after that
 
 
-def _warn_of(process: subprocess.Popen[str]) -> None:
-    """Pass on what the process says beside its work, so that it does not write over a live table."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        logger.warning("%s", line.rstrip())
+def _start() -> "subprocess.Popen[str]":
+    """A mirror that runs the driver's code, gives way to all else, and hears no signals from the terminal.
+
+    Where Linux groups processes by session, a process is only nice within its own, and the session to others.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-W", "ignore", "-m", "sweeps.engine.mirror"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="backslashreplace",
+        start_new_session=True,
+    )
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 10)
+        Path(f"/proc/{process.pid}/autogroup").write_text("10")
+    return process

@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mirror import Mirror
-from sweeps.engine.mlflow_store import find_trial_run
-from sweeps.engine.tracking import Tracker
+from sweeps.engine.mlflow_store import find_trial_run, make_client
+from sweeps.engine.tracking import Errand, Tracker
 
 from .conftest import PAPER, learn_all, report
 from .server import Server, free_port
@@ -217,7 +217,7 @@ def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep,
     assert tracker.pid is None
 
 
-def until(true, patience_s=30.0):
+def until(true, patience_s=60.0):
     """Wait until ``true()``."""
     end = time.monotonic() + patience_s
     while not true():
@@ -225,36 +225,76 @@ def until(true, patience_s=30.0):
         time.sleep(0.1)
 
 
-def test_what_a_killed_process_had_not_sent_is_sent_at_the_end(ledger, tiny_sweep, tmp_path):
-    tracker = Tracker(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS, every_s=0.1)
+def is_over(pid):
+    """Whether a process has ended; nobody may have asked how yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def steps_in_mlflow(uri, study_name, number):
+    run = find_trial_run(uri, "digits", study_name, number)
+    return [m.step for m in MlflowClient(uri).get_metric_history(run, "acc/seen")] if run else []
+
+
+@pytest.mark.cluster
+def test_a_process_that_is_killed_is_replaced_and_what_it_had_not_sent_is_sent(ledger, tiny_sweep, tmp_path, caplog):
+    uri = sqlite_uri(tmp_path)
+    make_client(uri).search_experiments()  # the store is there before two look at it
+    tracker = Tracker(tiny_sweep, tmp_path, uri, TAGS, every_s=0.1)
     tracker.start()
     number = ledger.propose().number
     ledger.report(number, report(1, 0.9))
-    until(lambda: find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, number))
+    until(lambda: steps_in_mlflow(uri, tiny_sweep.study_name, number) == [1])
+    first = tracker.pid
+    os.kill(first, signal.SIGKILL)
+    ledger.report(number, report(2, 0.9))
+    until(lambda: steps_in_mlflow(uri, tiny_sweep.study_name, number) == [1, 2])
+    assert tracker.pid != first
+    assert "has ended (exit code -9)" in caplog.text
     os.kill(tracker.pid, signal.SIGKILL)
-    learn_all(ledger, number, [0.9] * 5, after=1)
+    learn_all(ledger, number, [0.9] * 5, after=2)
     assert tracker.close()
-    client, parents, children = all_runs(sqlite_uri(tmp_path))
+    client, parents, children = all_runs(uri)
     assert (len(parents), len(children)) == (1, 1)
     assert history(client, children[number], "acc/seen") == [(done, 0.9) for done in range(1, 6)]
 
 
-def test_it_ends_with_its_driver_however_that_ends(tiny_sweep, tmp_path):
-    Ledger(tiny_sweep, tmp_path)
+@pytest.mark.cluster
+@pytest.mark.parametrize("doing", ["following", "closing"])
+def test_the_process_ends_with_its_driver_however_that_ends(ledger, tiny_sweep, tmp_path, doing):
+    close = "threading.Thread(target=tracker.close, daemon=True).start()" if doing == "closing" else ""
     script = f"""
-import os, signal
+import logging, os, signal, threading
 from pathlib import Path
 from sweeps.engine.spec import Sweep
-from sweeps.engine.tracking import Tracker
+from sweeps.engine.tracking import Errand, Tracker
+behind = threading.Semaphore(0)
+logging.getLogger("sweeps.engine.tracking").addFilter(lambda record: behind.release() or True)
 sweep = Sweep.model_validate_json({tiny_sweep.model_dump_json()!r})
-tracker = Tracker(sweep, Path({str(tmp_path)!r}), "http://127.0.0.1:{free_port()}", {{}})
+tracker = Tracker(sweep, Path({str(tmp_path)!r}), "http://127.0.0.1:{free_port()}", {{}}, every_s=0.1)
 tracker.start()
+behind.acquire()
+{close}
+behind.acquire()
 print(tracker.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    driver = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert driver.returncode == -signal.SIGKILL
-    until(lambda: not psutil.pid_exists(int(driver.stdout)))
+    driver = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    assert "Connection refused" in driver.stderr
+    until(lambda: is_over(int(driver.stdout)))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("said", ["", '{"complete": true, "ov'], ids=["nothing", "half a line"])
+def test_a_process_whose_driver_falls_silent_ends(tiny_sweep, tmp_path, said):
+    errand = Errand(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
+    command = [sys.executable, "-m", "sweeps.engine.mirror"]
+    given = errand.model_dump_json() + "\n" + said
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
 
 
 class Postgres:
@@ -301,6 +341,7 @@ def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tin
         tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
         tracker.start()
         three_trials(ledger)
+        until(lambda: find_trial_run(server.uri, "digits", tiny_sweep.study_name, 0))
         server.kill()
         learn_all(ledger, ledger.propose().number, [0.9, 0.9, 0.8, 0.8, 0.8])
         server = Server(tmp_path, port, store=database.uri).ready()
@@ -322,11 +363,13 @@ class Unwell(http.server.BaseHTTPRequestHandler):
     server_up = ""
     rng = random.Random(0)
     trouble = 0.5
+    faults = 0
 
     def _pass_on(self):
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length) if length else None
         before, after = self.rng.random() < self.trouble / 2, self.rng.random() < self.trouble / 2
+        type(self).faults += before or after
         if before:
             return self._answer(500, b"{}")
         request = urllib.request.Request(self.server_up + self.path, data=body, method=self.command)
@@ -364,7 +407,7 @@ def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_
         tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, every_s=0.1)
         tracker.start()
         three_trials(ledger)
-        time.sleep(5)
+        until(lambda: handler.faults >= 5)
         handler.trouble = 0.0
         assert tracker.close(patience_s=90)
         client, parents, children = all_runs(server.uri)
