@@ -12,7 +12,8 @@ best that any of the sweeps found.
 
 What it takes to reach it, stopped trials included, is counted in tasks learnt, whatever else the machine does, in
 seconds of training (of the processor; with --ray, of the clock), and on the clock from the first trial's start to the
-end of the trial that reaches it. A sweep that never does counts as more than all it took.
+end of the trial that reaches it. Over seeds it is the expected running time of black-box optimisation (Hansen et al.,
+2009): what all sweeps took, those that never reach it to their end, by the number of those that do.
 
 A few sweeps say little about early stopping by itself. The trials of random search are known to their end, so they are
 also replayed in many orders under every rule, which stops what it would have stopped.
@@ -62,6 +63,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {"sampler": "random", "early_stopping": "none", "share": False},
     "tpe": {"sampler": "tpe", "early_stopping": "none", "share": False},
     DEFAULT: {},
+    "gp + asha + sharing": {"sampler": "gp"},
 }
 """What each arm changes of the product's defaults."""
 RULES: dict[str, dict[str, Any]] = {
@@ -160,12 +162,14 @@ def median(costs: Sequence[Cost]) -> Cost:
     return Cost(*map(statistics.median, zip(*costs, strict=True)))
 
 
-def median_until(sweeps: Sequence[Sequence[TrialRecord]], score: float) -> tuple[Cost, bool]:
-    """The median over seeds of what it took; and whether it was reached there, otherwise it took more than this."""
+def expected_until(sweeps: Sequence[Sequence[TrialRecord]], score: float) -> Cost:
+    """The expected running time over seeds: all that was spent before ``score`` by the times it was reached."""
     costs = [cost_until(trials, score) for trials in sweeps]
-    if sum(cost is NEVER for cost in costs) * 2 >= len(costs):
-        return median([cost_of(trials) for trials in sweeps]), False
-    return median(costs), True
+    reached = sum(cost is not NEVER for cost in costs)
+    if not reached:
+        return NEVER
+    spent = [cost_of(trials) if cost is NEVER else cost for cost, trials in zip(costs, sweeps, strict=True)]
+    return Cost(*(sum(column) / reached for column in zip(*spent, strict=True)))
 
 
 def foretold(sweeps: Sequence[Sequence[TrialRecord]], metric: str) -> list[float | None]:
@@ -213,18 +217,18 @@ def replays(pool: Sequence[TrialRecord]) -> dict[str, dict[Any, Any]]:
 
 
 def summary(found: Mapping[str, Sequence[Sequence[TrialRecord]]]) -> dict[str, Any]:
-    """All that is said of the arms; every number but the scores is the median over seeds."""
+    """All that is said of the arms."""
     everything = [trials for sweeps in found.values() for trials in sweeps]
     best = max(record.value or 0.0 for trials in everything if (record := best_record(trials)))
     arms: dict[str, Any] = {}
     for arm, sweeps in found.items():
-        until = {share: median_until(sweeps, share * best) for share in SHARES}
+        until = {share: expected_until(sweeps, share * best) for share in SHARES}
         each = {share: [cost_until(trials, share * best) for trials in sweeps] for share in SHARES}
         arms[arm] = {
             "best": [record.value if (record := best_record(trials)) else None for trials in sweeps],
             "whole": median([cost_of(trials) for trials in sweeps])._asdict(),
             "saved_s": [sum(report.saved_s for trial in trials for report in trial.reports) for trials in sweeps],
-            "until": {share: {**cost._asdict(), "reached": reached} for share, (cost, reached) in until.items()},
+            "until": {share: None if cost is NEVER else cost._asdict() for share, cost in until.items()},
             "each": {
                 share: [None if cost is NEVER else cost._asdict() for cost in costs] for share, costs in each.items()
             },
@@ -237,18 +241,18 @@ def summary(found: Mapping[str, Sequence[Sequence[TrialRecord]]]) -> dict[str, A
 
 def until_table(arms: Mapping[str, Any], share: float, best: float) -> Table:
     """What each arm took to reach a score, and how that stands to the default's."""
-    table = Table(title=f"until {share:.0%} of the best score ({share * best:.4f}), medians over seeds")
+    table = Table(title=f"until {share:.0%} of the best score ({share * best:.4f}), expected running time over seeds")
     table.add_column("")
     for column in ("tasks learnt", "ratio", "training s", "ratio", "clock s", "ratio", "tasks, each seed"):
         table.add_column(column, justify="right")
     ours = arms[DEFAULT]["until"][share]
     for arm, row in arms.items():
-        took = row["until"][share]
-        more = "" if took["reached"] else "> "
-        cells = []
+        took, cells = row["until"][share], []
         for name in Cost._fields:
-            ratio = f"{more}{took[name] / ours[name]:.2f}" if ours["reached"] else "-"
-            cells += [f"{more}{took[name]:.0f}", ratio]
+            cells += [
+                f"{took[name]:.0f}" if took else "never",
+                f"{took[name] / ours[name]:.2f}" if took and ours else "-",
+            ]
         each = ("never" if cost is None else str(cost["tasks"]) for cost in row["each"][share])
         table.add_row(arm, *cells, ", ".join(each))
     return table
