@@ -63,7 +63,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {"sampler": "random", "early_stopping": "none", "share": False},
     "tpe": {"sampler": "tpe", "early_stopping": "none", "share": False},
     DEFAULT: {},
-    "gp + asha + sharing": {"sampler": "gp"},
 }
 """What each arm changes of the product's defaults."""
 RULES: dict[str, dict[str, Any]] = {
