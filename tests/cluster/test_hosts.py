@@ -153,7 +153,7 @@ def test_only_the_token_opens_the_cluster_from_outside(cluster):
 
 def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     log = tmp_path / "log"
-    submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=3")
+    submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=10")
     deadline = time.monotonic() + 300
     while "task 1" not in log.read_text():  # lines and no table: ray submit gives a terminal, here a dumb one
         assert submitted.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -163,7 +163,7 @@ def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     assert submitted.wait(timeout=500) == 0, log.read_text()
     assert cluster.joined() == 2, "one worker was really lost"
 
-    sweep = with_epochs(digits.sequential, 3)
+    sweep = with_epochs(digits.sequential, 10)
     trials = records(cluster, sweep)
     assert len(trials) == 2
     assert all(trial.outcome in RAN for trial in trials)
