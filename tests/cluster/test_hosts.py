@@ -153,7 +153,7 @@ def test_only_the_token_opens_the_cluster_from_outside(cluster):
 
 def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     log = tmp_path / "log"
-    submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=10")
+    submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=5")
     deadline = time.monotonic() + 300
     while "task 1" not in log.read_text():  # lines and no table: ray submit gives a terminal, here a dumb one
         assert submitted.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -161,9 +161,12 @@ def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     lost = next(machine for machine in cluster.workers if cluster.trains(machine))
     cluster.hosts.cut_off(lost)
     assert submitted.wait(timeout=500) == 0, log.read_text()
-    assert cluster.joined() == 2, "one worker was really lost"
+    deadline = time.monotonic() + 120
+    while cluster.joined() != 2:  # Ray's autoscaler believes in a silent machine for another while
+        assert time.monotonic() < deadline, "one worker was really lost"
+        time.sleep(1)
 
-    sweep = with_epochs(digits.sequential, 10)
+    sweep = with_epochs(digits.sequential, 5)
     trials = records(cluster, sweep)
     assert len(trials) == 2
     assert all(trial.outcome in RAN for trial in trials)
