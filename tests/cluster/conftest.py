@@ -4,12 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.waiting import until
 
 from .hosts import HOME, PROJECT, Host, Hosts, constraints, missing
 
@@ -62,10 +63,12 @@ class Cluster:
         assert self.ray("get-auth-token", "--generate").returncode == 0
         done = self.ray("up", "--yes", CLUSTER_FILE)
         assert done.returncode == 0, done.stdout
-        deadline = time.monotonic() + 300
-        while self.joined() < len(self.hosts.machines):
-            assert time.monotonic() < deadline, self.head.shell("tail -n 60 /tmp/ray/session_latest/logs/monitor*")
-            time.sleep(1)
+        self.wait_until_joined(len(self.hosts.machines), patience_s=300)
+
+    def wait_until_joined(self, machines: int, patience_s: float) -> None:
+        """Until the cluster has so many; Ray's autoscaler believes in a silent one for another while."""
+        log = "tail -n 60 /tmp/ray/session_latest/logs/monitor*"
+        until(lambda: self.joined() == machines, patience_s, every_s=1, otherwise=lambda: self.head.shell(log))
 
     def joined(self) -> int:
         """How many machines the cluster has."""

@@ -23,6 +23,7 @@ from sweeps.engine.ledger import Ledger
 from sweeps.engine.mirror import Mirror
 from sweeps.engine.mlflow_store import find_trial_run, make_client
 from sweeps.engine.tracking import Errand, Tracker
+from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
 from .server import Server, free_port
@@ -214,15 +215,8 @@ def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep,
     tracker.start()
     learn_all(ledger, ledger.propose().number, [0.9] * 5)
     assert not tracker.close(patience_s=1.0)
+    assert not tracker.is_alive()
     assert tracker.pid is None
-
-
-def until(true, patience_s=60.0):
-    """Wait until ``true()``."""
-    end = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < end, "it never came to be so"
-        time.sleep(0.1)
 
 
 def is_over(pid):
@@ -269,7 +263,7 @@ def test_the_process_ends_with_its_driver_however_that_ends(ledger, tiny_sweep, 
 import logging, os, signal, threading
 from pathlib import Path
 from sweeps.engine.spec import Sweep
-from sweeps.engine.tracking import Errand, Tracker
+from sweeps.engine.tracking import Tracker
 behind = threading.Semaphore(0)
 logging.getLogger("sweeps.engine.tracking").addFilter(lambda record: behind.release() or True)
 sweep = Sweep.model_validate_json({tiny_sweep.model_dump_json()!r})
