@@ -72,7 +72,7 @@ def run(
     check(config)
     device = pick_device(config.device)
     method = make_method(config.method)
-    stream = method.arrange(make_stream(config.data, evaluate_on)).at_home_on(device)
+    stream = method.arrange(make_stream(config.data, evaluate_on)).resident_on(device)
     backbone = build_backbone(config.backbone)
     fresh = RunState(
         config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream)
@@ -241,7 +241,9 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be auto or cpu here: no CUDA device is available, got cuda")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 BF16_WIDTH = 192

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -83,11 +83,8 @@ def train_task(
     for epoch in range(settings.epochs):
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
             group["lr"] = full_lr * lr_factor(settings, epoch)
-        start, parts, waited = time.perf_counter(), [], 0.0
-        for batch in passes(f"train-{epoch}"):
-            parts.append(train_step(model, method, task, optimizer, trainable, batch))
-            waited += batch.waited
-        losses = distributed.all_sum(torch.stack(parts)).tolist()
+        start = time.perf_counter()
+        losses, waited = train_epoch(model, method, task, optimizer, trainable, passes(f"train-{epoch}"))
         loss = fmean(losses)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of task {task.index}, epoch {epoch} is {loss}; try a smaller optim.lr")
@@ -95,6 +92,30 @@ def train_task(
         data_wait = waited / (time.perf_counter() - start)
         on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss, data_wait))
     return step_losses
+
+
+class EpochLosses(NamedTuple):
+    """The loss of each global batch of an epoch, and for how many seconds the device waited for images."""
+
+    losses: list[float]
+    waited: float
+
+
+def train_epoch(
+    model: ContinualModel,
+    method: Method[Any],
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    trainable: Trainable,
+    batches: Iterable[Batch],
+) -> EpochLosses:
+    """One update for each batch. The host waits for the device once, at the end, for the losses of all of them."""
+    parts, waits = [], []
+    for batch in batches:
+        parts.append(train_step(model, method, task, optimizer, trainable, batch))
+        waits.append(batch.waited)
+    losses = distributed.all_sum(torch.stack(parts)).tolist()
+    return EpochLosses(losses, sum(waited() for waited in waits))
 
 
 def train_step(

@@ -27,6 +27,7 @@ from inflora.data.archives import FolderTree, open_tree
 from inflora.data.augment import Crops, central_views, sample_crops
 from inflora.data.domainnet import DOMAINS
 from inflora.data.loader import Input, evaluation_batches, training_batches
+from inflora.data.pixels import Views
 from inflora.data.preparation import prepare
 from inflora.data.samples import SAMPLES
 from inflora.data.source import Options, labelled, seeded_split
@@ -514,14 +515,15 @@ def test_views_of_image_files_are_those_of_torchvision(shorter_side, sources, tm
     if shorter_side:
         assert sizes.min(1).values.tolist() == [shorter_side] * len(rows)
     training = sample_crops(sizes, AugmentSettings(scale=(0.3, 1.0)), torch.Generator().manual_seed(0))
-    views = 255 * images.pixels.start(rows, training, 24, CPU)()
+    views = 255 * images.pixels.start(Views(rows, training), Views(rows, training), 24)().images
     for row, (top, left, height, width) in enumerate(training.boxes.int().tolist()):
         original = Image.fromarray(images.pixels.array(row))
         expected = functional.resized_crop(original, top, left, height, width, [24, 24])
         expected = functional.hflip(expected) if training.flip[row] else expected
         difference = views[row] - torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1)
         assert difference.abs().mean() < 0.5
-    views = 255 * images.pixels.start(rows, central_views(sizes, 24, 30), 24, CPU)()
+    whole = Views(rows, central_views(sizes, 24, 30))
+    views = 255 * images.pixels.start(whole, whole, 24)().images
     for row in rows.tolist():
         expected = functional.center_crop(functional.resize(Image.fromarray(images.pixels.array(row)), 30), [24, 24])
         difference = views[row] - torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1)
@@ -574,7 +576,7 @@ def test_the_next_batches_are_made_while_one_is_computed_on(stores, monkeypatch)
     input = Input(DataSettings(), side=side, channels=3, device=CPU)
     waits = []
     for batch in training_batches(images, torch.arange(20), input, 4, torch.Generator()):
-        waits.append(batch.waited)
+        waits.append(batch.waited())
         time.sleep(0.1)  # the model computes
     assert max(waits[1:]) < 0.05
 

@@ -33,10 +33,6 @@ class Crops(NamedTuple):
         """The boxes of some of the images."""
         return Crops(self.boxes[rows], self.flip[rows], self.cut)
 
-    def to(self, device: torch.device) -> "Crops":
-        """The same boxes on ``device``."""
-        return Crops(self.boxes.to(device), self.flip.to(device), self.cut)
-
 
 def central_views(sizes: Tensor, side: int, resize: int) -> Crops:
     """Windows as of torchvision's Resize(``resize``) then CenterCrop(``side``), in pixels of the image before them."""

@@ -2,9 +2,8 @@
 
 import hashlib
 import itertools
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from inflora import distributed
 from inflora.config import DataSettings
 from inflora.data.augment import Crops, central_views, sample_crops
-from inflora.data.pixels import Pending
+from inflora.data.pixels import Views
+from inflora.data.staging import to_device
 from inflora.data.store import Images
 
 _AHEAD = 3  # batches in the making while the model computes on one
@@ -22,13 +22,13 @@ _AHEAD = 3  # batches in the making while the model computes on one
 class Batch(NamedTuple):
     """This worker's share of a global batch: images (B, C, S, S) float, labels (B), and its part of the batch.
 
-    ``waited`` is for how many seconds nothing could be computed because the images were not ready.
+    ``waited`` says, when the device has computed on the batch, for how many seconds it could not, for want of images.
     """
 
     images: Tensor
     labels: Tensor
     share: float
-    waited: float = 0.0
+    waited: Callable[[], float] = lambda: 0.0
 
 
 class Input(NamedTuple):
@@ -48,49 +48,63 @@ def training_batches(
     Every worker is given the same order, draws the same crops and takes every n-th image of each batch, so the global
     batches do not depend on the number of workers. The last batch may be smaller.
     """
-
-    def started() -> Iterator[_Started]:
-        for chosen in rows.split(batch_size):
-            crops = _training_crops(images.pixels.sizes(chosen), input, generator)
-            mine = slice(distributed.rank(), None, distributed.world_size())
-            yield _start(images, chosen[mine], crops.take(mine), input, len(chosen))
-
-    return _finished(started(), input)
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    shares = []
+    for chosen in rows.split(batch_size):
+        crops = _training_crops(images.pixels.sizes(chosen), input, generator)
+        shares.append(_Share(Views(chosen[mine], crops.take(mine)), len(chosen[mine]) / len(chosen)))
+    return _batches(images, shares, input)
 
 
 def evaluation_batches(images: Images, rows: Tensor, input: Input, batch_size: int) -> Iterator[Batch]:
     """This worker's share of one plain pass over ``rows``."""
+    mine = rows[distributed.rank() :: distributed.world_size()]
+    shares = [
+        _Share(Views(local, _evaluation_crops(images.pixels.sizes(local), input)), len(local) / len(rows))
+        for local in mine.split(batch_size)
+    ]
+    return _batches(images, shares, input)
 
-    def started() -> Iterator[_Started]:
-        for local in rows[distributed.rank() :: distributed.world_size()].split(batch_size):
-            crops = _evaluation_crops(images.pixels.sizes(local), input)
-            yield _start(images, local, crops, input, len(rows))
 
-    return _finished(started(), input)
+class _Share(NamedTuple):
+    """What one worker sees of a batch, and what part of the batch that is."""
 
-
-class _Started(NamedTuple):
-    """A batch whose images are being made."""
-
-    view: Pending
-    labels: Tensor
+    views: Views
     share: float
 
 
-def _start(images: Images, rows: Tensor, crops: Crops, input: Input, whole: int) -> _Started:
-    view = images.pixels.start(rows, crops, input.side, input.device)
-    return _Started(view, images.labels[rows], len(rows) / whole)
+def _batches(images: Images, shares: Sequence[_Share], input: Input) -> Iterator[Batch]:
+    """The batches one by one, while the images of the next few are being made.
 
-
-def _finished(batches: Iterator[_Started], input: Input) -> Iterator[Batch]:
-    """The batches one by one, while the images of the next few are being made."""
-    ahead = deque(itertools.islice(batches, _AHEAD))
+    What is known of a pass beforehand (which images, their boxes and labels) is copied to the device once, so that no
+    batch waits for a copy but that of its images.
+    """
+    if not shares:
+        return
+    sizes = [len(share.views.rows) for share in shares]
+    whole = _joined([share.views for share in shares])
+    there = whole.to(input.device).split(sizes)
+    labels = to_device(images.labels[whole.rows], input.device).split(sizes)
+    as_input = _normalisation(input)
+    started = (
+        (images.pixels.start(views, views_there, input.side), batch_labels, share)
+        for (views, share), views_there, batch_labels in zip(shares, there, labels, strict=True)
+    )
+    ahead = deque(itertools.islice(started, _AHEAD))
     while ahead:
-        view, labels, share = ahead.popleft()
-        ahead.extend(itertools.islice(batches, 1))
-        start = time.perf_counter()
-        images = _as_input(view(), input)
-        yield Batch(images, labels.to(input.device), share, waited=time.perf_counter() - start)
+        pending, batch_labels, share = ahead.popleft()
+        ahead.extend(itertools.islice(started, 1))
+        images_here, waited = pending()
+        for later, *_ in ahead:
+            later.send()
+        yield Batch(as_input(images_here), batch_labels, share, waited)
+
+
+def _joined(views: Sequence[Views]) -> Views:
+    rows, boxes, flip = (
+        torch.cat(parts) for parts in zip(*((v.rows, v.crops.boxes, v.crops.flip) for v in views), strict=True)
+    )
+    return Views(rows, Crops(boxes, flip, views[0].crops.cut))
 
 
 def _training_crops(sizes: Tensor, input: Input, generator: torch.Generator) -> Crops:
@@ -108,10 +122,15 @@ def seeded(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _as_input(view: Tensor, input: Input) -> Tensor:
-    if view.shape[1] == 1 and input.channels > 1:
-        view = view.expand(-1, input.channels, -1, -1)
+def _normalisation(input: Input) -> Callable[[Tensor], Tensor]:
+    """From images in [0, 1] to what the model reads: as many channels, mean and standard deviation as it wants."""
+
+    def with_channels(images: Tensor) -> Tensor:
+        return images.expand(-1, input.channels, -1, -1) if images.shape[1] == 1 < input.channels else images
+
     if (input.data.mean, input.data.std) == (0.0, 1.0):
-        return view
-    mean, std = (torch.tensor(value, device=view.device).view(-1, 1, 1) for value in (input.data.mean, input.data.std))
-    return (view - mean) / std
+        return with_channels
+    mean, std = (
+        to_device(torch.tensor(value).view(-1, 1, 1), input.device) for value in (input.data.mean, input.data.std)
+    )
+    return lambda images: (with_channels(images) - mean) / std

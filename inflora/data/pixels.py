@@ -6,10 +6,10 @@ Shapes: N images of a split, B of a batch, C channels, H x W stored image, S sid
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,24 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from inflora.data.augment import Crops, crop_and_resize
+from inflora.data.staging import Pending, Resident, Staged, host_memory, to_device
 
-Pending = Callable[[], Tensor]
-"""A view on its way: call it to wait for images (B, C, S, S) in [0, 1], on the device that was asked for."""
+
+class Views(NamedTuple):
+    """Some images (B) of a split, and the box of each that is wanted."""
+
+    rows: Tensor
+    crops: Crops
+
+    def to(self, device: torch.device) -> "Views":
+        """The same on ``device``, without the host waiting for it."""
+        boxes, flip = (to_device(part, device) for part in (self.crops.boxes, self.crops.flip))
+        return Views(to_device(self.rows, device), Crops(boxes, flip, self.crops.cut))
+
+    def split(self, sizes: Sequence[int]) -> list["Views"]:
+        """Parts of so many images each."""
+        parts = (part.split(list(sizes)) for part in (self.rows, self.crops.boxes, self.crops.flip))
+        return [Views(rows, Crops(boxes, flip, self.crops.cut)) for rows, boxes, flip in zip(*parts, strict=True)]
 
 
 class Pixels(Protocol):
@@ -31,12 +46,12 @@ class Pixels(Protocol):
         """Height and width (B, 2) of some images."""
         ...
 
-    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
-        """Begin to make the views of some images."""
+    def start(self, views: Views, there: Views, side: int) -> Pending:
+        """Begin to make some views on the device where ``there``, the same views, is; ``views`` is on the host."""
         ...
 
-    def at_home_on(self, device: torch.device) -> "Pixels":
-        """The same images, resident on the device if they fit there easily."""
+    def resident_on(self, device: torch.device) -> "Pixels":
+        """The same images, kept on the device if they fit there easily."""
         ...
 
     def array(self, row: int) -> np.ndarray:
@@ -66,24 +81,18 @@ class RawPixels:
     def sizes(self, rows: Tensor) -> Tensor:
         return torch.tensor(self.tensor.shape[1:3]).expand(len(rows), 2)
 
-    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
-        if self.tensor.device == device and device.type != "cpu":
-            return lambda: crop_and_resize(self.tensor[rows.to(device)], crops.to(device), side)
+    def start(self, views: Views, there: Views, side: int) -> Pending:
+        device = there.rows.device
+        if device.type == "cpu":
+            made = _pool().submit(lambda: crop_and_resize(self.tensor[views.rows], views.crops, side))
+            return Staged([made], made.result, device)
+        if self.tensor.device == device:
+            return Resident(lambda: crop_and_resize(self.tensor[there.rows], there.crops, side))
+        gathered = host_memory((len(views.rows), *self.tensor.shape[1:]), device)
+        work = _pool().submit(lambda: torch.index_select(self.tensor, 0, views.rows, out=gathered))
+        return Staged([work], lambda: gathered, device, lambda pixels: crop_and_resize(pixels, there.crops, side))
 
-        def on_the_host() -> Tensor:
-            pixels = self.tensor[rows]
-            return crop_and_resize(pixels, crops, side) if device.type == "cpu" else pixels.pin_memory()
-
-        made = _pool().submit(on_the_host)
-
-        def finish() -> Tensor:
-            if device.type == "cpu":
-                return made.result()
-            return crop_and_resize(made.result().to(device, non_blocking=True), crops.to(device), side)
-
-        return finish
-
-    def at_home_on(self, device: torch.device) -> "RawPixels":
+    def resident_on(self, device: torch.device) -> "RawPixels":
         if device.type != "cuda" or self.tensor.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
             return self
         return RawPixels(self.tensor.to(device))
@@ -110,22 +119,19 @@ class FilePixels:
     def sizes(self, rows: Tensor) -> Tensor:
         return self._sizes[rows]
 
-    def start(self, rows: Tensor, crops: Crops, side: int, device: torch.device) -> Pending:
-        chosen = zip(rows.tolist(), crops.boxes.tolist(), crops.flip.tolist(), strict=True)
-        views = [_pool().submit(self._view, row, box, flip > 0, crops.cut, side) for row, box, flip in chosen]
+    def start(self, views: Views, there: Views, side: int) -> Pending:
+        rows, crops = views
+        pixels = host_memory((len(rows), side, side, 3), there.rows.device)
+        places = pixels.numpy()
 
-        def finish() -> Tensor:
-            if not views:  # a worker's share of a small last batch
-                return torch.zeros(0, 3, side, side, device=device)
-            pixels = torch.from_numpy(np.stack([view.result() for view in views]))
-            if device.type == "cuda":
-                pixels = pixels.pin_memory()
-            # Channels are moved to the front while a pixel is still a byte.
-            return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        def write(place: int, row: int, box: Sequence[float], mirrored: bool) -> None:
+            places[place] = self._view(row, box, mirrored, crops.cut, side)
 
-        return finish
+        chosen = zip(rows.tolist(), crops.boxes.tolist(), (crops.flip > 0).tolist(), strict=True)
+        work = [_pool().submit(write, place, *view) for place, view in enumerate(chosen)]
+        return Staged(work, lambda: pixels, there.rows.device, _as_images)
 
-    def at_home_on(self, device: torch.device) -> "FilePixels":
+    def resident_on(self, device: torch.device) -> "FilePixels":
         return self
 
     def array(self, row: int) -> np.ndarray:
@@ -146,6 +152,11 @@ class FilePixels:
             image, edges = image.crop(edges), (0, 0, width, height)
         view = image.resize((side, side), Image.Resampling.BILINEAR, box=edges)
         return np.asarray(ImageOps.mirror(view) if mirrored else view)
+
+
+def _as_images(pixels_BHWC: Tensor) -> Tensor:
+    """Bytes as images (B, C, S, S) in [0, 1]; channels are moved to the front while a pixel is still a byte."""
+    return pixels_BHWC.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 @cache

@@ -59,11 +59,11 @@ class Stream(NamedTuple):
         )
         return self._replace(tasks=(whole,), train=train, evaluate=evaluate, class_of=torch.arange(len(classes)))
 
-    def at_home_on(self, device: torch.device) -> "Stream":
-        """The same stream with its images resident on the device, where they fit there easily."""
-        train = self.train._replace(pixels=self.train.pixels.at_home_on(device))
+    def resident_on(self, device: torch.device) -> "Stream":
+        """The same stream with its images kept on the device, where they fit there easily."""
+        train = self.train._replace(pixels=self.train.pixels.resident_on(device))
         same = self.evaluate.pixels is self.train.pixels
-        evaluate = train.pixels if same else self.evaluate.pixels.at_home_on(device)
+        evaluate = train.pixels if same else self.evaluate.pixels.resident_on(device)
         return self._replace(train=train, evaluate=self.evaluate._replace(pixels=evaluate))
 
 

@@ -1,0 +1,136 @@
+"""From the host's memory to the device that trains, while both go on with their work.
+
+Copies run on a stream of their own out of pinned memory. PyTorch's host allocator gives a pinned block out again only
+when the copies from it are done, so a block may be let go of as soon as its copy has been asked for.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Arrived(NamedTuple):
+    """Images (B, C, S, S) in [0, 1] on the device, and for how many seconds it had nothing to do until they came.
+
+    The seconds can be asked for when the device has used the images.
+    """
+
+    images: Tensor
+    waited: Callable[[], float]
+
+
+class Pending(Protocol):
+    """Images on their way to the device: call it to have them there."""
+
+    def send(self) -> None:
+        """Start the copy to the device if there is something to copy by now; never waits."""
+
+    def __call__(self) -> Arrived: ...
+
+
+class Resident:
+    """Images of which all that is needed is on the device: they are made there in turn, like everything else."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    def send(self) -> None:
+        pass
+
+    def __call__(self) -> Arrived:
+        return Arrived(self._make(), lambda: 0.0)
+
+
+class Staged:
+    """Images that threads prepare on the host, in the memory that ``prepared`` gives when ``work`` is done.
+
+    ``finish`` makes of it, on the device, what the model reads.
+    """
+
+    def __init__(
+        self,
+        work: Sequence[Future[Any]],
+        prepared: Callable[[], Tensor],
+        device: torch.device,
+        finish: Callable[[Tensor], Tensor] = lambda images: images,
+    ) -> None:
+        self._work, self._prepared, self._device, self._finish = work, prepared, device, finish
+        self._sent: Callable[[], Tensor] | None = None
+
+    def send(self) -> None:
+        if self._sent is None and all(part.done() for part in self._work):
+            self._sent = self._send()
+
+    def _send(self) -> Callable[[], Tensor]:
+        for part in self._work:
+            part.result()
+        return copy_ahead(self._prepared(), self._device)
+
+    def __call__(self) -> Arrived:
+        stop = start_clock(self._device)
+        arrived = (self._sent or self._send())()
+        return Arrived(self._finish(arrived), stop())
+
+
+def host_memory(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory of the host to copy from to ``device``: pinned, where the device is another one."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` that the host does not wait for; the tensor itself where it is there already."""
+    if tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_ahead(pixels: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Start a copy of pinned memory beside what the device computes; call the result to use the copy from now on."""
+    if device.type == "cpu":
+        return lambda: pixels
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        copy = pixels.to(device, non_blocking=True)
+        done = stream.record_event()
+
+    def arrive() -> Tensor:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(done)
+        # Its memory belongs to the other stream, which must not give it away while this one reads it.
+        copy.record_stream(computing)
+        return copy
+
+    return arrive
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def start_clock(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start a clock; call the result to stop it, which gives what tells the seconds between.
+
+    On a GPU it is the device's own clock, which stands still for as long as the device is busy with earlier work: the
+    seconds are those in which it idled, and are known when it has come that far.
+    """
+    if device.type == "cpu":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+        return stop
+    begin = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+
+    def stop_events() -> Callable[[], float]:
+        end = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+        return lambda: begin.elapsed_time(end) / 1000
+
+    return stop_events
