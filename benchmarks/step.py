@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from inflora.backbone import build_backbone, gather_covariance, shape_of
-from inflora.config import BackboneSettings, InfLoRASettings, OptimSettings
+from inflora.config import BackboneSettings, InfLoRASettings, OptimSettings, Precision
 from inflora.data.loader import Batch
 from inflora.data.stream import Task
 from inflora.lora import adapted_layers
@@ -40,15 +40,15 @@ from inflora.subspace import Memory, design, energy_inside, update
 from inflora.training import make_optimizer, train_step
 
 CLASSES = 10
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 CIFAR100_TASK = {"images": 5000, "epochs": 20}
 Step = Callable[[], object]
 
 
-def network(name: str, precision: str, device: str) -> ContinualModel:
+def network(name: str, precision: Precision, device: str) -> ContinualModel:
     """A randomly initialised backbone without adapters."""
     backbone = build_backbone(BackboneSettings(name=name, pretrained=False))
-    return ContinualModel(backbone, backbone.embed_dim, PRECISIONS[precision]).to(device)
+    return ContinualModel(backbone, backbone.embed_dim, precision).to(device)
 
 
 def batch_for(model: ContinualModel, size: int) -> Batch:
@@ -82,10 +82,11 @@ def floor_step(name: str, precision: str, size: int, device: str) -> Step:
 def our_step(name: str, precision: str, size: int, device: str, tasks_done: int = 0, *, compiled: bool = False) -> Step:
     """A training step of InfLoRA as a run makes it, after ``tasks_done`` tasks."""
     model, rank = network(name, precision, device), 10
-    if compiled:
-        model.backbone.compile()
     method: InfLoRA = make_method(InfLoRASettings(rank=rank))  # type: ignore[assignment]
     method.prepare(model)
+    model.settle_on(torch.device(device))
+    if compiled:
+        model.backbone.compile()
     generator = torch.Generator().manual_seed(0)
     for _ in range(tasks_done + 1):
         for _, layer in adapted_layers(model):
@@ -117,6 +118,7 @@ def covariance_pass(name: str, precision: str, size: int, device: str) -> Step:
     """The same while the covariances of all blocks' inputs are gathered."""
     model = network(name, precision, device)
     make_method(InfLoRASettings()).prepare(model)
+    model.settle_on(torch.device(device))
     batch = batch_for(model, size)
 
     def step() -> None:
@@ -254,7 +256,7 @@ def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/step.json"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inflora.config import BackboneSettings, ConfigError
 from inflora.lora import adapted_layers
+from inflora.precision import products
 
 GLYPH_VIT: dict[str, Any] = {
     "img_size": 32,
@@ -206,9 +207,11 @@ class InputCovariance:
 
     def add(self, inputs_BND: Tensor) -> None:
         flat = inputs_BND.detach().flatten(0, -2).float()
-        for start in range(0, flat.shape[1], self.STRIP):
-            end = start + self.STRIP
-            self.sum_DD[start:end, start:] += flat[:, start:end].T @ flat[:, start:]
+        # Layers are watched while the model computes, in whatever precision that is.
+        with products("fp32", flat.device):
+            for start in range(0, flat.shape[1], self.STRIP):
+                end = start + self.STRIP
+                self.sum_DD[start:end, start:] += flat[:, start:end].T @ flat[:, start:]
         self.count += len(flat)
 
     def mirror(self) -> None:

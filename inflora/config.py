@@ -113,6 +113,9 @@ class BackboneSettings(Settings):
     options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's VisionTransformer")
 
 
+Precision = Literal["fp32", "tf32", "bf16"]
+"""How matrix products are taken: in float32; of float32 with 10 bits of each factor, on GPUs; in bfloat16."""
+
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 
@@ -316,9 +319,9 @@ class RunConfig(Settings):
     optim: OptimSettings = OptimSettings()
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", Precision] = Field(
         default="auto",
-        description="of the backbone's matrix products; auto: bf16 where the device multiplies it faster",
+        description="of the backbone's products; auto: bf16 where the device is faster in it; tf32: on GPUs",
     )
     compile: bool = Field(default=False, description="compile the backbone: a minute or more before the first step")
     provenance: dict[str, JsonValue] = Field(

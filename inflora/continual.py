@@ -21,6 +21,7 @@ from inflora.drift import Probes, drift
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
+from inflora.precision import BITS, pick_precision
 from inflora.shared import Shared, keys_of
 from inflora.state import DataFacts, RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
@@ -91,7 +92,7 @@ def run(
     method.prepare(model)
     model.load_learnt_state(state.model)
     method.load_state(state.method)
-    model.to(device)
+    model.settle_on(device)
     if config.compile:
         backbone.compile()
     setup = _Setup(config, model, method, stream, input, given)
@@ -194,7 +195,7 @@ def _learn(
     trained = shared.once(f"{keys['after']}-trained", train)
     trainable.load(trained)
     factors = method.end_task(model, data)
-    diagnostics = {"params/trainable": float(trainable.size), "precision/bits": float(8 * model.precision.itemsize)}
+    diagnostics = {"params/trainable": float(trainable.size), "precision/bits": float(BITS[model.precision])}
     return _Learnt(trained["step_losses"].tolist(), factors, diagnostics | method.diagnostics())
 
 
@@ -244,27 +245,6 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-BF16_WIDTH = 192
-"""From this width on bf16 pays on CPUs that have it (docs/performance.md); narrower models lose more to casts."""
-
-
-def pick_precision(name: str, device: torch.device, width: int) -> torch.dtype:
-    """What ``config.precision`` names; "auto" is bfloat16 where the device is faster in it.
-
-    Raises:
-        ConfigError: bfloat16 is asked for and the GPU does not have it.
-    """
-    if device.type == "cuda":
-        has_bf16 = pays = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities()
-        has_bf16 = True  # every CPU computes it, if slowly
-        pays = width >= BF16_WIDTH and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    if name == "bf16" and not has_bf16:
-        raise ConfigError(f"precision must be auto or fp32 on {torch.cuda.get_device_name()}, got bf16")
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and pays) else torch.float32
 
 
 def identity(config: RunConfig) -> dict[str, str]:

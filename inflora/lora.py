@@ -1,6 +1,6 @@
 """The adapter: a low-rank update of some of a linear layer's outputs, e.g. the keys and values of timm's fused ``qkv``.
 
-Shapes: B batch, N tokens, D the layer's input width, R rank, O adapted outputs.
+Shapes: B batch, N tokens, M = B N, D the layer's input width, R rank, O adapted outputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,47 +15,76 @@ from inflora.config import ConfigError, Target
 _OF_QKV: dict[Target, int] = {"q": 0, "k": 1, "v": 2}
 
 
-class _AddLowRank(torch.autograd.Function):
-    """``out[..., rows] += x A^T B^T`` in place, for the backward as little kept and moved as the mathematics needs.
+class _AdaptedLinear(torch.autograd.Function):
+    """``x (W + P B A)^T + b`` with W and b frozen and P placing B's rows at ``rows``, with as few passes over the
+    activations as the mathematics needs: they cost more than the rank's few products.
 
-    Autograd's own in-place addition to a slice copies the whole gradient of ``out``; here it goes on as it is. Of the
-    inputs only ``x A^T`` (B x N x R) is kept, and ``x`` itself only where A is trained.
+    In float32 the sum ``W + P B A`` is made (a weight is small beside a batch's activations), and the layer costs what
+    a plain one does. bfloat16 would round small updates away in that sum: there ``x A^T B^T`` is added to the output.
+    Of the inputs only ``x A^T`` (M x R) is kept for the backward, and ``x`` itself only where A is trained.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x_BND: Tensor, lora_A: Tensor, lora_B: Tensor, rows: Sequence[slice], sizes: list[int]
+        ctx: Any,
+        x_BND: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rows: Sequence[slice],
+        sizes: list[int],
     ) -> Tensor:
-        x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(out.dtype), lora_B.to(out.dtype)
+        x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(weight.dtype), lora_B.to(weight.dtype)
         read_MR = x_MD @ A_RD.T
-        for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
-            out.view(-1, out.shape[-1])[:, part].addmm_(read_MR, B_part.T)
-        ctx.mark_dirty(out)
+        if weight.dtype == torch.float32:
+            out = nn.functional.linear(x_MD, _summed(weight, A_RD, B_OR, rows, sizes), bias)
+        else:
+            out = nn.functional.linear(x_MD, weight, bias)
+            for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
+                out[:, part].addmm_(read_MR, B_part.T)
         ctx.rows, ctx.sizes, ctx.of_x, ctx.of_B = rows, sizes, x_BND.shape, lora_B.dtype
-        ctx.save_for_backward(read_MR, A_RD, B_OR, x_MD if lora_A.requires_grad else None)
-        return out
+        ctx.save_for_backward(read_MR, weight, A_RD, B_OR, x_MD if lora_A.requires_grad else None)
+        return out.view(*x_BND.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read_MR, A_RD, B_OR, x_MD = ctx.saved_tensors
-        into_x, into_A, into_B = ctx.needs_input_grad[1:4]
-        parts = [grad.flatten(0, -2)[:, part] for part in ctx.rows]
-        grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.of_B) if into_B else None
-        if not (into_x or into_A):
-            return grad, None, None, grad_B, None, None
-        grad_MR = torch.zeros_like(read_MR)
-        for part, B_part in zip(parts, B_OR.split(ctx.sizes), strict=True):
-            grad_MR.addmm_(part, B_part)
-        grad_x = (grad_MR @ A_RD).view(ctx.of_x) if into_x else None
-        grad_A = (grad_MR.T @ x_MD).to(ctx.of_B) if into_A else None
-        return grad, grad_x, grad_A, grad_B, None, None
+        read_MR, weight, A_RD, B_OR, x_MD = ctx.saved_tensors
+        into_x, into_A, into_B = (ctx.needs_input_grad[place] for place in (0, 3, 4))
+        grad_MO = grad.flatten(0, -2)
+        parts = [grad_MO[:, part] for part in ctx.rows]
+        grad_x = grad_A = grad_B = None
+        if into_B:
+            grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.of_B)
+        if into_A or (into_x and weight.dtype != torch.float32):
+            grad_MR = torch.zeros_like(read_MR)
+            for part, B_part in zip(parts, B_OR.split(ctx.sizes), strict=True):
+                grad_MR.addmm_(part, B_part)
+        if into_A:
+            grad_A = (grad_MR.T @ x_MD).to(ctx.of_B)
+        if into_x and weight.dtype == torch.float32:
+            grad_x = (grad_MO @ _summed(weight, A_RD, B_OR, ctx.rows, ctx.sizes)).view(ctx.of_x)
+        elif into_x:
+            grad_x = (grad_MO @ weight).addmm_(grad_MR, A_RD).view(ctx.of_x)
+        return grad_x, None, None, grad_A, grad_B, None, None
+
+
+def _summed(weight: Tensor, A_RD: Tensor, B_OR: Tensor, rows: Sequence[slice], sizes: list[int]) -> Tensor:
+    """``W + P B A``."""
+    whole = weight.clone()
+    for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
+        whole[part].addmm_(B_part, A_RD)
+    return whole
 
 
 def in_autocast(x: Tensor) -> Tensor:
     """``x`` as a matrix product would cast it: once, where several products read it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+ALL = slice(None)
 
 
 class LoRALinear(nn.Linear):
@@ -68,25 +97,55 @@ class LoRALinear(nn.Linear):
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    held: Tensor | None
 
-    def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (slice(None),)) -> None:
+    def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (ALL,)) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
         self.weight, self.bias = plain.weight, plain.bias
-        self.rows = tuple(rows)
-        self.sizes = [len(range(plain.out_features)[part]) for part in self.rows]
+        self.rows = tuple(slice(*part.indices(plain.out_features)) for part in rows)
+        self.sizes = [part.stop - part.start for part in self.rows]
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
+        # The weight in a lower precision, beside the float32 one that updates are merged into.
+        self.register_buffer("held", None, persistent=False)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        if self.lora_A is None or self.lora_B is None:
-            return super().forward(x_BND)
-        x_BND = in_autocast(x_BND)
-        return self.add_low_rank(super().forward(x_BND), x_BND, self.lora_A, self.lora_B)
-
-    def add_low_rank(self, out: Tensor, x_BND: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """``out`` with ``x A^T B^T`` added to the adapted outputs, in place; never the dense ``B A``."""
-        result: Tensor = _AddLowRank.apply(out, x_BND, lora_A, lora_B, self.rows, self.sizes)
+    def forward(self, x_BND: Tensor, outputs: slice = ALL) -> Tensor:
+        """The layer's ``outputs`` (all, unless some are asked for)."""
+        x_BND, factors = in_autocast(x_BND), self.factors()
+        weight = (self.weight if self.held is None else self.held)[outputs].to(x_BND.dtype)
+        bias = None if self.bias is None else self.bias[outputs].to(x_BND.dtype)
+        written = self._written(outputs)
+        if factors is None or not written:
+            return nn.functional.linear(x_BND, weight, bias)
+        lora_A, lora_B = factors
+        if len(written) < len(self.rows) or outputs != ALL:
+            lora_B = torch.cat([lora_B[rows_of_B] for _, rows_of_B in written])
+        rows = [rows for rows, _ in written]
+        sizes = [part.stop - part.start for part in rows]
+        result: Tensor = _AdaptedLinear.apply(x_BND, weight, bias, lora_A, lora_B, rows, sizes)
         return result
+
+    def _written(self, outputs: slice) -> list[tuple[slice, slice]]:
+        """Which of the ``outputs``, counted among them, the adapter writes to, each with its rows of B."""
+        first, end, _ = outputs.indices(self.out_features)
+        written, row_of_B = [], 0
+        for part, size in zip(self.rows, self.sizes, strict=True):
+            start, stop = max(part.start, first), min(part.stop, end)
+            if start < stop:
+                offset = row_of_B - part.start
+                written.append((slice(start - first, stop - first), slice(start + offset, stop + offset)))
+            row_of_B += size
+        return written
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (R x D) and B (O x R) of what is added to the weight, None where nothing is."""
+        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep the weight in ``dtype`` too, and the bias, which never changes, in nothing else: no step casts them."""
+        self.held = self.weight.detach().to(dtype)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
 
     def attach(self, lora_A: Tensor, *, train_A: bool = False) -> None:
         """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change."""
@@ -118,6 +177,8 @@ class LoRALinear(nn.Linear):
         factors = self.detach_adapter()
         if factors is not None:
             self.add_update(self.weight, *factors)
+            if self.held is not None:
+                self.held.copy_(self.weight)
         return factors
 
     def add_update(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from inflora.class_token import hold_weights, read_class_token_only
+from inflora.config import Precision
 from inflora.lora import adapted_layers
+from inflora.precision import products
 from inflora.prompts import Prompted, Prompts
 
 
@@ -16,13 +19,24 @@ class ContinualModel(nn.Module):
 
     prompts: Prompts | None
 
-    def __init__(self, backbone: nn.Module, width: int, precision: torch.dtype = torch.float32) -> None:
+    def __init__(self, backbone: nn.Module, width: int, precision: Precision = "fp32") -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False).eval()
         self.width, self.precision = width, precision
         self.heads = nn.ModuleList()
         self.prompts = None
         self._pretrained = frozenset(self.state_dict())
+
+    def settle_on(self, device: torch.device) -> None:
+        """Move to the device of the run, and leave out what none of its steps needs; what is learnt stays the same.
+
+        To be called when the method has prepared the model and what was learnt before has been restored.
+        """
+        self.to(device)
+        if self.prompts is None:
+            read_class_token_only(self.backbone)
+        if self.precision == "bf16":
+            hold_weights(self.backbone, torch.bfloat16)
 
     @property
     def device(self) -> torch.device:
@@ -48,20 +62,16 @@ class ContinualModel(nn.Module):
         """Pooled features (B x D) after the final norm: what the classifiers see."""
         if self.prompts is not None:
             return self.prompted(images).features
-        with self._autocast():
+        with products(self.precision, self.device):
             features = self.backbone(images)
         return features.float()
 
     def prompted(self, images: Tensor, task: int | None = None) -> Prompted:
         """Features by way of the prompts, and their penalty; ``task`` is known while it is learnt."""
         assert self.prompts is not None
-        with self._autocast():
+        with products(self.precision, self.device):
             features, penalty = self.prompts(self.backbone, images, task)
         return Prompted(features.float(), penalty.float())
-
-    def _autocast(self) -> torch.autocast:
-        # Off for float32, which is no type that a CPU casts to.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits over the classes of all tasks so far, in order of learning."""

@@ -13,6 +13,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.class_token import finish_attention
 from inflora.config import ConfigError
 
 
@@ -67,13 +68,10 @@ class PrefixAttention(Attention):
             return super().forward(x, attn_mask, is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        prefix_k, prefix_v = (self._per_head(part, len(x)) for part in self.prefix)
+        # In the precision of the others: one float32 part would make all keys and values float32.
+        prefix_k, prefix_v = (self._per_head(part.to(k.dtype), len(x)) for part in self.prefix)
         k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        merged = self.norm(attended.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            merged = merged * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(merged))
+        return finish_attention(self, nn.functional.scaled_dot_product_attention(q, k, v), x)
 
     def _per_head(self, prefix: Tensor, batch: int) -> Tensor:
         """(L x E) for all images or (B x L x E) for each, as (B x H x L x E/H)."""

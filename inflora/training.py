@@ -17,6 +17,7 @@ from inflora.methods import Method
 from inflora.methods.base import Trainable
 from inflora.metrics import Evaluation, TaskCounts
 from inflora.model import ContinualModel
+from inflora.precision import float32_products
 
 _EVALUATION_BATCH = 256
 
@@ -130,7 +131,8 @@ def train_step(
     optimizer.zero_grad()
     if batch.share:
         loss = method.loss(model, batch, task) * batch.share
-        loss.backward()
+        with float32_products(model.precision):
+            loss.backward()
     else:
         loss = torch.zeros((), device=batch.images.device)
     distributed.sum_gradients((*trainable.classifier, *trainable.adapted))

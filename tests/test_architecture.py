@@ -13,47 +13,49 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
-    1: ("inflora.data", "inflora.lora", "inflora.prompts", "inflora.state", "inflora.storage", "inflora.presets"),
-    2: ("inflora.backbone", "inflora.model", "inflora.shared", "inflora.adapters"),
-    3: ("inflora.methods",),
-    4: ("inflora.training", "inflora.drift"),
-    5: ("inflora.continual",),
-    6: ("inflora.runs", "inflora.serving"),
-    7: ("inflora", "inflora.cli"),
-    8: (
+    1: ("inflora.data", "inflora.lora", "inflora.precision", "inflora.state", "inflora.storage", "inflora.presets"),
+    2: ("inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
+    3: ("inflora.prompts",),
+    4: ("inflora.model",),
+    5: ("inflora.methods",),
+    6: ("inflora.training", "inflora.drift"),
+    7: ("inflora.continual",),
+    8: ("inflora.runs", "inflora.serving"),
+    9: ("inflora", "inflora.cli"),
+    10: (
         "sweeps.engine.records",
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
         "sweeps.engine.study_backup",
     ),
-    9: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
-    10: ("sweeps.engine.spec",),
-    11: (
+    11: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
+    12: ("sweeps.engine.spec",),
+    13: (
         "sweeps.engine.cluster",
         "sweeps.engine.budget",
         "sweeps.engine.samplers",
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    12: ("sweeps.engine.ledger", "sweeps.engine.driver"),
-    13: (
+    14: ("sweeps.engine.ledger", "sweeps.engine.driver"),
+    15: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    14: ("sweeps.engine.tracking",),
-    15: ("sweeps.engine.mirror",),
-    16: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    17: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
-    18: ("sweeps.cli",),
+    16: ("sweeps.engine.tracking",),
+    17: ("sweeps.engine.mirror",),
+    18: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    19: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
+    20: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 19
+RECIPES_FLOOR = 21
 
 
 def modules() -> dict[str, Path]:

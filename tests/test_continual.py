@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from inflora import continual
 from inflora.backbone import build_backbone
 from inflora.config import ConfigError, RunConfig, config_hash, override
-from inflora.continual import TaskResult, check, identity, pick_precision, run
+from inflora.continual import TaskResult, check, identity, run
 from inflora.data.store import DataError
 from inflora.data.stream import Task, make_stream
 from inflora.drift import Probes
 from inflora.model import ContinualModel
+from inflora.precision import pick_precision
 from inflora.runs import train_into
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.subspace import Memory, free_basis
@@ -525,12 +526,12 @@ def test_in_bf16_a_run_learns_what_it_learns_in_float32_and_says_so(tiny, result
 @pytest.mark.parametrize(
     ("name", "width", "cpu", "chosen"),
     [
-        ("auto", 768, {"avx512_bf16": True}, torch.bfloat16),
-        ("auto", 768, {"amx_bf16": True}, torch.bfloat16),
-        ("auto", 128, {"avx512_bf16": True, "amx_bf16": True}, torch.float32),
-        ("auto", 768, {"avx512_bf16": False}, torch.float32),
-        ("fp32", 768, {"avx512_bf16": True}, torch.float32),
-        ("bf16", 128, {}, torch.bfloat16),
+        ("auto", 768, {"avx512_bf16": True}, "bf16"),
+        ("auto", 768, {"amx_bf16": True}, "bf16"),
+        ("auto", 128, {"avx512_bf16": True, "amx_bf16": True}, "fp32"),
+        ("auto", 768, {"avx512_bf16": False}, "fp32"),
+        ("fp32", 768, {"avx512_bf16": True}, "fp32"),
+        ("bf16", 128, {}, "bf16"),
     ],
 )
 def test_precision_is_bf16_where_it_pays_or_is_asked_for(name, width, cpu, chosen, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from inflora.config import SDLoRASettings
-from inflora.lora import LoRALinear, in_autocast, inject
+from inflora.lora import LoRALinear, inject
 from inflora.methods.base import TaskData, Trainable
 from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
@@ -29,12 +29,14 @@ class DecoupledLinear(LoRALinear):
         self.register_buffer("old_B", self.weight.new_zeros(0, sum(self.sizes), 0))
         self.magnitudes = nn.Parameter(self.weight.new_zeros(0), requires_grad=False)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        out = super().forward(x_BND)
-        if len(self.magnitudes):
-            scaled_B = (self.magnitudes[:, None, None] * self.old_B).permute(1, 0, 2).flatten(1)
-            out = self.add_low_rank(out, in_autocast(x_BND), self.old_A.flatten(0, 1), scaled_B)
-        return out
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Those of all old directions and of the current adapter, side by side."""
+        current = super().factors()
+        if not len(self.magnitudes):
+            return current
+        scaled_B = (self.magnitudes[:, None, None] * self.old_B).permute(1, 0, 2).flatten(1)
+        old = self.old_A.flatten(0, 1), scaled_B
+        return old if current is None else (torch.cat([old[0], current[0]]), torch.cat([old[1], current[1]], dim=1))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
