@@ -19,7 +19,6 @@ from inflora.data.store import DataError
 from inflora.data.stream import Task, make_stream
 from inflora.drift import Probes
 from inflora.model import ContinualModel
-from inflora.precision import pick_precision
 from inflora.runs import train_into
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.subspace import Memory, free_basis
@@ -521,22 +520,6 @@ def test_in_bf16_a_run_learns_what_it_learns_in_float32_and_says_so(tiny, result
         assert all(t.dtype != torch.bfloat16 for t in (*ours.state.model.values(), *ours.state.method.values()))
     again = next(run(override(tiny, {"precision": "bf16"})))
     assert same_state(again.state, in_bf16[0].state)
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "cpu", "chosen"),
-    [
-        ("auto", 768, {"avx512_bf16": True}, "bf16"),
-        ("auto", 768, {"amx_bf16": True}, "bf16"),
-        ("auto", 128, {"avx512_bf16": True, "amx_bf16": True}, "fp32"),
-        ("auto", 768, {"avx512_bf16": False}, "fp32"),
-        ("fp32", 768, {"avx512_bf16": True}, "fp32"),
-        ("bf16", 128, {}, "bf16"),
-    ],
-)
-def test_precision_is_bf16_where_it_pays_or_is_asked_for(name, width, cpu, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    assert pick_precision(name, torch.device("cpu"), width) == chosen
 
 
 def test_a_compiled_backbone_is_not_compiled_again_for_later_tasks(tiny, results, monkeypatch):
