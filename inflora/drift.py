@@ -24,23 +24,23 @@ class Probes:
         self.tasks = tasks
         images = [len(task.eval_rows) for task in tasks]
         self.counts = [min(_IMAGES, number) for number in images]
-        self._row_of = torch.full((sum(images),), -1, device=device)
+        # Where an image's features are kept: all that are no probes share one last row, which nobody reads.
+        self._row_of = torch.full((sum(images),), sum(self.counts), device=device)
         starts = [sum(images[:index]) for index in range(len(tasks))]
         chosen = [
             start + torch.arange(count, device=device) * (number - 1) // max(count - 1, 1)
             for start, number, count in zip(starts, images, self.counts, strict=True)
         ]
         self._row_of[torch.cat(chosen)] = torch.arange(sum(self.counts), device=device)
-        self._features = torch.zeros(sum(self.counts), width, device=device)
+        self._features = torch.zeros(sum(self.counts) + 1, width, device=device)
 
     def see(self, places: Tensor, features_BD: Tensor) -> None:
         """Keep those of the features that are probes."""
-        rows = self._row_of[places]
-        self._features[rows[rows >= 0]] = features_BD[rows >= 0]
+        self._features[self._row_of[places]] = features_BD
 
     def features(self) -> dict[str, Tensor]:
         """The features by the index of their task, on the CPU, when all images of all workers have been seen."""
-        parts = distributed.all_sum(self._features).cpu().split(self.counts)
+        parts = distributed.all_sum(self._features[:-1]).cpu().split(self.counts)
         return {str(task.index): part.clone() for task, part in zip(self.tasks, parts, strict=True)}
 
 

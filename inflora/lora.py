@@ -37,7 +37,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(weight.dtype), lora_B.to(weight.dtype)
         read_MR = x_MD @ A_RD.T
-        if weight.dtype == torch.float32:
+        if weight.itemsize >= 4:  # float32, and the float64 of tests
             out = nn.functional.linear(x_MD, _summed(weight, A_RD, B_OR, rows, sizes), bias)
         else:
             out = nn.functional.linear(x_MD, weight, bias)
@@ -57,13 +57,13 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         if into_B:
             grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.of_B)
-        if into_A or (into_x and weight.dtype != torch.float32):
+        if into_A or (into_x and weight.itemsize < 4):
             grad_MR = torch.zeros_like(read_MR)
             for part, B_part in zip(parts, B_OR.split(ctx.sizes), strict=True):
                 grad_MR.addmm_(part, B_part)
         if into_A:
             grad_A = (grad_MR.T @ x_MD).to(ctx.of_B)
-        if into_x and weight.dtype == torch.float32:
+        if into_x and weight.itemsize >= 4:
             grad_x = (grad_MO @ _summed(weight, A_RD, B_OR, ctx.rows, ctx.sizes)).view(ctx.of_x)
         elif into_x:
             grad_x = (grad_MO @ weight).addmm_(grad_MR, A_RD).view(ctx.of_x)

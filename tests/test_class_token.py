@@ -47,16 +47,16 @@ def images(count: int = 3) -> Tensor:
 @pytest.mark.parametrize("targets", [(), ("k", "v"), ("q",), ("q", "v"), ("q", "k", "v")], ids=str)
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_features_and_gradients_are_those_of_plain_timm(options, targets):
-    x, models = images(), pair(targets, **options)
+    x, models = images().double(), [model.double() for model in pair(targets, **options)]
     assert isinstance(models[1].blocks[-1], ClassTokenBlock)
     features = [model(x) for model in models]
-    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*features, rtol=1e-12, atol=1e-12)
     if targets:
-        direction = torch.randn(32)
+        direction = torch.randn(32).double()
         for feature in features:
             (feature @ direction).sum().backward()
         for ours, theirs in zip(*map(adapter_parameters, models), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_the_other_tokens_are_not_computed():

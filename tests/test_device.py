@@ -24,6 +24,7 @@ from inflora.config import RunConfig, override
 from inflora.continual import TaskResult, pick_device, run
 from inflora.data import DATASETS, augment, loader, pixels, prepare_store, staging
 from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.drift import Probes
 from inflora.methods import METHODS
 from inflora.methods import inflora as inflora_method
 from inflora.model import ContinualModel
@@ -207,6 +208,25 @@ def test_a_store_that_stays_on_the_device_needs_no_copy_per_batch(tiny, root):
     few, many = (counts_of(config_of(tiny, root, **{"optim.batch_size": size}))[0] for size in (100, 2))
     assert many.kernels > 4 * few.kernels
     assert many.pinned_copies == few.pinned_copies == 4  # which images, their boxes, whether mirrored, labels
+
+
+def test_evaluation_waits_for_the_device_no_more_often_for_many_images_than_for_few(tiny, root, monkeypatch):
+    counts = []
+    for size in (1000, 2):
+        monkeypatch.setattr(training, "_EVALUATION_BATCH", size)
+        with gpu_for() as gpu:
+            config = config_of(tiny, root)
+            stream = continual.make_stream(config.data, "validation").resident_on(DEVICE)
+            model = ContinualModel(backbone.build_backbone(config.backbone), 32)
+            model.add_head(2, "uniform", torch.Generator())
+            model.settle_on(DEVICE)
+            watched = Probes(stream.tasks[:1], 32, DEVICE)
+            before = replace(gpu.count)
+            training.evaluate(model, stream, stream.tasks[:1], loader.Input(config.data, 32, 3, DEVICE), watched.see)
+            counts.append(gpu.count - before)
+    few, many = counts
+    assert many.kernels > 2 * few.kernels
+    assert many.synchronisations == few.synchronisations
 
 
 # Several workers, with a process group that knows tensors of GPUs only.
