@@ -35,7 +35,7 @@ from tests.conftest import method_of, same_state
 from tests.simulated_gpu import DEVICE, Count, DeviceError, DeviceTensor, Gpu, nccl, simulated_gpu
 
 CLASSES, PER_CLASS, TASKS = 6, 16, 3
-FORMS = ("raw", "raw, too large to stay", "encoded", "decoded")
+FORMS = ("raw", "encoded", "decoded", *(f"{form}, too large to stay" for form in ("raw", "encoded", "decoded")))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,10 @@ def learnt(config: RunConfig, tasks: int = 2) -> list[TaskResult]:
 
 KINDS = [("inflora", form, precision) for form in FORMS for precision in ("fp32", "bf16")]
 KINDS += [
-    (method, *kind) for method in METHODS for kind in (("raw", "fp32"), ("encoded", "bf16")) if method != "inflora"
+    (method, *kind)
+    for method in METHODS
+    for kind in (("raw", "fp32"), ("encoded, too large to stay", "bf16"))
+    if method != "inflora"
 ]
 
 
@@ -98,8 +101,8 @@ def test_a_run_on_the_device_learns_what_a_run_on_the_cpu_learns(method, form, p
         on_device = learnt(config)
     on_cpu = learnt(override(config, {"device": "cpu"}))
     for ours, theirs in zip(on_device, on_cpu, strict=True):
-        torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(ours.accuracies, theirs.accuracies, rtol=0, atol=0.1)
+        torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(ours.accuracies, theirs.accuracies, rtol=0, atol=0.13)  # one of eight images
 
 
 def test_classifiers_are_aligned_on_the_device(tiny, root):
@@ -117,7 +120,9 @@ def test_images_and_labels_of_a_batch_are_on_the_device_and_those_of_the_cpu(for
         assert all(isinstance(part, DeviceTensor) for batch in ours for part in (batch.images, batch.labels))
         images, labels = (torch.cat([getattr(batch, part).cpu() for batch in ours]) for part in ("images", "labels"))
     theirs = batches_of(config, torch.device("cpu"))
-    torch.testing.assert_close(images, torch.cat([batch.images for batch in theirs]), atol=1e-5, rtol=0)
+    # Files that stay on the device are resized without Pillow's roundings on the way.
+    atol = 1.5 / 255 if form in ("encoded", "decoded") else 1e-5
+    torch.testing.assert_close(images, torch.cat([batch.images for batch in theirs]), atol=atol, rtol=0)
     assert torch.equal(labels, torch.cat([batch.labels for batch in theirs]))
 
 
@@ -204,8 +209,9 @@ def test_no_step_waits_for_the_device_whatever_the_method(method, tiny, root):
         assert_free_of_waiting(counts)
 
 
-def test_a_store_that_stays_on_the_device_needs_no_copy_per_batch(tiny, root):
-    few, many = (counts_of(config_of(tiny, root, **{"optim.batch_size": size}))[0] for size in (100, 2))
+@pytest.mark.parametrize("form", ["raw", "encoded", "decoded"])
+def test_a_store_that_stays_on_the_device_needs_no_copy_per_batch(form, tiny, root):
+    few, many = (counts_of(config_of(tiny, root, form, **{"optim.batch_size": size}))[0] for size in (100, 2))
     assert many.kernels > 4 * few.kernels
     assert many.pinned_copies == few.pinned_copies == 4  # which images, their boxes, whether mirrored, labels
 
@@ -287,6 +293,7 @@ def pageable(shape: Sequence[int], device: torch.device) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.uint8)
 
 
+LARGE = "encoded, too large to stay"
 MISTAKES: dict[str, tuple[str, Plant]] = {
     "a device without its index": ("raw", in_the_place_of(continual, "pick_device", lambda _: torch.device("cuda"))),
     "labels left on the host": ("raw", in_the_place_of(loader, "to_device", lambda tensor, device: tensor)),
@@ -317,19 +324,19 @@ MISTAKES: dict[str, tuple[str, Plant]] = {
         "raw",
         beside_every_step(lambda batch: dist.all_reduce(torch.zeros(1))),
     ),
-    "memory that is not pinned": ("encoded", in_the_place_of(pixels, "host_memory", pageable)),
+    "memory that is not pinned": (LARGE, in_the_place_of(pixels, "host_memory", pageable)),
     "a copy that is not waited for": (
-        "encoded",
+        LARGE,
         lambda patch: patch.setattr(torch.cuda.Stream, "wait_event", lambda stream, event: None),
     ),
-    "a copy whose memory is given away": ("encoded", in_the_place_of(DeviceTensor, "record_stream", lambda *_: None)),
-    "pinned memory written to too soon": ("encoded", in_the_place_of(staging, "copy_ahead", written_to_after_the_copy)),
+    "a copy whose memory is given away": (LARGE, in_the_place_of(DeviceTensor, "record_stream", lambda *_: None)),
+    "pinned memory written to too soon": (LARGE, in_the_place_of(staging, "copy_ahead", written_to_after_the_copy)),
 }
 
 
-def run_without_waiting(config: RunConfig, plant: Plant = lambda patch: None) -> None:
+def run_without_waiting(config: RunConfig, form: str, plant: Plant = lambda patch: None) -> None:
     """A run with a mistake in it; raises AssertionError where it waits or copies."""
-    with pytest.MonkeyPatch.context() as patch, simulated_gpu() as gpu, nccl():
+    with pytest.MonkeyPatch.context() as patch, gpu_for(form) as gpu, nccl():
         plant(patch)
         counts = counted(gpu, patch)
         learnt(config)
@@ -340,12 +347,12 @@ def run_without_waiting(config: RunConfig, plant: Plant = lambda patch: None) ->
 def test_a_planted_mistake_is_found(mistake, tiny, root):
     form, plant = MISTAKES[mistake]
     with pytest.raises((DeviceError, AssertionError)):
-        run_without_waiting(config_of(tiny, root, form), plant)
+        run_without_waiting(config_of(tiny, root, form), form, plant)
 
 
-@pytest.mark.parametrize("form", ["raw", "encoded"])
+@pytest.mark.parametrize("form", ["raw", LARGE])
 def test_nothing_is_found_where_nothing_is_planted(form, tiny, root):
-    run_without_waiting(config_of(tiny, root, form))
+    run_without_waiting(config_of(tiny, root, form), form)
 
 
 def test_the_device_that_is_picked_has_its_index():

@@ -81,31 +81,35 @@ def _central_boxes(height: Tensor, width: Tensor, ratio: tuple[float, float]) ->
     )
 
 
-def crop_and_resize(pixels_BHWC: Tensor, crops: Crops, side: int) -> Tensor:
+def crop_and_resize(pixels_BHWC: Tensor, crops: Crops, side: int, sizes: Tensor | None = None) -> Tensor:
     """Each image's box, resized bilinearly with antialiasing to (B, C, S, S) and scaled to [0, 1].
 
+    ``sizes`` (B, 2) are heights and widths where images do not fill H x W: what lies beyond is not looked at.
     Resizing is linear in rows and in columns: two batched matrix products, the same for boxes of all sizes.
     """
     _, height, width, _ = pixels_BHWC.shape
     top, left, box_height, box_width = crops.boxes.T
-    rows_BSH = _resize_weights(top, box_height, side, height, cut=crops.cut)
-    columns_BSW = _resize_weights(left, box_width, side, width, cut=crops.cut)
+    heights, widths = (torch.full_like(top, height), torch.full_like(left, width)) if sizes is None else sizes.to(top).T
+    if crops.cut:
+        bounds = ((top, top + box_height), (left, left + box_width))
+    else:
+        bounds = ((torch.zeros_like(top), heights), (torch.zeros_like(left), widths))
+    rows_BSH = _resize_weights(top, box_height, side, height, *bounds[0])
+    columns_BSW = _resize_weights(left, box_width, side, width, *bounds[1])
     columns_BSW = torch.where(crops.flip[:, None, None] > 0, columns_BSW.flip(1), columns_BSW)
     images = pixels_BHWC.float() / 255
     return torch.einsum("bsh,bhwc,btw->bcst", rows_BSH, images, columns_BSW)
 
 
-def _resize_weights(start: Tensor, length: Tensor, side: int, size: int, *, cut: bool) -> Tensor:
+def _resize_weights(start: Tensor, length: Tensor, side: int, size: int, first: Tensor, end: Tensor) -> Tensor:
     """What each of the ``size`` stored pixels along one axis gives to each of the S new ones (B, S, size).
 
     The triangle filter of PyTorch's and Pillow's antialiased bilinear resize: as wide as a new pixel, at least as
-    wide as an old one.
+    wide as an old one. Nothing before ``first`` (B) and from ``end`` (B) on is looked at.
     """
     scale = (length / side)[:, None, None]
     old = torch.arange(size, device=start.device) + 0.5
     new = start[:, None, None] + (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
     weights = (1 - (old - new).abs() / scale.clamp_min(1)).clamp_min(0)
-    if cut:
-        first, end = start[:, None, None], (start + length)[:, None, None]
-        weights = weights * ((old > first) & (old < end))
+    weights = weights * ((old > first[:, None, None]) & (old < end[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
