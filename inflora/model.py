@@ -108,3 +108,9 @@ class ContinualModel(nn.Module):
             module.register_parameter(leaf, nn.Parameter(tensor.clone(), requires_grad=False))
         else:
             raise ValueError(f"the saved state does not fit this model: unexpected {name}")
+
+
+def joined(heads: nn.ModuleList) -> tuple[Tensor, Tensor]:
+    """The weights (C x D) and biases (C) of all classifiers, in order of learning."""
+    weight_CD, bias_C = (torch.cat([head.get_parameter(name) for head in heads]) for name in ("weight", "bias"))
+    return weight_CD, bias_C

@@ -20,7 +20,7 @@ from inflora.data.pixels import FilePixels, Pixels, RawPixels
 from inflora.data.store import DataError, Images
 from inflora.lora import make_plain
 from inflora.methods import make_method
-from inflora.model import ContinualModel
+from inflora.model import ContinualModel, joined
 from inflora.state import DataFacts, StateError, load_state
 
 _BATCH = 64
@@ -126,7 +126,7 @@ def _plain(learnt: ContinualModel) -> VisionTransformer:
     """The backbone alone, with everything learnt in it."""
     vit = cast(VisionTransformer, learnt.backbone)
     make_plain(vit)
-    weight, bias = (torch.cat([getattr(head, name) for head in learnt.heads]) for name in ("weight", "bias"))
+    weight, bias = joined(learnt.heads)
     vit.reset_classifier(len(bias))
     cast(nn.Linear, vit.head).load_state_dict({"weight": weight, "bias": bias})
     return vit

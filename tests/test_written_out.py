@@ -17,6 +17,7 @@ from inflora.config import RunConfig, parse_config
 from inflora.continual import run
 from inflora.data import prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.methods.gaussians import Gaussians
 from inflora.methods.inflora import memory_of
 
 SIZES, WIDTH, BATCH, SAMPLES = [3, 1, 2], 32, 10, 32
@@ -250,6 +251,7 @@ def test_a_run_gives_the_numbers_of_the_method_written_out(name, trace):
             logits = result.model.logits(result.model.features(seen))
         assert difference(logits, written.logits(seen)) < 5e-4
         for c, (mean, cov) in enumerate(written.moments[STARTS[t] :]):
-            assert difference(result.state.method[f"classes/means/{t}"][c], mean) < 1e-4
-            assert difference(result.state.method[f"classes/covariances/{t}"][c], cov) < 1e-3
+            remembered = Gaussians(*(result.state.method[f"classes/{part}/{t}"] for part in ("means", "factors")))
+            assert difference(remembered.mean_CD[c], mean) < 1e-4
+            assert difference(remembered.covariances()[c], cov) < 1e-3
     assert ("retain" in kinds) == (name == "retain")

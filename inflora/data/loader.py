@@ -116,10 +116,13 @@ def _evaluation_crops(sizes: Tensor, input: Input) -> Crops:
     return central_views(sizes, input.side, input.data.eval_resize or input.side)
 
 
-def seeded(seed: int, *purpose: str | int) -> torch.Generator:
-    """A generator of its own for each purpose, so that a resumed run draws what an uninterrupted one does."""
+def seeded(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each purpose, so that a resumed run draws what an uninterrupted one does.
+
+    On another ``device`` it draws other numbers, there.
+    """
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _normalisation(input: Input) -> Callable[[Tensor], Tensor]:

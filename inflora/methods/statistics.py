@@ -7,7 +7,7 @@ Shapes: C classes of the task, D width.
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inflora import distributed
 from inflora.backbone import gather_covariance
@@ -57,19 +57,23 @@ def class_means(model: ContinualModel, data: TaskData) -> Tensor:
 def class_gaussians(model: ContinualModel, data: TaskData) -> tuple[Tensor, Tensor]:
     """Means (C x D) and unbiased covariances (C x D x D) of the features of the task's classes, float64.
 
-    Two passes, the second around the means of the first. The covariance of a class with one image is zero.
+    The mean of a class without images is zero, and the covariance of a class with one or none.
 
     Raises:
         FloatingPointError: They are not finite numbers.
     """
-    mean_CD = class_means(model, data)
-    count_C, sum_CDD = mean_CD.new_zeros(len(mean_CD)), mean_CD.new_zeros(*mean_CD.shape, mean_CD.shape[1])
+    # With a one beside every feature, the sum of their products has the sum of the features and their number as well.
+    classes, extended = len(data.task.classes), model.width + 1
+    sum_CEE = torch.zeros(classes, extended, extended, dtype=torch.float64, device=model.device)
     for features, labels in _features(model, data):
-        for label in labels.unique().tolist():
-            centred = features[labels == label] - mean_CD[label]
-            count_C[label] += len(centred)
-            sum_CDD[label] += centred.T @ centred
-    cov_CDD = distributed.all_sum(sum_CDD) / (distributed.all_sum(count_C) - 1).clamp_min(1)[:, None, None]
+        features = nn.functional.pad(features, (0, 1), value=1.0)[labels.argsort(stable=True)]
+        for sum_EE, own_BE in zip(sum_CEE, features.split(labels.bincount(minlength=classes).tolist()), strict=True):
+            sum_EE.addmm_(own_BE.T, own_BE)
+    distributed.all_sum(sum_CEE)
+    product_CDD, sum_CD, count_C = sum_CEE[:, :-1, :-1], sum_CEE[:, -1, :-1], sum_CEE[:, -1, -1]
+    mean_CD = sum_CD / count_C.clamp_min(1)[:, None]
+    # In float64 this difference keeps all digits that the features have.
+    cov_CDD = (product_CDD - sum_CD[:, :, None] * mean_CD[:, None]) / (count_C - 1).clamp_min(1)[:, None, None]
     _require_finite([cov_CDD], "features after", data)
     return mean_CD, cov_CDD
 
