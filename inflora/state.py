@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -81,35 +83,40 @@ class _Facts(BaseModel):
     data: DataFacts | None
 
 
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class _Manifest(BaseModel):
+    """A state without its tensors: ``tensors`` are the hashes of the files that hold them, which are named by them.
+
+    ``sha256`` is the hash of the manifest's own content.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     facts: _Facts
-    tensors: str
-    sha256: str
-
-
-def _sha256(facts: _Facts, tensors: bytes) -> str:
-    return hashlib.sha256(facts.model_dump_json().encode() + tensors).hexdigest()
+    tensors: tuple[_Sha256, ...]
+    sha256: _Sha256
 
 
 def save_state(state: RunState, folder: Path) -> None:
     """Write ``state`` into ``folder``; a reader sees the state before or the state after, never a mixture.
 
-    The tensors go to a file named by their content, then one rename makes the manifest point to it.
+    The tensors go to files named by their content, then one rename makes the manifest point to them. Those that the
+    state before has as well are not written again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    groups = {"model": state.model, "method": state.method, "probes": state.probes}
-    content = save({f"{group}/{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()})
+    there, tensors = _tensors_in(folder), []
+    for part in _parts(state):
+        content = save(part)
+        tensors.append(_sha256(content))
+        if tensors[-1] not in there:
+            write_atomically(_tensors_file(folder, tensors[-1]), content)
     facts = _Facts.model_validate(state._asdict(), extra="ignore")
-    sha256 = _sha256(facts, content)
-    tensors = f"tensors-{sha256[:16]}.safetensors"
-    write_atomically(folder / tensors, content)
-    manifest = _Manifest(facts=facts, tensors=tensors, sha256=sha256)
+    manifest = _Manifest(facts=facts, tensors=tuple(tensors), sha256=_sealed(facts, tensors))
     write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2).encode())
-    for old in folder.glob("tensors-*.safetensors"):
-        if old.name != tensors:
-            old.unlink(missing_ok=True)
+    for old in set(folder.glob("tensors-*.safetensors")) - {_tensors_file(folder, sha256) for sha256 in tensors}:
+        old.unlink(missing_ok=True)
 
 
 def load_state(folder: Path) -> RunState:
@@ -118,22 +125,71 @@ def load_state(folder: Path) -> RunState:
     Raises:
         StateError: Nothing is saved there, or not what its manifest says.
     """
-    try:
-        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
-        content = (folder / Path(manifest.tensors).name).read_bytes()
-    except OSError as error:
-        raise StateError(f"no saved state in {folder}: {error.strerror}") from None
-    except ValidationError as error:
-        raise StateError(f"{folder / _MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
-    if _sha256(manifest.facts, content) != manifest.sha256:
-        raise StateError(f"{folder / manifest.tensors} is damaged: its content does not match its hash")
-    # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
-    tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+    manifest = _read_manifest(folder)
+    tensors: dict[str, Tensor] = {}
+    for sha256 in manifest.tensors:
+        file = _tensors_file(folder, sha256)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise StateError(f"cannot read {file}: {error.strerror}") from None
+        if _sha256(content) != sha256:
+            raise StateError(f"{file} is damaged: its content does not match its hash")
+        # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
+        tensors |= {name: tensor.clone() for name, tensor in load(content).items()}
     model, method, probes = (
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
         for group in ("model/", "method/", "probes/")
     )
     return RunState(**dict(manifest.facts), model=model, method=method, probes=probes)
+
+
+def _parts(state: RunState) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file: one for each task that tensors are named after (``.../<task>``), one for all others.
+
+    The former stay as they are when the task has been learnt, most of the latter change with every task.
+    """
+    parts: dict[str | None, dict[str, Tensor]] = {}
+    for group, tensors in (("model", state.model), ("method", state.method), ("probes", state.probes)):
+        for name, tensor in tensors.items():
+            task = re.search(r"/(\d+)$", name)
+            parts.setdefault(task and task[1], {})[f"{group}/{name}"] = tensor.contiguous()
+    yield from parts.values()
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    """Raises StateError where there is none, or none that is whole."""
+    path = folder / _MANIFEST
+    try:
+        manifest = _Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StateError(f"no saved state in {folder}: {error.strerror}") from None
+    except ValidationError as error:
+        raise StateError(f"{path} is damaged or of another version: {error.errors()[0]['msg']}") from None
+    if manifest.sha256 != _sealed(manifest.facts, manifest.tensors):
+        raise StateError(f"{path} is damaged: its content does not match its hash")
+    return manifest
+
+
+def _tensors_in(folder: Path) -> set[str]:
+    """The hashes of the files of tensors that the state in ``folder`` has, if one is there."""
+    try:
+        tensors = _read_manifest(folder).tensors
+    except StateError:
+        return set()
+    return {sha256 for sha256 in tensors if _tensors_file(folder, sha256).exists()}
+
+
+def _tensors_file(folder: Path, sha256: str) -> Path:
+    return folder / f"tensors-{sha256[:16]}.safetensors"
+
+
+def _sealed(facts: _Facts, tensors: Iterable[str]) -> str:
+    return _sha256("\n".join((facts.model_dump_json(), *tensors)).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def has_state(folder: Path) -> bool:

@@ -55,12 +55,13 @@ SMALL = {
     "l2p": {"pool": 4, "length": 2, "top": 2},
     "dualprompt": {"general_blocks": 1, "general_length": 2, "expert_blocks": 1, "expert_length": 3},
     "codaprompt": {"components": 3, "length": 4, "blocks": 2},
+    "aligned": {"name": "inflora", "classifier_alignment": {"epochs": 2, "samples": 16, "temperature": 0.1}},
 }
 """Settings with which a method fits the tiny run, where its own are too large for it."""
 
 
 def method_of(name: str) -> dict:
-    """The settings of a method in the tiny run."""
+    """The settings of a method in the tiny run; "aligned" is InfLoRA with classifier alignment."""
     return {"name": name} | SMALL.get(name, {})
 
 

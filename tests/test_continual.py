@@ -1,10 +1,9 @@
-"""Whole runs: no interference, resuming, states on disk, and what a trial cannot reach."""
+"""Whole runs: no interference, resuming, and what a trial cannot reach."""
 
 import itertools
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from inflora.data.stream import Task, make_stream
 from inflora.drift import Probes
 from inflora.model import ContinualModel
 from inflora.runs import train_into
-from inflora.state import RunState, StateError, has_state, load_state, save_state
+from inflora.state import RunState, StateError, load_state, save_state
 from inflora.subspace import Memory, free_basis
 from tests.conftest import method_of, same_state, same_tensors
 
@@ -181,102 +180,6 @@ def test_a_state_is_not_continued_on_another_backbones_weights(tiny, tmp_path):
     state = next(run(configs[0])).state
     with pytest.raises(StateError):
         next(run(configs[1], state))
-
-
-# States on disk.
-
-
-def test_a_state_is_loaded_as_it_was_saved(results, tmp_path):
-    assert not has_state(tmp_path)
-    save_state(results[2].state, tmp_path)
-    assert has_state(tmp_path)
-    assert same_state(load_state(tmp_path), results[2].state)
-
-
-def test_saving_again_replaces_the_state_and_leaves_no_other_file(results, tmp_path):
-    for result in results:
-        save_state(result.state, tmp_path)
-    assert same_state(load_state(tmp_path), results[-1].state)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_crash_between_tensors_and_manifest_leaves_the_old_state(results, tmp_path):
-    save_state(results[0].state, tmp_path / "now")
-    save_state(results[1].state, tmp_path / "next")
-    for tensors in (tmp_path / "next").glob("tensors-*"):
-        shutil.copy(tensors, tmp_path / "now")
-    assert same_state(load_state(tmp_path / "now"), results[0].state)
-    save_state(results[1].state, tmp_path / "now")
-    assert same_state(load_state(tmp_path / "now"), results[1].state)
-
-
-def test_a_crash_in_the_middle_of_writing_leaves_the_old_state(results, tmp_path, monkeypatch):
-    save_state(results[0].state, tmp_path)
-
-    def full_disk(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("inflora.state.os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_state(results[1].state, tmp_path)
-    assert same_state(load_state(tmp_path), results[0].state)
-
-
-def tensors_file(folder: Path) -> Path:
-    (file,) = folder.glob("tensors-*.safetensors")
-    return file
-
-
-@pytest.mark.parametrize("where", [0, 0.5, 0.999])
-def test_tampered_tensors_are_refused(where, results, tmp_path):
-    save_state(results[0].state, tmp_path)
-    content = bytearray(tensors_file(tmp_path).read_bytes())
-    content[int(where * len(content))] ^= 1
-    tensors_file(tmp_path).write_bytes(content)
-    with pytest.raises(StateError, match=r"tensors-.*is damaged: its content does not match its hash"):
-        load_state(tmp_path)
-
-
-def test_truncated_or_missing_tensors_are_refused(results, tmp_path):
-    save_state(results[0].state, tmp_path)
-    file = tensors_file(tmp_path)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(StateError):
-        load_state(tmp_path)
-    file.unlink()
-    with pytest.raises(StateError):
-        load_state(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\x80\x04N.", b"\xff\xfe"])
-def test_a_damaged_manifest_is_refused(content, results, tmp_path):
-    save_state(results[0].state, tmp_path)
-    (tmp_path / "state.json").write_bytes(content)
-    with pytest.raises(StateError):
-        load_state(tmp_path)
-
-
-def test_a_manifest_cannot_point_outside_its_folder(results, tmp_path):
-    save_state(results[0].state, tmp_path / "state")
-    file = tensors_file(tmp_path / "state")
-    file.rename(tmp_path / file.name)
-    manifest = tmp_path / "state" / "state.json"
-    manifest.write_text(manifest.read_text().replace(file.name, f"../{file.name}"))
-    with pytest.raises(StateError):
-        load_state(tmp_path / "state")
-
-
-def test_nothing_in_a_saved_state_is_pickled(results, tmp_path):
-    save_state(results[0].state, tmp_path)
-    json.loads((tmp_path / "state.json").read_text())
-    content = tensors_file(tmp_path).read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert {name.split("/")[0] for name in header} <= {"model", "method", "probes", "__metadata__"}
-
-
-def test_a_missing_state_is_an_error_that_names_the_folder(tmp_path):
-    with pytest.raises(StateError, match=f"no saved state in {tmp_path}"):
-        load_state(tmp_path)
 
 
 # A run's folder.

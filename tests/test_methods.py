@@ -33,8 +33,8 @@ def config_of(tiny: RunConfig, method: str, **changes) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny) -> dict[str, list[TaskResult]]:
-    """Every task of the tiny run, by each method."""
-    return {method: list(run(config_of(tiny, method))) for method in METHODS}
+    """Every task of the tiny run, by each method, and by InfLoRA with its classifiers aligned."""
+    return {method: list(run(config_of(tiny, method))) for method in (*METHODS, "aligned")}
 
 
 @EVERY_METHOD
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(method, tiny,
         assert not same_tensors(again.model, other.model)
 
 
-@EVERY_METHOD
+@pytest.mark.parametrize("method", [*METHODS, "aligned"])
 @pytest.mark.parametrize("done", [1, 3])
 def test_a_run_killed_after_any_task_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
     method, done, tiny, uninterrupted, tmp_path

@@ -105,7 +105,10 @@ class Method(Generic[S]):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What the method must remember from task to task, besides the model."""
+        """What the method must remember from task to task, besides the model.
+
+        What is named after a task (``.../<task>``) stays as it is from then on, and is written to disk once.
+        """
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
