@@ -371,7 +371,7 @@ def _check(func: Any, packet: Any, args: Any, kwargs: Any, tensors: list[Tensor]
     if any(t.ndim or any(t is w for w in written) for t in foreign):
         raise DeviceError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
     generator = kwargs.get("generator")
-    if generator is not None and all(generator is not known for known in gpu.generators):
+    if generator is not None and all(generator._cdata != known._cdata for known in gpu.generators):
         raise DeviceError(f"{func}: expected a generator of the device cuda, found one of the cpu")
 
 

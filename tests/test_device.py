@@ -235,6 +235,17 @@ def test_evaluation_waits_for_the_device_no_more_often_for_many_images_than_for_
     assert many.synchronisations == few.synchronisations
 
 
+def test_more_epochs_of_alignment_ask_and_copy_no_more_than_one(tiny, root):
+    def count_of(epochs: int) -> Count:
+        with gpu_for() as gpu:
+            learnt(config_of(tiny, root, **{"method.classifier_alignment.epochs": epochs}))
+        return gpu.count
+
+    one, four = count_of(1), count_of(4)
+    assert four.kernels > one.kernels
+    assert replace(four, kernels=0) == replace(one, kernels=0)
+
+
 # Several workers, with a process group that knows tensors of GPUs only.
 
 

@@ -75,6 +75,6 @@ def draw(tasks: Sequence[Gaussians], samples: int, generator: torch.Generator) -
     for index, task in enumerate(tasks):
         shrink = 0.9 + 0.1 * (index + 1) / len(tasks)
         classes, width = task.mean_CD.shape
-        noise_CSD = torch.randn(classes, samples, width, generator=generator, device=generator.device)
+        noise_CSD = torch.randn(classes, samples, width, generator=generator, device=task.mean_CD.device)
         features.append((shrink * task.mean_CD[:, None] + noise_CSD @ task.roots().mT).flatten(0, 1))
     return torch.cat(features)
