@@ -1,7 +1,7 @@
 """A training step, a covariance pass and the linear algebra between tasks, against what plain timm needs.
 
-python benchmarks/step.py                         CPU, about four minutes; a table, and benchmarks/step.json
-python benchmarks/step.py --models vit_base_patch16_224 --batch 8 --rounds 9
+python benchmarks/step.py                         CPU, about six minutes; a table, and benchmarks/step.json
+python benchmarks/step.py --batch 4 --threads 1
 
 The floor is the same timm model with the same batch in the same precision: forward, and the backward that adapters in
 all blocks make necessary: from the loss to the output of the first block's ``qkv``, through frozen weights, with
@@ -257,10 +257,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/step.json"))
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     what = [(name, precision) for name in arguments.models for precision in arguments.precisions]
     # First of all, from a process that has not computed: the children are forks, and OpenMP's threads survive none.
     peaks = {

@@ -27,17 +27,20 @@ def products(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Take products of float32 tensors as they are, or in TensorFloat-32 where that is the ``precision``.
+    """Take products and convolutions of float32 tensors as they are, or in TensorFloat-32 where that is asked for.
 
-    All that a backward pass needs: it takes each product in the type that the forward has cast to.
+    Left to itself PyTorch takes convolutions in TensorFloat-32, and products not. This is all that a backward pass
+    needs: it takes each product in the type that the forward has cast to.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
     try:
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
-        matmul.fp32_precision = before
+        for kind, was in zip(kinds, before, strict=True):
+            kind.fp32_precision = was
 
 
 def pick_precision(name: str, device: torch.device, width: int) -> Precision:

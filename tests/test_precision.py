@@ -53,15 +53,16 @@ def test_a_cpu_has_no_tf32():
 
 
 def test_tf32_is_on_only_while_a_context_of_it_is_open_and_off_for_what_must_be_exact_inside():
-    def now() -> str:
-        return torch.backends.cuda.matmul.fp32_precision
+    def now() -> tuple[str, str]:
+        """Of matrix products, and of convolutions."""
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
     before = now()
     with float32_products("tf32"):
-        assert now() == "tf32"
+        assert now() == ("tf32", "tf32")
         with products("fp32", CPU):
-            assert now() == "ieee"
-        assert now() == "tf32"
+            assert now() == ("ieee", "ieee")
+        assert now() == ("tf32", "tf32")
     assert now() == before
 
 
