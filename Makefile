@@ -6,11 +6,14 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep test unit cluster slow chaos hosts compare bench check format clean
+.PHONY: sweep gpu-check test unit cluster slow chaos hosts compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
 	$(BIN)/sweeps export digits -o results/digits.yaml
+
+gpu-check: $(READY)  ## the first thing to do on a GPU machine: does all of it work there? under five minutes
+	$(BIN)/sweeps gpu-check
 
 test: check unit cluster hosts  ## everything CI runs
 

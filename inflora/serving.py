@@ -140,23 +140,24 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, files: Iterable[Path], top: int = 1) -> Iterator[Prediction]:
-    """What a model that ``load`` gave says of some images.
+def predict(model: nn.Module, files: Iterable[Path], top: int = 1, *, device: str = "auto") -> Iterator[Prediction]:
+    """What a model that ``load`` gave says of some images, on the ``device`` of that setting.
 
     Of several outputs that mean the same class the largest counts, so that the best class is that of the run's own
     evaluation; probabilities are the softmax over classes.
 
     Raises:
+        ConfigError: CUDA is asked for and there is none.
         DataError: A file cannot be read as an image; those before its batch have been answered.
     """
-    device = pick_device("auto")
-    served = cast(Served, model.to(device))
-    class_of = torch.tensor(served.class_of, device=device)
+    there = pick_device(device)
+    served = cast(Served, model.to(there))
+    class_of = torch.tensor(served.class_of, device=there)
     names = dict(zip(served.class_of, served.class_names, strict=True))
     waiting = list(files)
     for start in range(0, len(waiting), _BATCH):
         batch = waiting[start : start + _BATCH]
-        logits = served(torch.stack([served.transform(file) for file in batch]).to(device))
+        logits = served(torch.stack([served.transform(file) for file in batch]).to(there))
         classes = logits.new_full((len(batch), len(names)), -torch.inf)
         classes.scatter_reduce_(1, class_of.expand(len(batch), -1), logits, "amax")
         chances, labels = classes.softmax(1).topk(min(top, len(names)))

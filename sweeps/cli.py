@@ -23,6 +23,7 @@ from sweeps.engine.cluster import Cluster
 from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
+from sweeps.engine.gpu_check import check_gpu
 from sweeps.engine.judge import judge_sweep
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
@@ -208,6 +209,17 @@ def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRe
     print(f"look at it:    {how_to_look(uri)}")
     print(f"export it:     sweeps export {where} -o best.yaml{elsewhere}")
     print("train with it: inflora train best.yaml   or   sweeps final best.yaml --seeds 0,1,2")
+
+
+@app.command("gpu-check")
+def gpu_check(
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal whose figures mean nothing.")] = "cuda",
+    storage: Storage = None,
+) -> None:
+    """See whether everything that a sweep does works on this machine's GPU; under five minutes."""
+    with one_line_errors():
+        if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout):
+            raise typer.Exit(1)
 
 
 @app.command()

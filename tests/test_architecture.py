@@ -13,7 +13,16 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
     0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
-    1: ("inflora.data", "inflora.lora", "inflora.precision", "inflora.state", "inflora.storage", "inflora.presets"),
+    1: (
+        "inflora.data",
+        "inflora.lora",
+        "inflora.precision",
+        "inflora.state",
+        "inflora.storage",
+        "inflora.presets",
+        "inflora.cuda",
+        "inflora.isolated",
+    ),
     2: ("inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
     3: ("inflora.prompts",),
     4: ("inflora.model",),
@@ -21,7 +30,7 @@ FLOORS = {
     6: ("inflora.training", "inflora.drift"),
     7: ("inflora.continual",),
     8: ("inflora.runs", "inflora.serving"),
-    9: ("inflora", "inflora.cli"),
+    9: ("inflora", "inflora.cli", "inflora.gpu_check"),
     10: (
         "sweeps.engine.records",
         "sweeps.engine.space",
@@ -49,7 +58,7 @@ FLOORS = {
     16: ("sweeps.engine.tracking",),
     17: ("sweeps.engine.mirror",),
     18: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    19: ("sweeps.engine.judge", "sweeps.engine.dryrun"),
+    19: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
     20: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -13,6 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
+from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
+from inflora.isolated import Device, Outcome, Verdict, run_checks
 from sweeps.engine.cluster import Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.mlflow_store import make_client
 from sweeps.engine.nodes import check_nodes
@@ -64,6 +66,8 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
             check_state_api()
         say(f"cluster: room for {at_a_time} trials at a time")
         options = {"num_cpus": sweep.resources.cpus_per_worker, "num_gpus": sweep.resources.gpus_per_worker}
+        if sweep.resources.gpus and sweep.base.device != "cpu":
+            check_gpu_node(options, "cuda", say)
         first = sweep.config(sweep.first[0]) if sweep.first else corners[0]
         task = ray.remote(time_one_task).options(**options)
         timing = ray.get(task.remote(first, sweep.resources.cpus_per_worker))
@@ -79,6 +83,25 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         f"{expected.hours:.2f} hours{gpus}"
     )
     return expected
+
+
+def check_gpu_node(options: dict[str, float], device: Device, say: Callable[[str], None]) -> None:
+    """Check what a trial's first task does not show, on a node that has room for a worker with these options.
+
+    Raises:
+        ConfigError: The first check that failed, and the node.
+    """
+    node, outcomes = ray.get(ray.remote(_check_this_node).options(**options).remote(device))
+    for outcome in outcomes:
+        if outcome.verdict is Verdict.FAILED:
+            raise ConfigError(f"GPU check {outcome.name!r} failed on node {node}: {outcome.detail}")
+        say(f"GPU of node {node}: {outcome.name} {outcome.verdict}: {outcome.detail}")
+
+
+def _check_this_node(device: Device) -> tuple[str, list[Outcome]]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        checks = {name: CHECKS[name] for name in BEYOND_A_TRIAL}
+        return ray.util.get_node_ip_address(), list(run_checks(checks, device, Path(folder)))
 
 
 def check_storage(folder: Path) -> None:

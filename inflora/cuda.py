@@ -1,0 +1,51 @@
+"""What of CUDA is there: driver, PyTorch's build, devices."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from inflora.config import ConfigError
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version as the kernel, or else ``nvidia-smi``, tells it; None where neither does."""
+    loaded, tool = Path("/proc/driver/nvidia/version"), shutil.which("nvidia-smi")
+    said = loaded.read_text() if loaded.exists() else ""
+    if not said and tool:
+        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+    found = re.search(r"\d{3,}\.\d+(\.\d+)?", said)
+    return found[0] if found else None
+
+
+def versions() -> str:
+    """Those of the driver, of the CUDA that PyTorch was built for, and of PyTorch."""
+    driver = driver_version()
+    return ", ".join(
+        (
+            f"driver {driver}" if driver else "no NVIDIA driver",
+            f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA",
+            f"PyTorch {torch.__version__}",
+        )
+    )
+
+
+def require_cuda() -> None:
+    """Raise ConfigError, with what there is instead, unless there is a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+        why = "it counts 0"
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split(". ")[0].strip()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
+    raise ConfigError(f"PyTorch finds no CUDA device here ({why}): {versions()}{hidden}")
