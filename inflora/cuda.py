@@ -10,11 +10,13 @@ import torch
 
 from inflora.config import ConfigError
 
+_LOADED = Path("/proc/driver/nvidia/version")
 
-def driver_version() -> str | None:
+
+def driver_version(loaded: Path = _LOADED) -> str | None:
     """The NVIDIA driver's version as the kernel, or else ``nvidia-smi``, tells it; None where neither does."""
-    loaded, tool = Path("/proc/driver/nvidia/version"), shutil.which("nvidia-smi")
     said = loaded.read_text() if loaded.exists() else ""
+    tool = shutil.which("nvidia-smi")
     if not said and tool:
         query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
         try:

@@ -23,7 +23,7 @@ from sweeps.engine.cluster import Cluster
 from sweeps.engine.dryrun import dry_run as check_all
 from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
-from sweeps.engine.gpu_check import check_gpu
+from sweeps.engine.gpu_check import ALL_CHECKS, check_gpu
 from sweeps.engine.judge import judge_sweep
 from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
@@ -218,7 +218,7 @@ def gpu_check(
 ) -> None:
     """See whether everything that a sweep does works on this machine's GPU; under five minutes."""
     with one_line_errors():
-        if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout):
+        if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout, ALL_CHECKS):
             raise typer.Exit(1)
 
 

@@ -54,7 +54,7 @@ def _together_s(records: Sequence[TrialRecord]) -> float:
 ALL_CHECKS: dict[str, Check] = {**CHECKS, "two trials on one GPU": two_trials}
 
 
-def check_gpu(device: str, log: Path, say: Callable[[str], None], checks: Mapping[str, Check] = ALL_CHECKS) -> bool:
+def check_gpu(device: str, log: Path, say: Callable[[str], None], checks: Mapping[str, Check]) -> bool:
     """Run all checks and show each as it ends; what failed ones have printed goes to ``log``. Whether none failed.
 
     Raises:

@@ -3,10 +3,21 @@
 import time
 
 import pytest
+import ray
+import torch
 
 from inflora.config import ConfigError
+from inflora.gpu_check import BEYOND_A_TRIAL
 from sweeps.engine.cluster import Cluster
-from sweeps.engine.dryrun import Timing, check_storage, check_tracking, dry_run, estimate, time_one_task
+from sweeps.engine.dryrun import (
+    Timing,
+    check_gpu_node,
+    check_storage,
+    check_tracking,
+    dry_run,
+    estimate,
+    time_one_task,
+)
 from sweeps.engine.spec import Resources, Sweep
 
 from .test_tracking import free_port
@@ -71,3 +82,34 @@ def test_a_dry_run_checks_all_and_leaves_nothing(tiny_sweep, tmp_path, monkeypat
     assert expected.trial_s > 0
     assert expected.hours > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gpu_in_name_only():
+    """A Ray cluster on this machine that claims a GPU."""
+    ray.init(address="local", num_cpus=2, num_gpus=1, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_a_node_with_room_for_a_trial_is_checked_beyond_what_the_trial_shows(gpu_in_name_only):
+    lines: list[str] = []
+    check_gpu_node({"num_cpus": 1, "num_gpus": 0.5}, "cpu", lines.append)
+    node = ray.util.get_node_ip_address()
+    assert [line.split(": ")[:2] for line in lines] == [
+        [f"GPU of node {node}", f"{name} passed"] for name in BEYOND_A_TRIAL
+    ]
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_node_whose_gpu_does_not_work_is_named_before_a_trial_runs(tiny_sweep, gpu_in_name_only, tmp_path):
+    base = tiny_sweep.base.model_copy(update={"device": "auto"})
+    sweep = with_changes(tiny_sweep, base=base, resources=Resources(gpus_per_worker=1))
+    lines: list[str] = []
+    with pytest.raises(ConfigError) as refused:
+        dry_run(sweep, tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}", cluster=Cluster(), say=lines.append)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("GPU check 'device' failed on node ") and "PyTorch finds no CUDA device here" in line
+    assert not any(line.startswith("a tiny trial") for line in lines)
