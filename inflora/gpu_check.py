@@ -4,10 +4,9 @@ On the CPU the same checks run on a smaller transformer: a rehearsal, whose figu
 """
 
 import math
-import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import islice
 from statistics import fmean
@@ -174,22 +173,30 @@ def same(ours: Course, theirs: Course) -> str:
 
 def as_on_the_cpu(bench: Bench) -> str:
     """Finds arithmetic that is silently wrong: images of another batch, another precision than was asked for."""
-    return same(
-        course(first_tasks(exact_run(bench))), course(first_tasks(override(exact_run(bench), {"device": "cpu"})))
-    )
+    config = exact_run(bench)
+    with exact_convolutions():
+        return same(course(first_tasks(config)), course(first_tasks(override(config, {"device": "cpu"}))))
 
 
 def exact_run(bench: Bench) -> RunConfig:
-    """Two tasks of a few steps whose numbers do not hang on how products are rounded."""
-    if bench.device == "cuda":
-        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read by CUDA's libraries at their start: convolutions have TF32 on
-        backbone = BackboneSettings()
-    else:
-        backbone = BackboneSettings(pretrained=False, options={"embed_dim": 32, "depth": 2, "num_heads": 2})
+    """Two tasks of a few steps in float32; how products are rounded moves their numbers by little more than itself."""
+    small = BackboneSettings(pretrained=False, options={"embed_dim": 32, "depth": 2, "num_heads": 2})
+    backbone = BackboneSettings() if bench.device == "cuda" else small
     optim = {"optim.name": "sgd", "optim.lr": 0.02, "optim.batch_size": 64}
-    return override(
-        digits_run(bench), {**optim, "backbone": backbone.model_dump(), "precision": "fp32", "method.rank": 4}
-    )
+    exact = {"backbone": backbone.model_dump(), "precision": "fp32", "method.rank": 4}
+    return override(digits_run(bench), optim | exact)
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """The patches' convolution in float32, which PyTorch by itself takes in TF32 where there is a GPU that has it."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def resume(bench: Bench) -> str:
@@ -217,11 +224,12 @@ def two_workers(bench: Bench) -> str:
             ours, _ = [answer(_WORKERS_PATIENCE_S) for answer in workers]
         finally:
             print(*(output.read_text(errors="replace") for output in outputs), sep="\n")
-    return f"{backend}: {same(ours, course(first_tasks(exact_run(bench))))}"
+    with exact_convolutions():
+        return f"{backend}: {same(ours, course(first_tasks(exact_run(bench))))}"
 
 
 def _worker(bench: Bench, backend: str, rank: int) -> Course:
-    config, device = exact_run(bench), torch.device("cpu")
+    device = torch.device("cpu")
     if bench.device == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
@@ -230,7 +238,8 @@ def _worker(bench: Bench, backend: str, rank: int) -> Course:
     total = float(distributed.all_sum(torch.tensor(1.0 + rank, device=device)))
     if total != 3:
         raise Failed(f"{backend} sums 1 and 2 to {total:g}")
-    ours = course(first_tasks(config))
+    with exact_convolutions():
+        ours = course(first_tasks(exact_run(bench)))
     dist.destroy_process_group()
     return ours
 

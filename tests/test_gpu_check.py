@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from inflora import cuda
+from inflora import cuda, gpu_check
 from inflora.config import ConfigError, override
 from inflora.gpu_check import CHECKS, Course, agree, course, exact_run, first_tasks, learnt, same
 from inflora.isolated import Bench, Failed
 from inflora.model import ContinualModel
 from inflora.serving import Prediction
+from tests.simulated_gpu import simulated_gpu
 
 QUICK = ("device", "encoded store", "ViT-B/16", "as on the CPU", "resume")
 """The others take seconds, and are rehearsed in tests/sweeps/test_gpu_check.py."""
@@ -30,6 +31,31 @@ def results(digits, tmp_path_factory):
 @pytest.mark.parametrize("name", QUICK)
 def test_a_check_passes_where_all_is_well(name, bench):
     assert CHECKS[name](bench)
+
+
+@pytest.fixture
+def small_on_cuda(monkeypatch):
+    """The exact run on a device that is not the CPU, with the rehearsal's backbone: a simulated device is slow."""
+    monkeypatch.setattr(
+        gpu_check, "exact_run", lambda bench: override(exact_run(bench._replace(device="cpu")), {"device": "cuda"})
+    )
+
+
+@pytest.mark.parametrize("name", ["as on the CPU", "resume"])
+def test_a_check_passes_on_a_device_that_is_not_the_cpu(name, bench, small_on_cuda):
+    with simulated_gpu():
+        assert CHECKS[name](bench._replace(device="cuda"))
+
+
+def test_a_device_that_computes_wrongly_is_found(bench, small_on_cuda, monkeypatch):
+    right = ContinualModel.features
+
+    def features(model: ContinualModel, images: torch.Tensor) -> torch.Tensor:
+        return right(model, images.roll(1, 0) if images.device.type == "cuda" else images)
+
+    monkeypatch.setattr(ContinualModel, "features", features)
+    with simulated_gpu(), pytest.raises(Failed, match="rounding explains"):
+        CHECKS["as on the CPU"](bench._replace(device="cuda"))
 
 
 # What was learnt.
@@ -67,13 +93,6 @@ def test_other_kernels_give_the_same_course(results, bench):
 def test_another_precision_is_another_course(results, bench):
     with pytest.raises(Failed, match="rounding explains"):
         same(course(first_tasks(override(exact_run(bench), {"precision": "bf16"}))), course(results))
-
-
-def test_images_of_the_wrong_rows_are_another_course(results, bench, monkeypatch):
-    right = ContinualModel.features
-    monkeypatch.setattr(ContinualModel, "features", lambda model, images: right(model, images.roll(1, 0)))
-    with pytest.raises(Failed, match="rounding explains"):
-        same(course(first_tasks(exact_run(bench))), course(results))
 
 
 @pytest.mark.parametrize("wrong", [2e-4, math.nan])

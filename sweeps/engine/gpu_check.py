@@ -100,7 +100,7 @@ def _shown(say: Callable[[str], None]) -> Iterator[Callable[[Outcome], None]]:
 
     def show(each: Outcome) -> None:
         colour = {Verdict.PASSED: "green", Verdict.FAILED: "red"}.get(each.verdict, "yellow")
-        table.add_row(each.name, f"[{colour}]{each.verdict}[/]", f"{each.seconds:.0f}", escape(each.detail))
+        table.add_row(escape(each.name), f"[{colour}]{each.verdict}[/]", f"{each.seconds:.0f}", escape(each.detail))
 
     with Live(table, console=console):
         yield show

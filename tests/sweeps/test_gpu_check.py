@@ -1,4 +1,4 @@
-"""``sweeps gpu-check``: what it shows, where tracebacks go, its exit codes, and the whole of it rehearsed on the CPU."""
+"""``sweeps gpu-check``: what it shows, where tracebacks go, its exit codes; the whole of it rehearsed on the CPU."""
 
 import io
 import subprocess
@@ -13,7 +13,7 @@ from sweeps import cli
 from sweeps.engine import gpu_check
 from tests import planted
 
-NOTHING_WRONG = {"first": planted.passes, "second": planted.has_nothing_to_try}
+NOTHING_WRONG = {"first": planted.passes, "other": planted.has_nothing_to_try}
 SOMETHING_WRONG = {"sums": planted.breaks, "losses": planted.finds_something, **NOTHING_WRONG}
 
 
@@ -30,10 +30,10 @@ def typed(monkeypatch, tmp_path):
 
 def test_each_check_is_a_line_and_all_that_passed_is_success(typed, tmp_path):
     done = typed(NOTHING_WRONG)
-    title, first, second, end = done.stdout.splitlines()
+    title, first, other, end = done.stdout.splitlines()
     assert f"PyTorch {torch.__version__}" in title
     assert first.split() == ["passed", "first", first.split()[2], "s", *["all", "is", "well", "on", "cpu"]]
-    assert second.startswith("not tried  second") and second.endswith("1 GPU")
+    assert other.startswith("not tried  other") and other.endswith("1 GPU")
     assert end.startswith("1 passed, 1 not tried in ")
     assert done.exit_code == 0
     assert list(tmp_path.iterdir()) == []
@@ -61,7 +61,7 @@ def test_a_terminal_shows_one_table(typed, monkeypatch):
     assert done.exit_code == 1
     assert len(done.stdout.splitlines()) == 2, "the counts, and where the tracebacks are"
     last = shown.getvalue().rsplit("GPU check: ", 1)[1]
-    for name in ("sums", "losses", "first", "second", "[odd]", "no kernel image is available", "1 GPU"):
+    for name in ("sums", "losses", "first", "other", "[odd]", "no kernel image is available", "1 GPU"):
         assert last.count(name) == 1
 
 
