@@ -101,7 +101,7 @@ def learn_vit(bench: Bench) -> str:
     # The first epoch has yet to choose its kernels.
     rate = images * (len(ends_s) - 1) / (ends_s[-1] - ends_s[0])
     peak = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if real else "of a tiny transformer"
-    return f"{str(result.model.precision).removeprefix('torch.')}, {rate:,.0f} images/s, {peak}, {said}"
+    return f"{result.model.precision}, {rate:,.0f} images/s, {peak}, {said}"
 
 
 def digits_run(bench: Bench) -> RunConfig:
