@@ -34,8 +34,9 @@ from inflora.state import RunState, load_state, save_state
 TOLERANCE = 5e-5
 """How far losses, and features in relation to their size, may lie apart on two ways to the same float32 numbers.
 
-Rounding as other kernels do it, 2^-23 a product, moves ``exact_run`` by 4e-7 at most; products in TF32 (2^-11) by 1e-4
-and 7e-4, in bfloat16 by 2e-3 and 5e-3. It holds for SGD: Adam makes whole steps of the signs of vanishing gradients.
+Rounding as other kernels do it, 2^-23 a product, moves ``exact_run`` by 4e-7 at most; products as coarse as TF32's
+(2^-11) move its losses by 5e-5 and its features by 8e-4, bfloat16's by 7e-4 and 5e-3. It holds for SGD: Adam makes
+whole steps of the signs of vanishing gradients.
 """
 
 _SMALL_VIT = BackboneSettings(
