@@ -5,8 +5,8 @@ On the CPU the same checks run on a smaller transformer: a rehearsal, whose figu
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from itertools import islice
 from statistics import fmean
@@ -175,8 +175,7 @@ def same(ours: Course, theirs: Course) -> str:
 def as_on_the_cpu(bench: Bench) -> str:
     """Finds arithmetic that is silently wrong: images of another batch, another precision than was asked for."""
     config = exact_run(bench)
-    with exact_convolutions():
-        return same(course(first_tasks(config)), course(first_tasks(override(config, {"device": "cpu"}))))
+    return same(course(first_tasks(config)), course(first_tasks(override(config, {"device": "cpu"}))))
 
 
 def exact_run(bench: Bench) -> RunConfig:
@@ -186,18 +185,6 @@ def exact_run(bench: Bench) -> RunConfig:
     optim = {"optim.name": "sgd", "optim.lr": 0.02, "optim.batch_size": 64}
     exact = {"backbone": backbone.model_dump(), "precision": "fp32", "method.rank": 4}
     return override(digits_run(bench), optim | exact)
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """The patches' convolution in float32, which PyTorch by itself takes in TF32 where there is a GPU that has it."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
 
 
 def resume(bench: Bench) -> str:
@@ -225,8 +212,7 @@ def two_workers(bench: Bench) -> str:
             ours, _ = [answer(_WORKERS_PATIENCE_S) for answer in workers]
         finally:
             print(*(output.read_text(errors="replace") for output in outputs), sep="\n")
-    with exact_convolutions():
-        return f"{backend}: {same(ours, course(first_tasks(exact_run(bench))))}"
+    return f"{backend}: {same(ours, course(first_tasks(exact_run(bench))))}"
 
 
 def _worker(bench: Bench, backend: str, rank: int) -> Course:
@@ -239,8 +225,7 @@ def _worker(bench: Bench, backend: str, rank: int) -> Course:
     total = float(distributed.all_sum(torch.tensor(1.0 + rank, device=device)))
     if total != 3:
         raise Failed(f"{backend} sums 1 and 2 to {total:g}")
-    with exact_convolutions():
-        ours = course(first_tasks(exact_run(bench)))
+    ours = course(first_tasks(exact_run(bench)))
     dist.destroy_process_group()
     return ours
 
