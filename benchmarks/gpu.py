@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from step import Step, algebra, covariance_pass, floor_step, forward_pass, our_step, processor, ratio, show, turns
 
-from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
+from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, Precision, RunConfig
 from inflora.continual import run
 from inflora.data import prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
@@ -89,23 +89,24 @@ def against_the_floor(size: Size) -> dict[str, float]:
 
 
 def step_rates(size: Size, tflops: float) -> dict[str, dict[str, float]]:
-    """Images per second and share of the matrix rate, by batch size and with compilation."""
+    """Images per second and share of bf16's matrix rate: by batch size, with compilation, in other precisions."""
+    kinds: list[tuple[int, Precision, bool]] = [(batch, "bf16", False) for batch in size.batches]
+    if size.device == "cuda":
+        kinds += [(size.batch, "bf16", True), (size.batch, "tf32", False), (size.batch, "fp32", False)]
     rows = {}
-    for batch in size.batches:
-        for compiled in (False, True) if batch == size.batch and size.device == "cuda" else (False,):
-            step = our_step(size.model, "bf16", batch, size.device, compiled=compiled)
-            start = time.perf_counter()
-            step()
-            first_s = time.perf_counter() - start
-            images_s = batch / median(turns({"step": step}, size.rounds, size.device)["step"])
-            share = images_s * GFLOP_PER_IMAGE[size.model] / 1000 / tflops
-            row = {
-                "images/s": images_s,
-                "share of matrix rate": share,
-                "first step s": first_s,
-                "peak MB": peak_mb(step),
-            }
-            rows[f"batch {batch}{', compiled' if compiled else ''}"] = row
+    for batch, precision, compiled in kinds:
+        step = our_step(size.model, precision, batch, size.device, compiled=compiled)
+        start = time.perf_counter()
+        step()
+        first_s = time.perf_counter() - start
+        images_s = batch / median(turns({"step": step}, size.rounds, size.device)["step"])
+        rows[f"{precision}, batch {batch}{', compiled' if compiled else ''}"] = {
+            "images/s": images_s,
+            "share of matrix rate": images_s * GFLOP_PER_IMAGE[size.model] / 1000 / tflops,
+            "first step s": first_s,
+            "peak MB": peak_mb(step),
+        }
+        del step
     return rows
 
 
