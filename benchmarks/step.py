@@ -17,7 +17,7 @@ import multiprocessing
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -183,7 +183,7 @@ def _status_mb(field: str) -> float:
 
 
 def algebra(width: int, blocks: int, device: str, rank: int = 10) -> dict[str, float]:
-    """Seconds of the designs of A and of the memory's updates for ``blocks`` blocks, as in a later task."""
+    """Seconds of the designs of A and of the memory's updates for ``blocks`` blocks together, as in a later task."""
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.logspace(0, -4, width)
 
@@ -192,23 +192,24 @@ def algebra(width: int, blocks: int, device: str, rank: int = 10) -> dict[str, f
         mixed = inputs @ torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         return (mixed.T @ mixed / len(mixed)).double().to(device)
 
-    first, now = covariance(), covariance()
-    memories: dict[str, Memory] = {}
-    memories["remove"] = update(None, first, 0.95)
-    memories["retain"] = update(memories["remove"], now, 0.9999999)
-    assert [memory.kind for memory in memories.values()] == list(memories)
+    first, now = ([covariance() for _ in range(blocks)] for _ in range(2))
+    removed = update([None] * blocks, first, 0.95)
+    memories = {"remove": removed, "retain": update(removed, now, 0.9999999)}
     cost: dict[str, float] = {}
-    for kind, memory in memories.items():
+    for kind, kept in memories.items():
+        assert {memory.kind for memory in kept} == {kind}
 
-        def once(memory: Memory = memory) -> None:
-            energy_inside(now, memory)
-            design(now, memory, rank)
+        def once(kept: Sequence[Memory] = kept) -> None:
+            for cov_DD, memory in zip(now, kept, strict=True):
+                energy_inside(cov_DD, memory)
+            design(now, kept, rank)
 
-        def after(memory: Memory = memory) -> None:
-            energy_inside(now, update(memory, now, 0.96))
+        def after(kept: Sequence[Memory] = kept) -> None:
+            for cov_DD, memory in zip(now, update(kept, now, 0.96), strict=True):
+                energy_inside(cov_DD, memory)
 
-        cost[f"design, memory of kind {kind}"] = blocks * median(seconds(once, device) for _ in range(3))
-        cost[f"update, memory of kind {kind}"] = blocks * median(seconds(after, device) for _ in range(3))
+        cost[f"design, memory of kind {kind}"] = median(seconds(once, device) for _ in range(3))
+        cost[f"update, memory of kind {kind}"] = median(seconds(after, device) for _ in range(3))
     return cost
 
 

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
-    0: ("inflora.config", "inflora.distributed", "inflora.subspace", "inflora.metrics"),
+    0: ("inflora.config", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
     1: (
+        "inflora.subspace",
         "inflora.data",
         "inflora.lora",
         "inflora.precision",

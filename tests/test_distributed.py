@@ -73,11 +73,10 @@ def unlike_the_first(rank: int) -> Iterator[None]:
     """Every process but the first decomposes as another device might: other signs, other numbers of directions."""
 
     def other_design(*args):
-        return -design(*args)[rank:]
+        return [-lora_A[rank:] for lora_A in design(*args)]
 
     def other_update(*args, **options):
-        memory = update(*args, **options)
-        return Memory("retain", -memory.basis_DK[:, rank:])
+        return [Memory("retain", -memory.basis_DK[:, rank:]) for memory in update(*args, **options)]
 
     with pytest.MonkeyPatch.context() as patch:
         if rank:

@@ -6,7 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inflora.subspace import Memory, complement, design, energy_inside, free_basis, taken_count, threshold, update
+from inflora import subspace
+from inflora.subspace import Memory, complement, energy_inside, free_basis, taken_count, threshold
 
 WIDTH = 12
 
@@ -27,6 +28,16 @@ def covariance(inputs_ND: Tensor) -> Tensor:
 def orthonormal(seed: int, columns: int, width: int = WIDTH) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def design(cov_DD: Tensor, memory: Memory | None, rank: int) -> Tensor:
+    """The design of a single layer."""
+    return subspace.design([cov_DD], [memory], rank)[0]
+
+
+def update(memory: Memory | None, cov_DD: Tensor, threshold: float, **options) -> Memory:
+    """The memory of a single layer."""
+    return subspace.update([memory], [cov_DD], threshold, **options)[0]
 
 
 def taken(memory: Memory) -> Tensor:
@@ -233,6 +244,13 @@ def test_a_basis_stays_orthonormal_over_many_updates(may_flip):
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+@MEMORIES
+def test_a_basis_that_has_drifted_is_made_orthonormal_again(memory):
+    drifted = memory._replace(basis_DK=memory.basis_DK + 1e-5 * orthonormal(3, 5).float())
+    basis_DK = update(drifted, torch.zeros(WIDTH, WIDTH), 0.95).basis_DK.double()
+    torch.testing.assert_close(basis_DK.T @ basis_DK, torch.eye(5, dtype=torch.float64), atol=5e-7, rtol=0)
+
+
 @pytest.mark.parametrize("may_flip", [True, False])
 def test_over_fifty_tasks_until_nothing_is_free_the_memory_stays_orthonormal_and_within_its_bound(may_flip):
     width, memory = 96, None
@@ -289,6 +307,103 @@ def test_a_basis_and_its_complement_make_up_the_whole_space(columns, seed):
     basis_DK = orthonormal(seed, columns)
     both = torch.cat([basis_DK, complement(basis_DK)], dim=1)
     torch.testing.assert_close(both.T @ both, torch.eye(WIDTH, dtype=torch.float64))
+
+
+# Wide layers: their leading directions come from products, as a whole decomposition gives them.
+
+WIDE = 400
+MIXED: list[Memory | None] = [
+    None,
+    Memory("remove", orthonormal(1, 30, WIDE).float()),
+    Memory("retain", orthonormal(2, 180, WIDE).float()),
+    REMOVE,
+]
+
+
+def mixed_covariances(seed: int, rank: int = WIDE) -> list[Tensor]:
+    """Of three wide layers, with energies that fall as a power, and of a narrow one."""
+    spectrum_D = torch.arange(1, WIDE + 1, dtype=torch.float64) ** -1.5 * (torch.arange(WIDE) < rank)
+    bases = [orthonormal(seed + layer, WIDE, WIDE) for layer in range(3)]
+    return [*((basis_DD * spectrum_D) @ basis_DD.T for basis_DD in bases), covariance(inputs_of(seed))]
+
+
+@pytest.fixture
+def by_products(monkeypatch):
+    """What each call found for the layers, None where it left one to a whole decomposition."""
+    calls, real = [], subspace._by_products
+
+    def watched(layers):
+        calls.append(real(layers))
+        return calls[-1]
+
+    monkeypatch.setattr(subspace, "_by_products", watched)
+    return calls
+
+
+def whole(function, *args, **options):
+    """The same with whole decompositions only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subspace, "_by_products", lambda layers: [None] * len(layers))
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("rank", [1, 10, 16])
+def test_wide_layers_are_designed_as_by_a_whole_decomposition(rank, by_products):
+    designed = subspace.design(mixed_covariances(0), MIXED, rank)
+    for ours, theirs in zip(designed, whole(subspace.design, mixed_covariances(0), MIXED, rank), strict=True):
+        torch.testing.assert_close(ours.T @ ours, theirs.T @ theirs, atol=1e-7, rtol=0)
+    assert [len(found) for found in by_products] == [3]
+    assert all(directions is not None for directions in by_products[0])
+
+
+@ENERGIES
+@pytest.mark.parametrize("may_flip", [True, False])
+@pytest.mark.parametrize("eps", [0.3, 0.9, 0.99, 0.9999, 1.0])
+def test_wide_layers_remember_what_a_whole_decomposition_would(energy_of, may_flip, eps):
+    options = {"energy_of": energy_of, "may_flip": may_flip}
+    updated = subspace.update(MIXED, mixed_covariances(1), eps, **options)
+    for ours, theirs in zip(updated, whole(subspace.update, MIXED, mixed_covariances(1), eps, **options), strict=True):
+        assert (ours.kind, ours.basis_DK.shape) == (theirs.kind, theirs.basis_DK.shape)
+        torch.testing.assert_close(taken(ours), taken(theirs), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("eps", [0.9, 0.99])
+def test_a_wide_layer_takes_few_directions_without_a_whole_decomposition(eps, by_products):
+    subspace.update(MIXED, mixed_covariances(1), eps)
+    assert all(directions is not None for directions in by_products[0])
+
+
+@pytest.mark.parametrize("rank_of_inputs", [0, 1, 8])
+def test_wide_layers_have_rows_for_free_directions_that_no_input_uses(rank_of_inputs):
+    for lora_A, memory in zip(subspace.design(mixed_covariances(2, rank_of_inputs), MIXED, 7), MIXED, strict=True):
+        rows_RD = lora_A.double()
+        torch.testing.assert_close(rows_RD @ rows_RD.T, torch.eye(len(rows_RD)).double() / 3, atol=1e-6, rtol=0)
+        assert len(rows_RD) == 7 if memory is not REMOVE else len(rows_RD) <= 7
+        assert memory is None or (rows_RD @ taken(memory)).abs().max() < 1e-6
+
+
+@ENERGIES
+def test_a_sum_of_energies_at_the_threshold_is_judged_by_the_whole_decomposition(energy_of, by_products):
+    # Two directions hold three quarters: rounding says whether that is the threshold or less.
+    energies = torch.zeros(WIDE, dtype=torch.float64)
+    energies[:3] = torch.tensor([0.5, 0.25, 0.25])
+    basis_DD = orthonormal(0, WIDE, WIDE)
+    matrix_DD = (basis_DD * (energies.sqrt() if energy_of == "covariance" else energies)) @ basis_DD.T
+    subspace.update([None], [matrix_DD], 0.75, energy_of=energy_of)
+    assert by_products == [[None]]
+
+
+def test_wide_rows_are_orthogonal_to_the_old_memory_however_much_more_energy_that_has(by_products):
+    memory = MIXED[1]
+    (cov_DD, *_), old_DK = mixed_covariances(4), torch.linalg.qr(memory.basis_DK.double()).Q
+    (lora_A,) = subspace.design([cov_DD + 1e12 * old_DK @ old_DK.T], [memory], 5)
+    assert by_products[0][0] is not None
+    assert (lora_A.double() @ old_DK).abs().max() < 1e-7
+
+
+def test_wide_layers_give_the_same_bits_again():
+    for once, again in zip(*(subspace.design(mixed_covariances(3), MIXED, 10) for _ in range(2)), strict=True):
+        assert torch.equal(once, again)
 
 
 # The threshold.

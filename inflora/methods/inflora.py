@@ -33,9 +33,10 @@ class InfLoRA(Method[InfLoRASettings]):
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         covariances, energy_of = input_covariances(model, data, "before"), self.settings.energy_of
         self._known = {}
-        for name, layer in adapted_layers(model):
-            memory = self.memory.get(name)
-            lora_A = from_first(design(covariances[name], memory, self.settings.rank))
+        layers = dict(adapted_layers(model))
+        memories = [self.memory.get(name) for name in layers]
+        designs = design([covariances[name] for name in layers], memories, self.settings.rank)
+        for (name, layer), memory, lora_A in zip(layers.items(), memories, map(from_first, designs), strict=True):
             if len(lora_A) < self.settings.rank:
                 warnings.warn(
                     f"task {data.task.index}: {name} has {len(lora_A)} free directions left, "
@@ -56,19 +57,17 @@ class InfLoRA(Method[InfLoRASettings]):
         settings = self.settings
         total_tasks = settings.total_tasks or data.stream_tasks
         share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
-        for name, covariance in covariances.items():
-            memory = same_everywhere(
-                update(
-                    self.memory.get(name),
-                    covariance,
-                    share,
-                    energy_of=settings.energy_of,
-                    may_flip=settings.memory == "dualgpm",
-                )
-            )
-            self.memory[name] = memory
-            self._known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariance)))
-            self._known[f"memory/{short(name)}/kept"] = energy_inside(covariance, memory, settings.energy_of)
+        updated = update(
+            [self.memory.get(name) for name in covariances],
+            list(covariances.values()),
+            share,
+            energy_of=settings.energy_of,
+            may_flip=settings.memory == "dualgpm",
+        )
+        self.memory = dict(zip(covariances, map(same_everywhere, updated), strict=True))
+        for name, memory in self.memory.items():
+            self._known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariances[name])))
+            self._known[f"memory/{short(name)}/kept"] = energy_inside(covariances[name], memory, settings.energy_of)
 
     def diagnostics(self) -> dict[str, float]:
         """For each adapted layer: ``size``, the directions taken; ``kept``, the share of the task's input energy in
