@@ -7,7 +7,7 @@ to tenths of a second for each matrix, and little of that is products.
 Shapes: L matrices, D wide, S vectors in the basis of each, B new ones in each step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,26 +22,30 @@ ANGLE = 1e-8
 
 
 def leading(
-    matrices: Sequence[Matrix], random_LDS: Tensor, wanted: Sequence[Callable[[Tensor], Tensor]]
+    matrices: Sequence[Matrix], random_DS: Tensor, wanted: Sequence[Callable[[Tensor], Tensor]]
 ) -> list[Tensor | None]:
     """The leading eigenvectors (D x n) of each matrix, or None where only a dense solver can be trusted with them.
 
     Args:
         matrices: Each one's products with vectors.
-        random_LDS: Random vectors, as many as the basis may have.
+        random_DS: Random vectors to begin with, as many as the basis may have.
         wanted: How many eigenvectors are wanted (a scalar tensor), given the basis's eigenvalues, falling; their own
             number or more says that the basis is too small.
     """
-    most = random_LDS.shape[-1] // BLOCK * BLOCK
-    basis_LDS = torch.zeros_like(random_LDS)
-    within_LSS = random_LDS.new_zeros(len(matrices), most, most)
-    new_LDB, look = random_LDS[..., :BLOCK], min(FIRST_LOOK, most)
+    width, most = random_DS.shape[0], random_DS.shape[1] // BLOCK * BLOCK
+    basis_LDS = random_DS.new_zeros(len(matrices), width, most)
+    within_LSS = random_DS.new_zeros(len(matrices), most, most)
+    outside_LDB, look = _images(matrices, [random_DS[:, :BLOCK]] * len(matrices)), min(FIRST_LOOK, most)
     for size in range(BLOCK, most + 1, BLOCK):
-        basis_LDS[..., size - BLOCK : size] = _orthonormal(new_LDB, basis_LDS[..., : size - BLOCK])
-        known_LDS, new_LDB = basis_LDS[..., :size], basis_LDS[..., size - BLOCK : size]
-        image_LDB = torch.stack([matrix(new_DB) for matrix, new_DB in zip(matrices, new_LDB, strict=True)])
+        newest = slice(size - BLOCK, size)
+        # And a trace of randomness, where the matrix leads nowhere new.
+        scale_L11 = outside_LDB.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(outside_LDB.dtype).tiny)
+        new_LDB = outside_LDB / scale_L11 + 1e-15 * random_DS[:, newest]
+        basis_LDS[..., newest] = _orthonormal(new_LDB, basis_LDS[..., : size - BLOCK])
+        known_LDS = basis_LDS[..., :size]
+        image_LDB = _images(matrices, known_LDS[..., newest])
         inside_LSB = known_LDS.mT @ image_LDB
-        within_LSS[:, size - BLOCK : size, :size] = inside_LSB.mT  # of a symmetric matrix eigh reads the lower half
+        within_LSS[:, newest, :size] = inside_LSB.mT  # of a symmetric matrix eigh reads the lower half
         outside_LDB = image_LDB - known_LDS @ inside_LSB
         if size == look:
             values_LS, vectors_LSS = torch.linalg.eigh(within_LSS[:, :size, :size])
@@ -55,13 +59,14 @@ def leading(
             if size == most or all(done or never for done, never in zip(found, hopeless, strict=True)):
                 break
             look = min(most, 4 * size // 3 // BLOCK * BLOCK)
-        # A trace of randomness, where the matrix leads nowhere new.
-        scale_L11 = outside_LDB.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(outside_LDB.dtype).tiny)
-        new_LDB = outside_LDB / scale_L11 + 1e-15 * random_LDS[..., size : size + BLOCK]
     return [
         known_DS @ vectors_SS[:, :number] if done else None
         for known_DS, vectors_SS, number, done in zip(known_LDS, vectors_LSS, numbers, found, strict=True)
     ]
+
+
+def _images(matrices: Sequence[Matrix], vectors_LDB: Iterable[Tensor]) -> Tensor:
+    return torch.stack([matrix(vectors_DB) for matrix, vectors_DB in zip(matrices, vectors_LDB, strict=True)])
 
 
 def _found(values_LS: Tensor, residual_LDS: Tensor, number_L: Tensor) -> Tensor:

@@ -201,10 +201,8 @@ def _by_products(layers: Sequence[_Layer]) -> list[Tensor | None]:
     """The wanted directions of layers of one width, None where a whole decomposition has to find them."""
     width, device = len(layers[0].cov_DD), layers[0].cov_DD.device
     random = torch.randn(width, min(width // 3, 384), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    random_DS = (random / width**0.5).to(device)
-    random_LDS = torch.stack([layer.free_part(random_DS) for layer in layers])
-    multiply, wanted = zip(*map(_as_products, layers), strict=True)
-    found = eigen.leading(multiply, random_LDS, wanted)
+    matrices, wanted = zip(*map(_as_products, layers), strict=True)
+    found = eigen.leading(matrices, random.to(device), wanted)
     # Once more, for what rounding has brought back.
     return [None if vectors is None else layer.free_part(vectors) for layer, vectors in zip(layers, found, strict=True)]
 
