@@ -1,8 +1,8 @@
 """Leading eigenvectors of many matrices at once, from products and small decompositions, as accelerators like it.
 
-Block Krylov: a few random vectors, what the matrix makes of them, what it makes of that, all kept orthonormal; within
-their span the matrix is small, and its leading eigenvectors there are soon its own. A dense solver needs milliseconds
-to tenths of a second for each matrix, and little of that is products.
+Block Krylov (Musco and Musco, 2015): a few random vectors, what the matrix makes of them, what it makes of that, all
+kept orthonormal; within their span the matrix is small, and its leading eigenvectors there are soon its own. A dense
+solver needs milliseconds to tenths of a second for each matrix, and little of that is products.
 
 Shapes: L matrices, D wide, S vectors in the basis of each, B new ones in each step.
 """
@@ -53,7 +53,8 @@ def leading(
             number_L = torch.stack([number(values_S) for number, values_S in zip(wanted, values_LS, strict=True)])
             # What the matrix makes of an eigenvector within the basis leaves it through the newest vectors only.
             found_L = _found(values_LS, outside_LDB @ vectors_LSS[:, -BLOCK:], number_L)
-            numbers, found = torch.stack([number_L, found_L.to(number_L)]).tolist()  # the only wait for the device
+            # Beside eigh's own check, the one wait for the device.
+            numbers, found = torch.stack([number_L, found_L.to(number_L)]).tolist()
             # For many vectors the basis grows so large that a dense solver is no dearer.
             hopeless = [2 * size >= most and 4 * number > most for number in numbers]
             if size == most or all(done or never for done, never in zip(found, hopeless, strict=True)):
