@@ -15,7 +15,7 @@ Not simulated: time, memory, kernels' own rounding, and the choice of kernels. A
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -302,10 +301,25 @@ def _usable(tensor: DeviceTensor) -> None:
         raise DeviceError("a tensor of another stream is used without record_stream: its memory may be given away")
 
 
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Arguments and results are tensors, numbers, and lists of these: PyTorch's own trees are slow."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(value)
+    return found
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    return type(value)(_each(change, v) for v in value) if type(value) in (list, tuple) else change(value)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, on the device if one of its tensors is there or it makes one there."""
     gpu, packet = _gpu(), func.overloadpacket
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    tensors = _tensors_in((*args, *kwargs.values()))
     ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     target = kwargs.get("device")
     makes = target is not None and torch.device(target).type == "cuda"
@@ -330,12 +344,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         gpu.count.kernels += 1
     if packet in SYNCHRONISE and not (packet is aten.repeat_interleave and kwargs.get("output_size") is not None):
         gpu.synchronise(str(func))
-    bare_args, bare_kwargs = tree_map(lambda x: x.host if isinstance(x, DeviceTensor) else x, (args, kwargs))
-    out = func(*bare_args, **bare_kwargs)
-    wrapped = tree_map(lambda x: DeviceTensor(x) if isinstance(x, Tensor) else x, out)
+
+    def bare(value: Any) -> Any:
+        return value.host if isinstance(value, DeviceTensor) else value
+
+    out = func(*_each(bare, args), **{name: _each(bare, value) for name, value in kwargs.items()})
+    wrapped = _each(lambda x: DeviceTensor(x) if isinstance(x, Tensor) else x, out)
     if func.is_view:
         source = ours[0]
-        for view in (x for x in tree_flatten(wrapped)[0] if isinstance(x, DeviceTensor)):
+        for view in _tensors_in([wrapped]):
             view.made_on, view.tick, view.recorded = source.made_on, source.tick, source.recorded
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
