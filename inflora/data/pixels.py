@@ -6,7 +6,7 @@ Shapes: N images of a split, B of a batch, C channels, H x W stored image, S sid
 import io
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -136,7 +136,12 @@ class FilePixels:
 
     def resident_on(self, device: torch.device) -> "Pixels":
         fits = device.type == "cuda" and BlockPixels.bytes_for(self._sizes) <= torch.cuda.mem_get_info(device)[0] // 4
-        return BlockPixels(_pool().map(self.array, range(len(self))), self._sizes, device) if fits else self
+        return BlockPixels(self._all(), self._sizes, device) if fits else self
+
+    def _all(self) -> Iterator[np.ndarray]:
+        """Every whole image, some hundred at a time: threads are faster than who takes them, and memory has an end."""
+        for start in range(0, len(self), _LARGE_BATCH):
+            yield from _pool().map(self.array, range(start, min(start + _LARGE_BATCH, len(self))))
 
     def array(self, row: int) -> np.ndarray:
         return np.asarray(self._image(row))
@@ -178,9 +183,10 @@ class BlockPixels:
 
     @staticmethod
     def bytes_for(sizes: Tensor) -> int:
-        """What the images take, and a large batch of them cut out of the block: bytes, and floats of equal size."""
+        """What the images take, and a large batch of them on its way out of the block."""
         largest = int(sizes.amax(0).prod())
-        return 3 * int(sizes.prod(1).sum()) + _LARGE_BATCH * largest * (3 * 4 + 8)
+        places, pixels, floats = 2 * 8, 3, 2 * 3 * 4
+        return 3 * int(sizes.prod(1).sum()) + _LARGE_BATCH * largest * (places + pixels + floats)
 
     def __len__(self) -> int:
         return len(self._sizes)
