@@ -33,6 +33,7 @@ class ClassTokenBlock(Block):
         self.__dict__.update(plain.__dict__)  # the same submodules, under the same names
 
     def forward(self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        assert attn_mask is None and not is_causal
         token_B1D = x_BND[:, :1]
         token_B1D = token_B1D + self.drop_path1(self.ls1(self._attention(self.norm1(x_BND))))
         return token_B1D + self.drop_path2(self.ls2(self.mlp(self.norm2(token_B1D))))
@@ -64,7 +65,8 @@ def read_class_token_only(vit: nn.Module) -> None:
     It would where other tokens are pooled, and where layers behind the attention are adapted: their inputs'
     covariances are those of all tokens.
     """
-    if not isinstance(vit, VisionTransformer) or vit.global_pool != "token" or vit.attn_pool is not None:
+    # Exactly this class: of its subclasses, distilled models read another token too.
+    if type(vit) is not VisionTransformer or vit.global_pool != "token" or vit.attn_pool is not None:
         return
     last = vit.blocks[-1]
     if type(last) is not Block or type(last.attn) is not Attention:
@@ -81,5 +83,5 @@ def hold_weights(vit: nn.Module, dtype: torch.dtype) -> None:
     for module in vit.modules():
         if isinstance(module, LoRALinear):
             module.hold(dtype)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
+        elif type(module) in (nn.Linear, nn.Conv2d):  # subclasses may compute with their weights before they multiply
             module.to(dtype)

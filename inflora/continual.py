@@ -231,17 +231,22 @@ def check(config: RunConfig) -> None:
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
     Given.of(config)
-    pick_device(config.device)
+    require_device(config.device)
+
+
+def require_device(name: str) -> None:
+    """Raise ConfigError where CUDA is asked for and there is none; takes hold of no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device must be auto or cpu here: no CUDA device is available, got cuda")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``config.device`` names; "auto" is CUDA where there is one.
+    """The device that ``config.device`` names, with its index; "auto" is CUDA where there is one.
 
     Raises:
         ConfigError: CUDA is asked for and there is none.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device must be auto or cpu here: no CUDA device is available, got cuda")
+    require_device(name)
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -20,8 +20,9 @@ class _AdaptedLinear(torch.autograd.Function):
     activations as the mathematics needs: they cost more than the rank's few products.
 
     In float32 the sum ``W + P B A`` is made (a weight is small beside a batch's activations), and the layer costs what
-    a plain one does. bfloat16 would round small updates away in that sum: there ``x A^T B^T`` is added to the output.
-    Of the inputs only ``x A^T`` (M x R) is kept for the backward, and ``x`` itself only where A is trained.
+    a plain one does. Where products read fewer bits of it, bfloat16's or TensorFloat-32's, the sum would lose small
+    updates: there ``x A^T B^T`` is added to the output. Of the inputs only ``x A^T`` (M x R) is kept for the backward,
+    and ``x`` itself only where A is trained.
     """
 
     @staticmethod
@@ -36,14 +37,17 @@ class _AdaptedLinear(torch.autograd.Function):
         sizes: list[int],
     ) -> Tensor:
         x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-        read_MR = x_MD @ A_RD.T
-        if weight.itemsize >= 4:  # float32, and the float64 of tests
+        ctx.summed = weight.itemsize >= 4 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+        read_MR = None
+        if lora_B.requires_grad or not ctx.summed:
+            read_MR = x_MD @ A_RD.T
+        if read_MR is None or ctx.summed:
             out = nn.functional.linear(x_MD, _summed(weight, A_RD, B_OR, rows, sizes), bias)
         else:
             out = nn.functional.linear(x_MD, weight, bias)
             for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
                 out[:, part].addmm_(read_MR, B_part.T)
-        ctx.rows, ctx.sizes, ctx.of_x, ctx.of_B = rows, sizes, x_BND.shape, lora_B.dtype
+        ctx.rows, ctx.sizes, ctx.input_shape, ctx.factor_dtype = rows, sizes, x_BND.shape, lora_B.dtype
         ctx.save_for_backward(read_MR, weight, A_RD, B_OR, x_MD if lora_A.requires_grad else None)
         return out.view(*x_BND.shape[:-1], -1)
 
@@ -56,17 +60,17 @@ class _AdaptedLinear(torch.autograd.Function):
         parts = [grad_MO[:, part] for part in ctx.rows]
         grad_x = grad_A = grad_B = None
         if into_B:
-            grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.of_B)
-        if into_A or (into_x and weight.itemsize < 4):
-            grad_MR = torch.zeros_like(read_MR)
+            grad_B = torch.cat([part.T @ read_MR for part in parts]).to(ctx.factor_dtype)
+        if into_A or (into_x and not ctx.summed):
+            grad_MR = grad_MO.new_zeros(len(grad_MO), len(A_RD))
             for part, B_part in zip(parts, B_OR.split(ctx.sizes), strict=True):
                 grad_MR.addmm_(part, B_part)
         if into_A:
-            grad_A = (grad_MR.T @ x_MD).to(ctx.of_B)
-        if into_x and weight.itemsize >= 4:
-            grad_x = (grad_MO @ _summed(weight, A_RD, B_OR, ctx.rows, ctx.sizes)).view(ctx.of_x)
+            grad_A = (grad_MR.T @ x_MD).to(ctx.factor_dtype)
+        if into_x and ctx.summed:
+            grad_x = (grad_MO @ _summed(weight, A_RD, B_OR, ctx.rows, ctx.sizes)).view(ctx.input_shape)
         elif into_x:
-            grad_x = (grad_MO @ weight).addmm_(grad_MR, A_RD).view(ctx.of_x)
+            grad_x = (grad_MO @ weight).addmm_(grad_MR, A_RD).view(ctx.input_shape)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 
@@ -163,6 +167,7 @@ class LoRALinear(nn.Linear):
     def plain(self) -> nn.Linear:
         """An ordinary layer that computes the same; only where no adapter is being trained."""
         assert self.lora_A is None, "an adapter that is being trained is in no plain layer"
+        assert self.held is None, "a layer whose bias is held in another precision is none that could be used alone"
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.merged_weight(), requires_grad=False), self.bias
         return layer

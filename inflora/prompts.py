@@ -37,7 +37,7 @@ class Prompts(nn.Module, ABC):
 
     def learn(self, name: str, start: Tensor, like: Tensor) -> None:
         """A new parameter, trained, on the device of ``like``."""
-        self.register_parameter(name, nn.Parameter(start.to(like)))
+        self.register_parameter(name, nn.Parameter(start.to(like.device)))
 
     def of_tasks(self, name: str) -> list[Tensor]:
         """The parameters ``<name>_0``, ``<name>_1``... of the tasks begun so far."""
@@ -68,9 +68,11 @@ class PrefixAttention(Attention):
             return super().forward(x, attn_mask, is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        # In the precision of the others: one float32 part would make all keys and values float32.
-        prefix_k, prefix_v = (self._per_head(part.to(k.dtype), len(x)) for part in self.prefix)
-        k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
+        # Each in the precision of those it joins: one float32 part would make all keys, or values, float32.
+        k, v = (
+            torch.cat([self._per_head(prefix.to(part.dtype), len(x)), part], dim=2)
+            for prefix, part in zip(self.prefix, (k, v), strict=True)
+        )
         return finish_attention(self, nn.functional.scaled_dot_product_attention(q, k, v), x)
 
     def _per_head(self, prefix: Tensor, batch: int) -> Tensor:

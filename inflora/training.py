@@ -156,9 +156,8 @@ def evaluate(
     Raises:
         FloatingPointError: The model's answers are no longer finite numbers.
     """
-    counts = torch.zeros(len(tasks), 4, dtype=torch.int64, device=input.device)
+    counts = torch.zeros(len(tasks), 5, dtype=torch.int64, device=input.device)
     first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
-    finite = torch.ones((), dtype=torch.bool, device=input.device)
     class_of = stream.class_of.to(input.device)
     rows = torch.cat([task.eval_rows for task in tasks])
     places = torch.arange(len(rows), device=input.device)[distributed.rank() :: distributed.world_size()]
@@ -169,7 +168,6 @@ def evaluate(
         here, places = places.tensor_split([len(features)])
         on_features(here, features)
         logits = model.logits(features)
-        finite &= torch.isfinite(logits).all()
         label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
         predicted = logits.argmax(1)
         own = logits.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)
@@ -179,14 +177,16 @@ def evaluate(
                 (class_of[predicted] == class_of[batch.labels]).long(),
                 (own == batch.labels).long(),
                 (class_tasks[predicted] == label_tasks).long(),
+                (~torch.isfinite(logits)).any(1).long(),
             ],
             dim=1,
         )
         counts.index_add_(0, label_tasks, hits)
-    # Asked once, when all has been computed: the host would wait for every batch.
-    if not finite:
+    # The host waits once, when all has been computed, and all workers hear of what one of them has seen.
+    *hits_of_tasks, broken = zip(*distributed.all_sum(counts).tolist(), strict=True)
+    if any(broken):
         raise FloatingPointError(f"the logits after task {tasks[-1].index} are not finite; try a smaller optim.lr")
     return tuple(
         TaskCounts(images=images, correct=correct, correct_in_task=in_task, right_task=right_task)
-        for images, correct, in_task, right_task in distributed.all_sum(counts).tolist()
+        for images, correct, in_task, right_task in zip(*hits_of_tasks, strict=True)
     )

@@ -114,6 +114,8 @@ class Event:
 
     def elapsed_time(self, end: "Event") -> float:
         assert self.timed and end.timed, "events that were made without enable_timing"
+        if end.stream is None or end.tick > _gpu().done.get(end.stream, 0):
+            raise DeviceError("an event is asked for its time before the device is known to have come there")
         return 0.0
 
 
@@ -134,6 +136,7 @@ class Gpu:
     count: Count = field(default_factory=Count)
     stream: Stream = field(default_factory=Stream)
     copies: list[_Copy] = field(default_factory=list)
+    done: dict[Stream, int] = field(default_factory=dict)
     pinned: dict[int, Tensor] = field(default_factory=dict)
     generators: list[torch.Generator] = field(default_factory=list)
     synchronising: Callable[[str], None] = lambda what: None
@@ -151,6 +154,7 @@ class Gpu:
         return tensor
 
     def finish_copies(self, stream: Stream, tick: int) -> None:
+        self.done[stream] = max(tick, self.done.get(stream, 0))
         done = [copy for copy in self.copies if copy.stream is stream and copy.tick <= tick]
         self.copies = [copy for copy in self.copies if all(copy is not other for other in done)]
         if not all(torch.equal(copy.source, copy.sent) for copy in done):

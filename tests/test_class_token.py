@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from timm.layers import StdConv2d
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -57,6 +59,19 @@ def test_features_and_gradients_are_those_of_plain_timm(options, targets):
             (feature @ direction).sum().backward()
         for ours, theirs in zip(*map(adapter_parameters, models), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_that_reads_a_second_token_is_left_alone():
+    distilled = VisionTransformerDistilled(**SHAPE).eval()
+    expected = distilled(x := images())
+    read_class_token_only(distilled)
+    assert torch.equal(distilled(x), expected)
+
+
+def test_layers_that_compute_with_their_weights_first_keep_them():
+    model = torch.nn.Sequential(StdConv2d(3, 4, 2), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    hold_weights(model, torch.bfloat16)
+    assert [module.weight.dtype for module in (model[0], model[2])] == [torch.float32, torch.bfloat16]
 
 
 def test_the_other_tokens_are_not_computed():

@@ -216,6 +216,23 @@ def test_a_store_that_stays_on_the_device_needs_no_copy_per_batch(form, tiny, ro
     assert many.pinned_copies == few.pinned_copies == 4  # which images, their boxes, whether mirrored, labels
 
 
+def test_what_the_device_makes_of_arrived_images_is_no_waiting(tiny, root, monkeypatch):
+    form = "raw, too large to stay"
+    with gpu_for(form) as gpu:
+        kernels: list[int] = []
+        record = torch.cuda.Event.record
+
+        def watched(event, stream) -> None:
+            if event.timed:
+                kernels.append(gpu.count.kernels)
+            record(event, stream)
+
+        monkeypatch.setattr(torch.cuda.Event, "record", watched)
+        batches = batches_of(config_of(tiny, root, form), DEVICE)
+    assert len(kernels) == 2 * len(batches)
+    assert kernels[::2] == kernels[1::2]
+
+
 def test_evaluation_waits_for_the_device_no_more_often_for_many_images_than_for_few(tiny, root, monkeypatch):
     counts = []
     for size in (1000, 2):
@@ -329,6 +346,7 @@ MISTAKES: dict[str, tuple[str, Plant]] = {
     "an index of truth values in every step": ("raw", beside_every_step(lambda batch: batch.labels[batch.labels > 0])),
     "a copy to the host in every step": ("raw", beside_every_step(lambda batch: batch.labels.cpu())),
     "a number copied in every step": ("raw", beside_every_step(lambda batch: torch.tensor(0.5, device=DEVICE))),
+    "a time asked for before it is known": (LARGE, beside_every_step(lambda batch: batch.waited())),
     "a wait for the device in every step": ("raw", beside_every_step(lambda batch: torch.cuda.synchronize())),
     "numbers drawn by a generator of the host": ("raw", in_the_place_of(pixels, "crop_and_resize", noisy)),
     "a tensor of the host summed over workers": (

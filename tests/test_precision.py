@@ -66,6 +66,21 @@ def test_tf32_is_on_only_while_a_context_of_it_is_open_and_off_for_what_must_be_
     assert now() == before
 
 
+def test_small_updates_are_not_summed_into_weights_that_tf32_would_round(monkeypatch):
+    """Told apart by what the layer multiplies: there is no TF32 on a CPU."""
+    layer, inputs = LoRALinear(torch.nn.Linear(8, 4)).requires_grad_(False), torch.randn(5, 8)
+    layer.attach(torch.randn(2, 8))
+    torch.nn.init.normal_(layer.lora_B)
+    multiply, weights = torch.nn.functional.linear, []
+    watched = lambda x, weight, bias: weights.append(weight) or multiply(x, weight, bias)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    for precision in ("fp32", "tf32"):
+        with float32_products(precision):
+            layer(inputs)
+    assert not torch.equal(weights[0], layer.weight)
+    assert torch.equal(weights[1], layer.weight)
+
+
 def test_covariances_of_a_model_in_bf16_are_products_of_float32_inputs():
     layer, inputs = LoRALinear(torch.nn.Linear(8, 4)), torch.randn(50, 8)
     with products("bf16", CPU), gather_covariance(torch.nn.Sequential(layer)) as seen:

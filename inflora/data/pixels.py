@@ -60,6 +60,7 @@ class Pixels(Protocol):
 
 
 _LARGE_BATCH = 256  # as many images as evaluation looks at together
+_SHARE = 8  # of a device's free memory images may take up an eighth: other trials may come to it, with as much
 
 
 class RawPixels:
@@ -96,7 +97,7 @@ class RawPixels:
         return Staged([work], lambda: gathered, device, lambda pixels: crop_and_resize(pixels, there.crops, side))
 
     def resident_on(self, device: torch.device) -> "RawPixels":
-        if device.type != "cuda" or self.tensor.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        if device.type != "cuda" or self.tensor.nbytes > torch.cuda.mem_get_info(device)[0] // _SHARE:
             return self
         return RawPixels(self.tensor.to(device))
 
@@ -135,7 +136,9 @@ class FilePixels:
         return Staged(work, lambda: pixels, there.rows.device, _as_images)
 
     def resident_on(self, device: torch.device) -> "Pixels":
-        fits = device.type == "cuda" and BlockPixels.bytes_for(self._sizes) <= torch.cuda.mem_get_info(device)[0] // 4
+        fits = (
+            device.type == "cuda" and BlockPixels.bytes_for(self._sizes) <= torch.cuda.mem_get_info(device)[0] // _SHARE
+        )
         return BlockPixels(self._all(), self._sizes, device) if fits else self
 
     def _all(self) -> Iterator[np.ndarray]:
@@ -195,20 +198,27 @@ class BlockPixels:
         return self._sizes[rows]
 
     def start(self, views: Views, there: Views, side: int) -> Pending:
-        height, width = self._sizes[views.rows].amax(0).tolist() if len(views.rows) else (1, 1)
-        return Resident(
-            lambda: crop_and_resize(
-                self._cut(there.rows, height, width), there.crops, side, self._sizes_there[there.rows]
-            )
-        )
+        # Of a box that is cut out nothing beyond it is looked at; a window may look at all of its image.
+        needed = views.crops.boxes[:, 2:].long() if views.crops.cut else self._sizes[views.rows]
+        height, width = needed.amax(0).tolist() if len(needed) else (1, 1)
+        return Resident(lambda: self._view(there, height, width, side))
 
-    def _cut(self, rows: Tensor, height: int, width: int) -> Tensor:
-        """Some images (B, H, W, C), each in the upper left corner; what is beyond its borders is any of its pixels."""
-        heights, widths = self._sizes_there[rows].T
-        across = torch.arange(width, device=rows.device).minimum(widths[:, None] - 1)
-        down = torch.arange(height, device=rows.device).minimum(heights[:, None] - 1)
-        first = self._starts_there[rows, None, None]
-        return self._block[first + down[:, :, None] * widths[:, None, None] + across[:, None, :]]
+    def _view(self, views: Views, height: int, width: int, side: int) -> Tensor:
+        rows, crops = views
+        corners, sizes = torch.zeros_like(crops.boxes[:, :2]), self._sizes_there[rows]
+        if crops.cut:
+            corners, sizes = crops.boxes.split(2, dim=1)
+            crops = crops._replace(boxes=torch.cat([torch.zeros_like(corners), sizes], dim=1))
+        return crop_and_resize(self._parts(rows, corners.long(), sizes.long(), height, width), crops, side, sizes)
+
+    def _parts(self, rows: Tensor, corners: Tensor, sizes: Tensor, height: int, width: int) -> Tensor:
+        """A part of each image (B, H, W, C), in the upper left corner; what is beyond it is any of its pixels."""
+        across, down = (
+            corner[:, None] + torch.arange(length, device=rows.device).minimum(size[:, None] - 1)
+            for length, corner, size in zip((width, height), corners.T.flip(0), sizes.T.flip(0), strict=True)
+        )
+        whole_width = self._sizes_there[rows, 1, None, None]
+        return self._block[self._starts_there[rows, None, None] + down[:, :, None] * whole_width + across[:, None, :]]
 
     def resident_on(self, device: torch.device) -> "BlockPixels":
         return self

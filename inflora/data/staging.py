@@ -72,9 +72,10 @@ class Staged:
         return copy_ahead(self._prepared(), self._device)
 
     def __call__(self) -> Arrived:
-        stop = start_clock(self._device)
-        arrived = (self._sent or self._send())()
-        return Arrived(self._finish(arrived), stop())
+        clock = HostClock() if self._device.type == "cpu" else DeviceClock(self._device)
+        pixels = (self._sent or self._send())()
+        waited = clock.stop()  # what is made of the pixels now is work, no waiting
+        return Arrived(self._finish(pixels), waited)
 
 
 def host_memory(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -113,24 +114,29 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def start_clock(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Start a clock; call the result to stop it, which gives what tells the seconds between.
+class HostClock:
+    """Seconds on the CPU, from the beginning."""
 
-    On a GPU it is the device's own clock, which stands still for as long as the device is busy with earlier work: the
-    seconds are those in which it idled, and are known when it has come that far.
-    """
-    if device.type == "cpu":
-        start = time.perf_counter()
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
 
-        def stop() -> Callable[[], float]:
-            seconds = time.perf_counter() - start
-            return lambda: seconds
+    def stop(self) -> Callable[[], float]:
+        """What tells the seconds."""
+        seconds = time.perf_counter() - self._start
+        return lambda: seconds
 
-        return stop
-    begin = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
-    def stop_events() -> Callable[[], float]:
-        end = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
-        return lambda: begin.elapsed_time(end) / 1000
+class DeviceClock:
+    """Seconds on a GPU, from the beginning: they stand still for as long as it is busy with earlier work."""
 
-    return stop_events
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._now()
+
+    def stop(self) -> Callable[[], float]:
+        """What tells the seconds, when the device has come this far."""
+        end = self._now()
+        return lambda: self._start.elapsed_time(end) / 1000
+
+    def _now(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
