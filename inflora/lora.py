@@ -38,12 +38,12 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         x_MD, A_RD, B_OR = x_BND.flatten(0, -2), lora_A.to(weight.dtype), lora_B.to(weight.dtype)
         ctx.summed = weight.itemsize >= 4 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-        read_MR = None
-        if lora_B.requires_grad or not ctx.summed:
-            read_MR = x_MD @ A_RD.T
-        if read_MR is None or ctx.summed:
+        read_MR: Tensor | None
+        if ctx.summed:
+            read_MR = x_MD @ A_RD.T if lora_B.requires_grad else None
             out = nn.functional.linear(x_MD, _summed(weight, A_RD, B_OR, rows, sizes), bias)
         else:
+            read_MR = x_MD @ A_RD.T
             out = nn.functional.linear(x_MD, weight, bias)
             for part, B_part in zip(rows, B_OR.split(sizes), strict=True):
                 out[:, part].addmm_(read_MR, B_part.T)

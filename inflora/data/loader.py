@@ -82,7 +82,7 @@ def _batches(images: Images, shares: Sequence[_Share], input: Input) -> Iterator
     if not shares:
         return
     sizes = [len(share.views.rows) for share in shares]
-    whole = _joined([share.views for share in shares])
+    whole = Views.joined([share.views for share in shares])
     there = whole.to(input.device).split(sizes)
     labels = to_device(images.labels[whole.rows], input.device).split(sizes)
     as_input = _normalisation(input)
@@ -98,13 +98,6 @@ def _batches(images: Images, shares: Sequence[_Share], input: Input) -> Iterator
         for later, *_ in ahead:
             later.send()
         yield Batch(as_input(images_here), batch_labels, share, waited)
-
-
-def _joined(views: Sequence[Views]) -> Views:
-    rows, boxes, flip = (
-        torch.cat(parts) for parts in zip(*((v.rows, v.crops.boxes, v.crops.flip) for v in views), strict=True)
-    )
-    return Views(rows, Crops(boxes, flip, views[0].crops.cut))
 
 
 def _training_crops(sizes: Tensor, input: Input, generator: torch.Generator) -> Crops:

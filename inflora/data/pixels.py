@@ -31,6 +31,14 @@ class Views(NamedTuple):
         boxes, flip = (to_device(part, device) for part in (self.crops.boxes, self.crops.flip))
         return Views(to_device(self.rows, device), Crops(boxes, flip, self.crops.cut))
 
+    @classmethod
+    def joined(cls, parts: Sequence["Views"]) -> "Views":
+        """The views of all parts, in order; ``split`` takes them apart again."""
+        rows, boxes, flip = (
+            torch.cat(each) for each in zip(*((v.rows, v.crops.boxes, v.crops.flip) for v in parts), strict=True)
+        )
+        return cls(rows, Crops(boxes, flip, parts[0].crops.cut))
+
     def split(self, sizes: Sequence[int]) -> list["Views"]:
         """Parts of so many images each."""
         parts = (part.split(list(sizes)) for part in (self.rows, self.crops.boxes, self.crops.flip))
@@ -97,9 +105,7 @@ class RawPixels:
         return Staged([work], lambda: gathered, device, lambda pixels: crop_and_resize(pixels, there.crops, side))
 
     def resident_on(self, device: torch.device) -> "RawPixels":
-        if device.type != "cuda" or self.tensor.nbytes > torch.cuda.mem_get_info(device)[0] // _SHARE:
-            return self
-        return RawPixels(self.tensor.to(device))
+        return RawPixels(self.tensor.to(device)) if _fits(self.tensor.nbytes, device) else self
 
     def array(self, row: int) -> np.ndarray:
         return self.tensor[row].cpu().numpy()
@@ -136,9 +142,7 @@ class FilePixels:
         return Staged(work, lambda: pixels, there.rows.device, _as_images)
 
     def resident_on(self, device: torch.device) -> "Pixels":
-        fits = (
-            device.type == "cuda" and BlockPixels.bytes_for(self._sizes) <= torch.cuda.mem_get_info(device)[0] // _SHARE
-        )
+        fits = _fits(BlockPixels.bytes_for(self._sizes), device)
         return BlockPixels(self._all(), self._sizes, device) if fits else self
 
     def _all(self) -> Iterator[np.ndarray]:
@@ -227,6 +231,11 @@ class BlockPixels:
         height, width = self._sizes[row].tolist()
         start = int(self._sizes[:row].prod(1).sum())
         return self._block[start : start + height * width].view(height, width, 3).cpu().numpy()
+
+
+def _fits(count: int, device: torch.device) -> bool:
+    """Whether so many bytes may stay on the device; on the CPU images stay where they are, in mapped files."""
+    return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[0] // _SHARE
 
 
 def _as_images(pixels_BHWC: Tensor) -> Tensor:

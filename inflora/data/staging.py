@@ -78,9 +78,9 @@ class Staged:
         return Arrived(self._finish(pixels), waited)
 
 
-def host_memory(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Memory of the host to copy from to ``device``: pinned, where the device is another one."""
-    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+def host_memory(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Memory of the host for bytes that ``device`` is to have: pinned, where the device is another one."""
+    return torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
