@@ -8,9 +8,10 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.data import cifar100, cub200, digits, domainnet, image_folder, imagenet_variants, remote
+from inflora.data.manifest import read_manifest
 from inflora.data.preparation import Progress, prepare
 from inflora.data.source import Dataset, Options
-from inflora.data.store import default_root, read_manifest
+from inflora.data.store import default_root
 
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(digits.read, needs=None),
