@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from inflora.data.archives import Tree, by_path, file_origin, open_tree, text
-from inflora.data.errors import DataError
+from inflora.data.errors import DataError, brief
 from inflora.data.files import read_file
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
 
@@ -63,17 +63,17 @@ def _read(source: Path, options: Options, scratch: Path, official: dict[str, int
 
 def _listed(path: Path) -> set[str]:
     """``class/file`` of every image in a list: a path per line, or YAML whose ``data`` is a list of paths."""
-    try:
-        content = text(read_file(path), str(path))
-        loaded: Any = yaml.safe_load(content) if path.suffix in (".yaml", ".yml") else None
-    except yaml.YAMLError as error:
-        raise DataError(f"--test-list {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
-    if loaded is None:
-        names = [line[0] for line in read_list(content, str(path))]
-    else:
-        names = loaded.get("data", []) if isinstance(loaded, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
+    content = text(read_file(path), str(path))
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            loaded: Any = yaml.load(content, yaml.BaseLoader)  # makes nothing but strings, lists, dicts
+        except (yaml.YAMLError, RecursionError) as error:
+            raise DataError(f"--test-list {path} is no YAML: {brief(error)}") from None
+        names = loaded.get("data") if isinstance(loaded, dict) else None
+        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"--test-list {path} has no list `data` of file names")
+    else:
+        names = [line[0] for line in read_list(content, str(path))]
     return {"/".join(PurePosixPath(name).parts[-2:]) for name in names}
 
 
