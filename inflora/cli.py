@@ -52,9 +52,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
-    out: Annotated[Path, typer.Option(parser=path, help="Folder for the config, the state and the results.")] = Path(
-        "runs/train"
-    ),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
@@ -159,9 +157,7 @@ def prepare(
 def info(
     name: str,
     root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) of the stores.")] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(parser=path, help="Write a contact sheet of training images (PNG).")
-    ] = None,
+    sheet: Annotated[Path | None, typer.Option(parser=path, help="Write a contact sheet of training images.")] = None,
     classes: Annotated[bool, typer.Option("--classes", help="List the counts of every class.")] = False,
 ) -> None:
     """Check a dataset's store and show what is in it (prepared first where that needs no download)."""
