@@ -23,6 +23,7 @@ from tests.test_inflora_cli import inflora, refused
 from tests.test_sources import repacked
 
 CLASSES, PER_CLASS = 2, 3
+DEFAULTS = Options()
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,11 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-def prepared(name: str, source: Path, root: Path, options: Options = Options()) -> Path:
+def prepared(name: str, source: Path, root: Path, options: Options = DEFAULTS) -> Path:
     return prepare_store(name, DATASETS[name], source, options, str(root), subset=True)
 
 
-def says(name: str, source: Path, folder: Path, options: Options = Options()) -> str:
+def says(name: str, source: Path, folder: Path, options: Options = DEFAULTS) -> str:
     """The line with which a source is refused, and that nothing is left of the attempt."""
     root = folder / "new" / "root"
     with pytest.raises(DataError) as error:
@@ -93,7 +94,7 @@ def member(name: str, **facts) -> tarfile.TarInfo:
         (member("train/a/1.png", type=tarfile.LNKTYPE, linkname="train/a/0.png"), "is a link, sparse or a device"),
         (member("train/a/1.png", type=tarfile.FIFOTYPE), "is a link, sparse or a device"),
         (member("train/a/1.png", type=tarfile.GNUTYPE_SPARSE, size=1 << 40), "is a link, sparse or a device"),
-        (member("train/a/1.png", size=1 << 60), "cut off or damaged"),
+        (member("train/a/1.png", size=1 << 60), "damaged"),
         (member("train/a/1.png", size=-(1 << 20)), "damaged"),
     ],
     ids=["link", "hard link", "pipe", "sparse", "too large", "leads back"],
@@ -154,13 +155,10 @@ def test_a_zips_names_without_the_flag_for_utf8_are_read_as_utf8_all_the_same(tm
     files = {name.replace("/a/", "/é/"): content for name, content in class_folders().items()}
     content = zipped(tmp_path / "z.zip", files).read_bytes()
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        pieces = content.split(signature)
-        content = signature.join(
-            [
-                pieces[0],
-                *(p[: offset - 4] + bytes([p[offset - 4], p[offset - 3] & ~8]) + p[offset - 2 :] for p in pieces[1:]),
-            ]
-        )
+        first, *headers = content.split(signature)
+        high = offset - len(signature) + 1  # of the flags
+        cleared = (header[:high] + bytes([header[high] & ~8]) + header[high + 1 :] for header in headers)
+        content = signature.join([first, *cleared])
     (tmp_path / "z.zip").write_bytes(content)
     assert read_manifest(prepared("image_folder", tmp_path / "z.zip", tmp_path / "root")).classes == ["b", "é"]
 
@@ -226,17 +224,11 @@ def test_cifars_class_names_of_other_types_are_refused(names, sources, tmp_path)
     assert "fine_label_names are no list of names" in says("cifar100", bad, tmp_path)
 
 
-def column(values, kind=None):
-    return lambda table, name: table.set_column(table.column_names.index(name), name, pa.array(values, kind))
-
-
 ROWS = CLASSES * PER_CLASS
+ONE_PIXEL = b"P6 1 1 255\nabc"
 PARQUET = {
-    "one pixel": (
-        "img",
-        [{"bytes": samples.encoded(0, 2, np.random.default_rng(0), "PNG")}] * ROWS,
-        "expected 32 x 32",
-    ),
+    "another size": ("img", [{"bytes": image()}] * ROWS, "expected 32 x 32"),
+    "one pixel": ("img", [{"bytes": ONE_PIXEL}] * ROWS, "is 1 x 1, expected 32 x 32"),
     "no image": ("img", [{"bytes": None}] * ROWS, "holds struct"),
     "one image missing": ("img", [{"bytes": image()}] + [{"bytes": None}] * (ROWS - 1), "image 0 of"),
     "text for images": ("img", ["text"] * ROWS, "expected structs with the bytes"),
@@ -272,15 +264,15 @@ def test_parquet_files_without_rows_are_refused(sources, tmp_path):
     assert "labels are none" in says("cifar100", bad, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "metadata", ["{", "[]", '{"info": []}', '{"info": {"features": {"fine_label": {"names": 5}}}}']
-)
+METADATA = ["{", "[]", '{"info": []}', '{"info": {"features": {"fine_label": {"names": 5}}}}']
+
+
+@pytest.mark.parametrize("metadata", METADATA)
 def test_parquet_metadata_that_is_no_json_or_of_another_shape_is_refused(metadata, sources, tmp_path):
-    bad = with_parquet(
-        sources["cifar100 parquet"],
-        tmp_path / "bad",
-        lambda table: table.replace_schema_metadata({"huggingface": metadata}),
-    )
+    def change(table):
+        return table.replace_schema_metadata({"huggingface": metadata})
+
+    bad = with_parquet(sources["cifar100 parquet"], tmp_path / "bad", change)
     assert "metadata names no classes" in says("cifar100", bad, tmp_path)
 
 
@@ -310,9 +302,10 @@ def test_a_number_that_a_list_gives_twice_is_refused(sources, tmp_path):
     assert "each number once" in says("cub200", repacked(sources["cub200"], tmp_path / "bad.tar", change), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", ["[" * 10_000, "data: 2024-13-45", "data: {a: b}", "!!int abc", "data: [!!int abc, 1"]
-)
+YAML = ["[" * 10_000, "data: 2024-13-45", "data: {a: b}", "!!int abc", "data: [!!int abc, 1"]
+
+
+@pytest.mark.parametrize("content", YAML, ids=lambda content: content[:20])
 def test_yaml_lists_hold_file_names_and_nothing_else(content, sources, tmp_path):
     (tmp_path / "list.yaml").write_text(content)
     options = Options(test_list=tmp_path / "list.yaml")
