@@ -37,6 +37,7 @@ FLOORS = {
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
+        "sweeps.engine.mlflow_database",
         "sweeps.engine.study_backup",
     ),
     11: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
