@@ -1,6 +1,5 @@
 """The database that a sweep's runs are kept in is there as a whole or not at all."""
 
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -53,9 +52,11 @@ def test_one_that_mlflow_made_itself_is_kept_although_it_holds_no_runs_yet(file)
     assert file.stat().st_ino == before
 
 
-@pytest.mark.parametrize("statements", [HALF, (*HALF, "DROP TABLE experiments"), (*HALF, "DELETE FROM alembic_version")])
-def test_one_that_was_stopped_in_its_making_is_made_anew(file, statements):
-    change(file, *statements)
+@pytest.mark.parametrize(
+    "statements", [HALF, (*HALF, "DROP TABLE experiments"), (*HALF, "DELETE FROM alembic_version")]
+)
+def test_one_that_was_stopped_in_its_making_is_made_anew(file, more):
+    change(file, *HALF, *more)
     file.with_name(".mlflow.db.new").write_bytes(b"what a kill has left")
     file.with_name("mlflow.db-journal").write_bytes(bytes(600))
     make_whole(uri(file))
