@@ -4,7 +4,6 @@ Ray, MLflow, torch and Optuna are imported where a command needs them: help, a m
 must not wait for them.
 """
 
-import logging
 import os
 import re
 import shlex
@@ -26,6 +25,10 @@ app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, 
 Storage = Annotated[Path | None, typer.Option(help="Where sweeps are kept; default: $INFLORA_STORAGE or ./results.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
+]
+
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; default: $RAY_ADDRESS, else a Ray of its own on this machine.")
 ]
 
 Shared = Annotated[
@@ -69,9 +72,7 @@ def main(*sweeps: Sweep) -> None:
         ] = False,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
-        address: Annotated[
-            str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
-        ] = None,
+        address: Address = None,
         shared: Shared = None,
         at_a_time: Annotated[
             int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
@@ -157,8 +158,7 @@ def quiet_libraries() -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when MLflow is imported
 
 
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
@@ -332,7 +332,7 @@ def final(
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")] = None,
+    address: Address = None,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one.")] = 0.0,
 ) -> None:
