@@ -165,11 +165,11 @@ def open_tree(source: Path, scratch: Path) -> Opened:
             return Opened(tree, folder_origin(source, tree))
         if not source.exists():
             raise DataError(f"{source} does not exist; {expected}")
+        file = open_file(source)
+        head = file.read(4)
+        file.seek(0)
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}; {expected}") from None
-    file = open_file(source)
-    head = file.read(4)
-    file.seek(0)
     if head.startswith(b"PK"):
         return Opened(ZipTree(source), file_origin(source))
     if head.startswith(b"\x1f\x8b"):
