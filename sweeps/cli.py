@@ -25,7 +25,6 @@ from sweeps.engine.export import export_config, find_best, sweep_records
 from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
 from sweeps.engine.gpu_check import ALL_CHECKS, check_gpu
 from sweeps.engine.judge import judge_sweep
-from sweeps.engine.ledger import load_study, pareto_front, read_records
 from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
 from sweeps.engine.progress import describe
 from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
@@ -33,6 +32,7 @@ from sweeps.engine.report import page
 from sweeps.engine.runner import run_sweep, say_to_stdout
 from sweeps.engine.smoke import in_small, prepare_sample
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.study import hours_so_far, load_study, pareto_front, read_records
 from sweeps.engine.tables import print_table, trials_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -275,7 +275,7 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
         if record.reason and record.outcome is Outcome.FAILED:
             tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in progress(spec, records, study.user_attrs.get("hours", 0.0)):
+    for line in progress(spec, records, hours_so_far(study)):
         print(line)
 
 

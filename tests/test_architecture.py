@@ -38,6 +38,7 @@ FLOORS = {
         "sweeps.engine.failures",
         "sweeps.engine.plots",
         "sweeps.engine.study_backup",
+        "sweeps.engine.snapshot",
     ),
     11: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
     12: ("sweeps.engine.spec",),
@@ -48,24 +49,25 @@ FLOORS = {
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    14: ("sweeps.engine.ledger", "sweeps.engine.driver"),
-    15: (
+    14: ("sweeps.engine.study", "sweeps.engine.driver"),
+    15: ("sweeps.engine.ledger",),
+    16: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    16: ("sweeps.engine.tracking",),
-    17: ("sweeps.engine.mirror",),
-    18: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    19: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
-    20: ("sweeps.cli",),
+    17: ("sweeps.engine.tracking",),
+    18: ("sweeps.engine.mirror",),
+    19: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    20: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    21: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 21
+RECIPES_FLOOR = 22
 
 
 def modules() -> dict[str, Path]:

@@ -18,7 +18,6 @@ from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponent
 
 from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine import report as sweep_report
-from sweeps.engine.ledger import Reader, load_study
 from sweeps.engine.mlflow_store import (
     experiment_id,
     experiment_name,
@@ -31,6 +30,7 @@ from sweeps.engine.mlflow_store import (
 )
 from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import Reader, follow_study
 from sweeps.engine.tracking import BEHIND, DELIVERED, Closing, Errand
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Mirror:
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
         self.sweep, self.tags = sweep, dict(tags)
         self.client = make_client(uri)
-        self.study = load_study(sweep, folder)
+        self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
         self._experiment = ""
         self.parent: str | None = None

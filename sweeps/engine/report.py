@@ -15,10 +15,10 @@ from plotly.offline import get_plotlyjs
 from inflora.config import dump_config
 from inflora.metrics import forgetting
 from sweeps.engine.budget import gpu_hours_spent, progress
-from sweeps.engine.ledger import pareto_front, read_records
 from sweeps.engine.metrics import direction
 from sweeps.engine.records import Outcome, TrialRecord, best_first, best_record, ranking
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import hours_so_far, pareto_front, read_records
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -49,7 +49,7 @@ def page(sweep: Sweep, study: optuna.Study) -> str:
     records = read_records(study)
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",
-        _paragraphs([*progress(sweep, records, study.user_attrs.get("hours", 0.0)), _setup(sweep)]),
+        _paragraphs([*progress(sweep, records, hours_so_far(study)), _setup(sweep)]),
         *_best(sweep, records),
         "<h2>Trials</h2>",
         _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set()),

@@ -20,13 +20,14 @@ from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.driver import pick_backend, train_driver
-from sweeps.engine.ledger import STUDY_FILE, Ledger
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.progress import progress_on
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
+from sweeps.engine.study import STUDY_FILE
 from sweeps.engine.study_backup import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial

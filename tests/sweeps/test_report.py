@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from sweeps.engine.ledger import Ledger, load_study
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.report import page
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import load_study
 
 from .conftest import learn_all, report
 
