@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
-    0: ("inflora.config", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
-    1: (
+    0: ("inflora.errors", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
+    1: ("inflora.config", "inflora.console"),
+    2: (
         "inflora.subspace",
         "inflora.data",
         "inflora.lora",
@@ -24,15 +25,15 @@ FLOORS = {
         "inflora.cuda",
         "inflora.isolated",
     ),
-    2: ("inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
-    3: ("inflora.prompts",),
-    4: ("inflora.model",),
-    5: ("inflora.methods",),
-    6: ("inflora.training", "inflora.drift"),
-    7: ("inflora.continual",),
-    8: ("inflora.runs", "inflora.serving"),
-    9: ("inflora", "inflora.cli", "inflora.gpu_check"),
-    10: (
+    3: ("inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
+    4: ("inflora.prompts",),
+    5: ("inflora.model",),
+    6: ("inflora.methods",),
+    7: ("inflora.training", "inflora.drift"),
+    8: ("inflora.continual",),
+    9: ("inflora.runs", "inflora.serving"),
+    10: ("inflora", "inflora.cli", "inflora.gpu_check"),
+    11: (
         "sweeps.engine.records",
         "sweeps.engine.space",
         "sweeps.engine.failures",
@@ -40,34 +41,34 @@ FLOORS = {
         "sweeps.engine.study_backup",
         "sweeps.engine.snapshot",
     ),
-    11: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
-    12: ("sweeps.engine.spec",),
-    13: (
+    12: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
+    13: ("sweeps.engine.spec",),
+    14: (
         "sweeps.engine.cluster",
         "sweeps.engine.budget",
         "sweeps.engine.samplers",
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    14: ("sweeps.engine.study", "sweeps.engine.driver"),
-    15: ("sweeps.engine.ledger",),
-    16: (
+    15: ("sweeps.engine.study", "sweeps.engine.driver"),
+    16: ("sweeps.engine.ledger",),
+    17: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    17: ("sweeps.engine.tracking",),
-    18: ("sweeps.engine.mirror",),
-    19: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    20: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
-    21: ("sweeps.cli",),
+    18: ("sweeps.engine.tracking",),
+    19: ("sweeps.engine.mirror",),
+    20: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    21: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    22: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 22
+RECIPES_FLOOR = 23
 
 
 def modules() -> dict[str, Path]:

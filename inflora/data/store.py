@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
+from inflora.errors import UserError
 
 Split = Literal["train", "test"]
 Form = Literal["raw", "encoded", "decoded"]
@@ -29,7 +30,7 @@ decoded: uint8 arrays with a bounded shorter side: decoded once, several times l
 FORMAT = 2
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A store or its source is missing, damaged or of another version; the message says what to do."""
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from inflora.config import AFTER_FIRST_TASK, ConfigError, RunConfig, Settings, config_hash, explain, override
+from inflora.errors import one_line
 from sweeps.engine import space as search_space
 from sweeps.engine.metrics import Metric, Objective
 from sweeps.engine.space import Choice, Domain, Integer, NearOne, Real
@@ -226,8 +227,8 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / SPEC_FILE
     if not _exists(path):
         beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
-        known = f"; sweeps in {_cut(str(folder.parent))}: {_cut(', '.join(beside))}" if beside else ""
-        raise ConfigError(f"no sweep in {_cut(str(folder))}: {SPEC_FILE} is missing{known}")
+        known = f"; sweeps in {one_line(str(folder.parent))}: {one_line(', '.join(beside))}" if beside else ""
+        raise ConfigError(f"no sweep in {one_line(str(folder))}: {SPEC_FILE} is missing{known}")
     if not path.is_file():
         raise ConfigError(f"{path} is no file")
     try:
@@ -235,7 +236,7 @@ def read_sweep(folder: Path) -> Sweep:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path} is of another version or damaged: {_cut(explain(error))}") from None
+        raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error))}") from None
 
 
 def _exists(path: Path) -> bool:
@@ -243,7 +244,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name that no file can have
         return False
-
-
-def _cut(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."

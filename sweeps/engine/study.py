@@ -19,6 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.pool import StaticPool
 
 from inflora.config import ConfigError, explain
+from inflora.errors import one_line
 from sweeps.engine import space
 from sweeps.engine.metrics import Metric, direction, measure
 from sweeps.engine.records import Outcome, TaskReport, TrialRecord
@@ -127,7 +128,7 @@ def check_study(sweep: Sweep, folder: Path) -> None:
         names = set(optuna.get_all_study_names(_storage_in_memory(file)))
     if others := names - {sweep.study_name}:
         raise ConfigError(
-            f"{file} holds {', '.join(sorted(others))[:300]}, not {sweep.study_name}: a sweep with other settings, or "
+            f"{file} holds {one_line(', '.join(sorted(others)), 300)}, not {sweep.study_name}: a sweep with other settings, or "
             "begun by another version; choose another --storage, or remove the folder"
         )
     if names:
@@ -143,7 +144,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
-        raise ConfigError(f"cannot read the study {file}: {' '.join(reason.split())[:200]}") from None
+        raise ConfigError(f"cannot read the study {file}: {one_line(reason, 200)}") from None
 
 
 def _storage_in_memory(file: Path) -> optuna.storages.RDBStorage:
