@@ -41,7 +41,7 @@ FLOORS = {
         "sweeps.engine.study_backup",
         "sweeps.engine.snapshot",
     ),
-    12: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
+    12: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
     13: ("sweeps.engine.spec",),
     14: (
         "sweeps.engine.cluster",

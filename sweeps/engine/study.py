@@ -20,7 +20,7 @@ from sqlalchemy.pool import StaticPool
 
 from inflora.config import ConfigError, explain
 from inflora.errors import one_line
-from sweeps.engine import space
+from sweeps.engine import budget, space
 from sweeps.engine.metrics import Metric, direction, measure
 from sweeps.engine.records import Outcome, TaskReport, TrialRecord
 from sweeps.engine.snapshot import snapshot
@@ -128,11 +128,24 @@ def check_study(sweep: Sweep, folder: Path) -> None:
         names = set(optuna.get_all_study_names(_storage_in_memory(file)))
     if others := names - {sweep.study_name}:
         raise ConfigError(
-            f"{file} holds {one_line(', '.join(sorted(others)), 300)}, not {sweep.study_name}: a sweep with other settings, or "
-            "begun by another version; choose another --storage, or remove the folder"
+            f"{file} holds {one_line(', '.join(sorted(others)), 300)}, not {sweep.study_name}: a sweep with other "
+            "settings, or begun by another version; choose another --storage, or remove the folder"
         )
     if names:
         load_study(sweep, folder)
+
+
+def is_over(sweep: Sweep, folder: Path) -> bool:
+    """Whether the study in ``folder``, if there is one, says that no trial is left to run."""
+    if not (folder / STUDY_FILE).exists():
+        return False
+    with _readable(folder / STUDY_FILE):
+        if sweep.study_name not in optuna.get_all_study_names(_storage_in_memory(folder / STUDY_FILE)):
+            return False
+    study = load_study(sweep, folder)
+    records = read_records(study)
+    ended = sum(record.outcome is not Outcome.RUNNING for record in records)
+    return ended >= sweep.trials or bool(budget.why_over(sweep, records, hours_so_far(study)))
 
 
 @contextmanager
