@@ -4,7 +4,6 @@ Ray, MLflow, torch and Optuna are imported where a command needs them: help, a m
 must not wait for them.
 """
 
-import logging
 import os
 import re
 import shlex
@@ -157,8 +156,7 @@ def quiet_libraries() -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when MLflow is imported
 
 
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
