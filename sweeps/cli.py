@@ -236,19 +236,18 @@ def export(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write the best finished trial as a config for final training."""
-    from inflora.state import write_atomically
     from sweeps.engine.export import export_config, find_best, sweep_records
     from sweeps.engine.mlflow_store import default_tracking_uri
+    from sweeps.engine.output import check_output, deliver
 
+    check_output(output, (".yaml", ".yml"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
     records = sweep_records(spec, folder)
     best = find_best(spec, records)
     uri = tracking_uri or default_tracking_uri(folder)
     config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, dump_config(config).encode())
-    print(f"{output}: trial {best.number} of {spec.name}")
+    deliver(output, dump_config(config), f"{output}: trial {best.number} of {spec.name}")
 
 
 def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
@@ -281,39 +280,52 @@ def find_sweep(sweep: str, storage: Path | None) -> Path:
 def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")], storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
     from sweeps.engine.budget import progress
-    from sweeps.engine.study import hours_so_far, load_study, read_records
+    from sweeps.engine.snapshot import is_driven
+    from sweeps.engine.study import hours_so_far, load_study, pareto_front, read_records
     from sweeps.engine.tables import print_table, trials_table
 
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
     study = load_study(spec, folder)
     records = read_records(study)
-    print_table(trials_table(spec, records, front_of(spec, folder)))
+    front, driven = pareto_front(study) if spec.tradeoffs else set(), is_driven(folder)
+    print_table(trials_table(spec, records, front, driven=driven))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
             tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in progress(spec, records, hours_so_far(study)):
+    for line in progress(spec, records, hours_so_far(study), driven=driven):
         print(line)
 
 
 @app.command()
 def report(
     sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A page (.html), or its table of trials alone (.csv, .tex).")
+    ] = Path("report.html"),
     storage: Storage = None,
 ) -> None:
-    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost."""
-    from inflora.state import write_atomically
-    from sweeps.engine.report import page
-    from sweeps.engine.study import load_study
+    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost; or its table alone."""
+    from sweeps.engine.output import check_output, deliver
+    from sweeps.engine.snapshot import is_driven
+    from sweeps.engine.study import load_study, read_records
+    from sweeps.engine.tables import csv_table, latex_table
 
+    check_output(output, (".html", ".csv", ".tex"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
-    content = page(spec, load_study(spec, folder))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, content.encode())
-    print(f"{output}: open it in a browser")
+    study = load_study(spec, folder)
+    match output.suffix.lower():
+        case ".csv":
+            deliver(output, csv_table(spec, read_records(study)), f"{output}: a line for every trial")
+        case ".tex":
+            deliver(output, latex_table(spec, read_records(study)), f"{output}: needs \\usepackage{{booktabs}}")
+        case _:
+            from sweeps.engine.report import page
+
+            content = page(spec, study, driven=is_driven(folder))
+            deliver(output, content, f"{output}: open it in a browser")
 
 
 @app.command()

@@ -40,6 +40,7 @@ FLOORS = {
         "sweeps.engine.plots",
         "sweeps.engine.study_backup",
         "sweeps.engine.snapshot",
+        "sweeps.engine.output",
     ),
     12: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
     13: ("sweeps.engine.spec",),

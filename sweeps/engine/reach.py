@@ -20,6 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
+from sweeps.engine.output import check_folder_for
 from sweeps.engine.snapshot import snapshot
 
 PATIENCE_S = 10.0
@@ -140,11 +141,9 @@ def _ask_file(uri: str, own: Path | None) -> None:
     if file is None:
         raise Unreachable("is no file: a sqlite URI is sqlite:////absolute/path.db or sqlite:///relative.db")
     if not file.exists():
-        there = nearest_folder(file) if own is not None and file.parent == own.absolute() else file.parent
-        if not there.is_dir():
-            raise Unreachable(f"cannot be made: there is no folder {there}")
-        if not os.access(there, os.W_OK):
-            raise Unreachable(f"cannot be made: {there} cannot be written to")
+        if not file.parent.is_dir() and (own is None or file.parent != own.absolute()):
+            raise Unreachable(f"cannot be made: there is no folder {file.parent}")
+        check_folder_for(file.parent)
         return
     try:
         with closing(snapshot(file)) as database:
@@ -167,11 +166,6 @@ def sqlite_file(uri: str) -> Path | None:
     if url.get_backend_name() != "sqlite" or url.host or not url.database or url.database.startswith((":", "file:")):
         return None
     return Path(url.database).absolute()
-
-
-def nearest_folder(path: Path) -> Path:
-    """The nearest of the things above a path that is there."""
-    return next(above for above in path.absolute().parents if above.exists())
 
 
 def _ask_port(address: str) -> None:

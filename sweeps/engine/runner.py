@@ -2,7 +2,6 @@
 
 import fcntl
 import logging
-import os
 import sys
 import time
 import warnings
@@ -25,8 +24,9 @@ from sweeps.engine.driver import pick_backend, train_driver
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mlflow_store import git_commit
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.output import check_folder_for
 from sweeps.engine.progress import progress_on
-from sweeps.engine.reach import nearest_folder, reachable_ray, reachable_store
+from sweeps.engine.reach import reachable_ray, reachable_store
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.snapshot import LOCK_FILE, is_driven
@@ -192,9 +192,7 @@ def _held(lock: IO[str]) -> bool:
 
 def check_folder(sweep: Sweep, folder: Path) -> None:
     """Raise ConfigError if ``folder`` holds another sweep, or a study that cannot be read, or cannot be written to."""
-    there = folder if folder.exists() else nearest_folder(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"cannot write into {folder}: {there} is not a folder that may be written to")
+    check_folder_for(folder)
     if is_driven(folder):
         raise ConfigError(f"the sweep in {folder} is being run by another process")
     check_spec(sweep, folder)
