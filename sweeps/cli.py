@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError, dump_config, explain, load_config, override, parse_assignments
 from inflora.console import OneLineCommand, OneLineGroup
+from inflora.errors import one_line
 from sweeps.engine.records import Outcome, TrialRecord, best_record, describe, ranking
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
@@ -252,14 +253,12 @@ def export(
 
 def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
     """The trial's MLflow run; the study alone is enough to export, so a server that is away only costs this line."""
-    from mlflow.exceptions import MlflowException
-
     from sweeps.engine.mlflow_store import find_trial_run
 
     try:
         return find_trial_run(uri, sweep.base.data.dataset, sweep.study_name, number)
-    except MlflowException as error:
-        print(f"MLflow at {uri} did not tell the run id: {str(error).splitlines()[0]}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"without the trial's MLflow run id: {error}", file=sys.stderr)
         return None
 
 
@@ -348,14 +347,15 @@ def final(
 ) -> None:
     """Train the chosen configs over seeds on all training images, open the test set, report mean and spread.
 
-    Of a sweep, the best trials and the paper's setting are first judged on validation images, over the same seeds and
-    orders; the test set is then opened for the winner and the paper's setting.
+    Of a sweep, the best trials and the recipe's first setting are judged on validation images before, over the same
+    seeds and orders; the test set is then opened for the winner and that first setting.
     """
     from mlflow.exceptions import MlflowException
 
     from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
     from sweeps.engine.judge import judge_sweep
-    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look, make_client
+    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look
+    from sweeps.engine.reach import reachable_store
     from sweeps.engine.runner import say_to_stdout
 
     named = find_sweep(str(configs[0]), storage)
@@ -365,7 +365,7 @@ def final(
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
     trained = Trained(parse_seeds(seeds), numbers, resources, address)
     uri = tracking_uri or default_tracking_uri(swept or folder)
-    make_client(uri)
+    reachable_store(uri, swept or folder)
     if swept:
         chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
     else:
@@ -384,12 +384,13 @@ def final(
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """``"0,1,2"`` as numbers."""
-    try:
-        seeds = [int(seed) for seed in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{option} must be different whole numbers from 0 on, separated by commas, got {text!r}")
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) for part in parts if re.fullmatch(r"[0-9]{1,10}", part)]
+    if len(seeds) < len(parts) or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"{option} must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got "
+            f"{one_line(text, 200)!r}"
+        )
     return seeds
 
 

@@ -67,7 +67,8 @@ def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
         "<h2>Cost</h2>",
         *(_embed(figure) for figure in cost_figures(sweep, records)),
     ]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
+    screen = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{screen}<title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}"
 
 

@@ -38,7 +38,7 @@ def csv_table(sweep: Sweep, records: list[TrialRecord]) -> str:
     writer.writerow(["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds", "reason"])
     for record in best_first(records):
         settings = [record.settings.get(path, "") for path in sweep.space]
-    XX
+        values: list[Any] = list(record.values) or [""] * len(sweep.objectives)
         seconds = sum(report.seconds for report in record.reports)
         known = [record.number, record.outcome, len(record.reports), *settings, *values, round(seconds, 3)]
         writer.writerow([*known, record.reason])
