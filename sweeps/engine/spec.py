@@ -227,8 +227,8 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / SPEC_FILE
     if not _exists(path):
         beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
-        known = f"; sweeps in {one_line(str(folder.parent))}: {one_line(', '.join(beside))}" if beside else ""
-        raise ConfigError(f"no sweep in {one_line(str(folder))}: {SPEC_FILE} is missing{known}")
+        known = f"; sweeps in {one_line(str(folder.parent), 300)}: {one_line(', '.join(beside), 300)}" if beside else ""
+        raise ConfigError(f"no sweep in {one_line(str(folder), 300)}: {SPEC_FILE} is missing{known}")
     if not path.is_file():
         raise ConfigError(f"{path} is no file")
     try:
@@ -236,7 +236,7 @@ def read_sweep(folder: Path) -> Sweep:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error))}") from None
+        raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error), 300)}") from None
 
 
 def _exists(path: Path) -> bool:

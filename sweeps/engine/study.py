@@ -98,16 +98,11 @@ def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
     Raises:
         ConfigError: It is not there, damaged, or not a study of this version's.
     """
-    with _readable(folder / STUDY_FILE):
-        storage = _storage_in_memory(folder / STUDY_FILE)
-        names = optuna.get_all_study_names(storage)
-    if sweep.study_name not in names:
+    _, study = _open(sweep, folder / STUDY_FILE)
+    if study is None:
         raise ConfigError(
             f"{folder / STUDY_FILE} has no study {sweep.study_name}: it was begun by a version with other settings"
         )
-    with _readable(folder / STUDY_FILE):
-        study = optuna.load_study(study_name=sweep.study_name, storage=storage)
-        _check(sweep, study)
     return study
 
 
@@ -116,36 +111,48 @@ def follow_study(sweep: Sweep, folder: Path) -> optuna.Study:
     return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
 
 
-def check_study(sweep: Sweep, folder: Path) -> None:
-    """Raise ConfigError unless the sweep can go on with the study in ``folder``, or begin one there.
+def check_study(sweep: Sweep, folder: Path) -> optuna.Study | None:
+    """The study in ``folder``, as ``load_study``, that the sweep can go on with; None where it can begin one.
 
     A study that its driver had only begun to make is one to begin.
+
+    Raises:
+        ConfigError: It is damaged, or another sweep's.
     """
     file = folder / STUDY_FILE
     if not file.exists():
-        return
-    with _readable(file):
-        names = set(optuna.get_all_study_names(_storage_in_memory(file)))
+        return None
+    names, study = _open(sweep, file)
     if others := names - {sweep.study_name}:
         raise ConfigError(
             f"{file} holds {one_line(', '.join(sorted(others)), 300)}, not {sweep.study_name}: a sweep with other "
             "settings, or begun by another version; choose another --storage, or remove the folder"
         )
-    if names:
-        load_study(sweep, folder)
+    return study
 
 
 def is_over(sweep: Sweep, folder: Path) -> bool:
     """Whether the study in ``folder``, if there is one, says that no trial is left to run."""
-    if not (folder / STUDY_FILE).exists():
+    study = check_study(sweep, folder)
+    if study is None:
         return False
-    with _readable(folder / STUDY_FILE):
-        if sweep.study_name not in optuna.get_all_study_names(_storage_in_memory(folder / STUDY_FILE)):
-            return False
-    study = load_study(sweep, folder)
     records = read_records(study)
     ended = sum(record.outcome is not Outcome.RUNNING for record in records)
     return ended >= sweep.trials or bool(budget.why_over(sweep, records, hours_so_far(study)))
+
+
+def _open(sweep: Sweep, file: Path) -> tuple[set[str], optuna.Study | None]:
+    """The names of the studies in a copy of a database, and the sweep's, if it is among them."""
+    with _readable(file):
+        memory = snapshot(file)
+        in_memory: dict[str, Any] = {"creator": lambda: memory, "poolclass": StaticPool}
+        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=in_memory)
+        names = {str(name) for name in optuna.get_all_study_names(storage)}
+        if sweep.study_name not in names:
+            return names, None
+        study = optuna.load_study(study_name=sweep.study_name, storage=storage)
+        _check(sweep, study)
+        return names, study
 
 
 @contextmanager
@@ -158,12 +165,6 @@ def _readable(file: Path) -> Iterator[None]:
     except Exception as error:
         reason = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
         raise ConfigError(f"cannot read the study {file}: {one_line(reason, 200)}") from None
-
-
-def _storage_in_memory(file: Path) -> optuna.storages.RDBStorage:
-    """A copy of a study's database, as it is now."""
-    memory = snapshot(file)
-    return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": lambda: memory, "poolclass": StaticPool})
 
 
 def study_url(folder: Path) -> str:

@@ -19,7 +19,7 @@ from sweeps.engine.ledger import Ledger
 from sweeps.engine.mirror import Mirror
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.spec import SPEC_FILE, Choice, Constraint, Sweep, read_sweep
-from sweeps.engine.study import STUDY_FILE, check_study, load_study, read_records
+from sweeps.engine.study import STUDY_FILE, load_study, read_records
 from tests.sweeps.conftest import learn_all, report, tiny_sweep
 
 pytestmark = pytest.mark.fuzz
@@ -28,7 +28,7 @@ __all__ = ["tiny_sweep"]
 
 @pytest.fixture(scope="module")
 def kept(tiny_sweep, tmp_path_factory) -> Path:
-    """The folder of a sweep with trials that finished, were stopped, failed and were interrupted; no reader's to change."""
+    """The folder of a sweep with trials that finished, were stopped, failed or were interrupted."""
     folder = tmp_path_factory.mktemp("kept")
     changes = {"trials": 9, "constraints": [Constraint(metric="acc/final", at_least=0.55)]}
     sweep = Sweep.model_validate({**dict(tiny_sweep), **changes})
@@ -46,10 +46,13 @@ def kept(tiny_sweep, tmp_path_factory) -> Path:
     return folder
 
 
+FILES = (SPEC_FILE, STUDY_FILE, "mlflow.db")
+
+
 def copy_of(kept: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in (SPEC_FILE, STUDY_FILE, "mlflow.db"):
+    for name in FILES:
         shutil.copy(kept / name, folder)
     return folder
 
@@ -61,16 +64,20 @@ def content(folder: Path) -> dict[str, bytes | None]:
 def read(folder: Path) -> list[TrialRecord] | str:
     """The sweep's trials, or the one line in their place; the folder stays as it is."""
     before = content(folder)
+    told: list[TrialRecord] | str
     try:
-        sweep = read_sweep(folder)
-        check_study(sweep, folder)
-        return read_records(load_study(sweep, folder))
+        told = read_records(load_study(read_sweep(folder), folder))
     except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
-        assert len(str(error)) < 1500
-        return str(error)
-    finally:
-        assert content(folder) == before, "who reads does not write"
+        told = str(error)
+    assert content(folder) == before, "who reads does not write"
+    assert isinstance(told, list) or (len(told.splitlines()) == 1 and len(told) < 1500)
+    return told
+
+
+@pytest.fixture(scope="module")
+def known(kept) -> list[TrialRecord]:
+    """What the whole study tells."""
+    return without_dates(read(kept))
 
 
 def without_dates(records: list[TrialRecord]) -> list[TrialRecord]:
@@ -78,15 +85,15 @@ def without_dates(records: list[TrialRecord]) -> list[TrialRecord]:
     return [record._replace(start_ms=0, end_ms=None) for record in records]
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(at=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
-def test_a_byte_of_the_study_is_changed(kept, tmp_path_factory, at, value):
+def test_a_byte_of_the_study_is_changed(kept, known, tmp_path_factory, at, value):
     folder = copy_of(kept, tmp_path_factory.getbasetemp() / "byte")
     study = bytearray((folder / STUDY_FILE).read_bytes())
     study[int(at * len(study))] ^= value
     (folder / STUDY_FILE).write_bytes(study)
     told = read(folder)
-    assert isinstance(told, str) or without_dates(told) == without_dates(read(kept))
+    assert isinstance(told, str) or without_dates(told) == known
 
 
 TEXTS = [
@@ -115,16 +122,16 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(where=st.sampled_from(TEXTS), row=st.integers(0, 30), value=VALUES)
-def test_a_value_of_the_study_is_another(kept, tmp_path_factory, where, row, value):
+def test_a_value_of_the_study_is_another(kept, known, tmp_path_factory, where, row, value):
     folder, (table, column) = copy_of(kept, tmp_path_factory.getbasetemp() / "value"), where
     with closing(sqlite3.connect(folder / STUDY_FILE)) as database, contextlib.suppress(sqlite3.IntegrityError):
         rows = [each for (each,) in database.execute(f"SELECT rowid FROM {table}")]
         database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (value, rows[row % len(rows)]))
         database.commit()
     told = read(folder)
-    assert isinstance(told, str) or without_dates(told) == without_dates(read(kept))
+    assert isinstance(told, str) or without_dates(told) == known
 
 
 SHAPES = st.recursive(
@@ -134,7 +141,7 @@ SHAPES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(name=st.integers(0, 40), value=SHAPES, inside=st.booleans())
 def test_a_field_of_the_sweep_has_another_shape(kept, tmp_path_factory, name, value, inside):
     folder = copy_of(kept, tmp_path_factory.getbasetemp() / "shape")
@@ -146,7 +153,7 @@ def test_a_field_of_the_sweep_has_another_shape(kept, tmp_path_factory, name, va
     read(folder)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(at=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_byte_of_the_sweep_is_changed(kept, tmp_path_factory, at, value):
     folder = copy_of(kept, tmp_path_factory.getbasetemp() / "spec")
@@ -235,7 +242,6 @@ def test_a_study_from_elsewhere_runs_nothing(tiny_sweep, tmp_path, rank):
         learn_all(ledger, ledger.propose().number, [0.5] * 5)
     for trial in ledger.study.get_trials():
         for key in ("cma:optimizer:0", "cmawm:optimizer:0", "sepcma:optimizer:0"):
-            ledger.study._storage.set_trial_system_attr
             with closing(sqlite3.connect(tmp_path / STUDY_FILE)) as database:
                 planted = json.dumps(pickle.dumps(Planted()).hex())
                 row = (trial._trial_id, key, planted)

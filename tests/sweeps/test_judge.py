@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError
 from inflora.runs import train_into
-from sweeps.engine.final import plan
+from sweeps.engine.final import plan, spread
 from sweeps.engine.judge import FIRST, candidates, compare, estimate, judge, judged_orders, score, write_judgement
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.spec import Real, Sweep
@@ -117,3 +117,8 @@ def test_choosing_by_the_first_task_learns_no_other(tiny_sweep):
     (only,) = session.reports
     assert (only.tasks_done, only.tasks) == (1, 1)
     assert only.metrics["acc/final"] == only.metrics["acc/new"]
+
+
+def test_one_run_has_a_mean_and_no_spread():
+    assert spread([0.5]) == (0.5, None)
+    assert spread([0.4, 0.6]) == pytest.approx((0.5, math.sqrt(0.02)))
