@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,21 @@ def _open(sweep: Sweep, file: Path) -> tuple[set[str], optuna.Study | None]:
     with _readable(file):
         memory = snapshot(file)
         in_memory: dict[str, Any] = {"creator": lambda: memory, "poolclass": StaticPool}
-        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=in_memory)
+        storage = optuna.storages.RDBStorage("sqlite://", in_memory, skip_compatibility_check=True)
+        if (schema := storage.get_current_version()) != _known_schema():
+            raise ValueError(f"its schema is Optuna's {schema}, the installed one's is {_known_schema()}")
         names = {str(name) for name in optuna.get_all_study_names(storage)}
         if sweep.study_name not in names:
             return names, None
         study = optuna.load_study(study_name=sweep.study_name, storage=storage)
         _check(sweep, study)
         return names, study
+
+
+@cache
+def _known_schema() -> str:
+    """The installed Optuna's; it reads all its migrations to tell."""
+    return optuna.storages.RDBStorage("sqlite://").get_head_version()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="-o must|cannot write"):
+    with pytest.raises(ConfigError, match=r"-o must|cannot write"):
         check_output(Path(name), (".html",))
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
