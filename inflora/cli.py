@@ -25,7 +25,7 @@ from inflora.config import (
     override,
     parse_assignments,
 )
-from inflora.console import OneLineGroup
+from inflora.console import OneLineGroup, path
 from inflora.metrics import Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
 
@@ -52,7 +52,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the config, the state and the results.")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
@@ -123,12 +123,12 @@ def predict_command(
 @data_app.command()
 def prepare(
     name: Annotated[str, typer.Argument(help="A known dataset, or a name of your own with --format.")],
-    source: Annotated[Path, typer.Option(help="What its authors distribute: an archive or a folder.")],
+    source: Annotated[Path, typer.Option(parser=path, help="What its authors distribute: an archive or a folder.")],
     root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) for stores.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="The known dataset it is laid out as.")] = None,
     shorter_side: Annotated[int | None, typer.Option(min=1, help="Decode once, shrunk to this.")] = None,
     split_seed: Annotated[int | None, typer.Option(min=0, help="Draws test images of unsplit datasets.")] = None,
-    test_list: Annotated[Path | None, typer.Option(help="File with the names of the test images.")] = None,
+    test_list: Annotated[Path | None, typer.Option(parser=path, help="File with the names of the test images.")] = None,
     domains: Annotated[str | None, typer.Option(help="Some of the domains: clipart,real")] = None,
     subset: Annotated[bool, typer.Option("--subset", help="Accept other numbers of images than the official.")] = False,
 ) -> None:
@@ -139,7 +139,8 @@ def prepare(
     dataset = known_dataset(format_ or name)
     if dataset.needs is None:
         raise ConfigError(f"{format_ or name} comes with the installation: nothing is to be prepared")
-    chosen = {"split_seed": split_seed, "test_list": test_list, "domains": domains and tuple(domains.split(","))}
+    listed = domains if domains is None else tuple(domains.split(","))
+    chosen = {"split_seed": split_seed, "test_list": test_list, "domains": listed}
     given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
     if foreign := sorted(given.keys() - dataset.options):
         knows = ", ".join(map(_flag, sorted(dataset.options))) or "none"
@@ -156,22 +157,26 @@ def prepare(
 def info(
     name: str,
     root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) of the stores.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of training images (PNG).")] = None,
+    sheet: Annotated[Path | None, typer.Option(parser=path, help="Write a contact sheet of training images.")] = None,
     classes: Annotated[bool, typer.Option("--classes", help="List the counts of every class.")] = False,
 ) -> None:
-    """Counts, hashes and a look at a dataset's store (prepared first where that needs no download)."""
+    """Check a dataset's store and show what is in it (prepared first where that needs no download)."""
     from inflora.data import ensure_store
-    from inflora.data.sheet import contact_sheet
-    from inflora.data.store import open_split
+    from inflora.data.sheet import check_sheet, contact_sheet
+    from inflora.data.store import open_split, verify_split
 
+    if sheet:
+        check_sheet(sheet)
     folder = ensure_store(name, root)
     manifest = _print_manifest(folder)
+    for split in manifest.splits:
+        verify_split(folder, split)
     if classes:
         for label, class_name in enumerate(manifest.classes):
             counts = ", ".join(f"{facts.per_class[label]} {split}" for split, facts in manifest.splits.items())
             print(f"{label:4} {class_name}: {counts}")
     if sheet:
-        contact_sheet(open_split(folder, "train"), len(manifest.classes)).save(sheet)
+        contact_sheet(open_split(folder, "train"), manifest.classes).save(sheet)
         print(f"contact sheet: {sheet}")
 
 

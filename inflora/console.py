@@ -5,8 +5,10 @@ import platform
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 from typing import Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
@@ -14,6 +16,13 @@ from inflora.errors import UserError, one_line
 
 MENDABLE = 2
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
+
+
+def path(text: str) -> Path:
+    """The path that an option gives (its ``parser``); an empty one would be the working folder without a word."""
+    if not str(text).strip():
+        raise BadParameter("a path must not be empty")
+    return Path(text)
 
 
 class _EndsInOneLine:

@@ -28,6 +28,10 @@ TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
 ]
 
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; default: $RAY_ADDRESS, else a Ray of its own on this machine.")
+]
+
 Shared = Annotated[
     str | None,
     typer.Option(
@@ -69,9 +73,7 @@ def main(*sweeps: Sweep) -> None:
         ] = False,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
-        address: Annotated[
-            str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
-        ] = None,
+        address: Address = None,
         shared: Shared = None,
         at_a_time: Annotated[
             int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
@@ -341,7 +343,7 @@ def final(
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")] = None,
+    address: Address = None,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one.")] = 0.0,
 ) -> None:

@@ -38,6 +38,7 @@ FLOORS = {
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
+        "sweeps.engine.mlflow_database",
         "sweeps.engine.study_backup",
         "sweeps.engine.snapshot",
         "sweeps.engine.output",

@@ -58,7 +58,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     reachable_store(uri, folder)
     say(f"tracking: {uri} answers")
     reachable_ray(cluster.address)
-    connect(cluster.address)
+    connect(cluster.address, say)
     try:
         check_nodes(place)
         at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)

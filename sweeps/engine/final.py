@@ -171,7 +171,7 @@ class Trained(NamedTuple):
         runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
         reachable_ray(self.address)
         check_folder_for(folder)
-        connect(self.address)
+        connect(self.address, say)
         trials_at_a_time(self.resources, say)
         check_nodes(SharedFolder(str(folder)))
         train_all(runs, self.resources, say)

@@ -17,6 +17,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from inflora.config import ConfigError, RunConfig
 from inflora.errors import one_line
 from sweeps.engine import plots
+from sweeps.engine.mlflow_database import make_whole
 from sweeps.engine.reach import reachable_store, sqlite_file
 from sweeps.engine.snapshot import snapshot
 from sweeps.engine.spec import Sweep
@@ -49,6 +50,7 @@ def make_client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
         raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
+    make_whole(uri)
     return MlflowClient(uri)
 
 

@@ -98,7 +98,7 @@ def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int
         ConfigError: There is none, or it has no room for a single trial.
     """
     reachable_ray(cluster.address)
-    connect(cluster.address)
+    connect(cluster.address, say)
     at_a_time = trials_at_a_time(sweep.resources, say)
     if sweep.executor == "train":
         check_state_api()
@@ -138,6 +138,7 @@ def _run_claimed(
         finally:
             over = ledger.why_over()
             complete = ledger.remaining() == 0 or bool(over)
+            ray.shutdown()
             if cluster.shared:
                 keep_database(folder / STUDY_FILE, place)
             delivered = tracker.close(complete=complete, over=over)
