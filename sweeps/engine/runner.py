@@ -131,6 +131,8 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
         except OSError:
             raise ConfigError(f"the sweep in {folder} is being run by another process") from None
         check_folder(sweep, folder)
+        for half_written in folder.glob(f".{SPEC_FILE}.*"):  # by a process that was killed
+            half_written.unlink()
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
 
