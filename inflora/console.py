@@ -8,13 +8,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from typer import BadParameter
+from typer import BadParameter, Exit
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from inflora.errors import UserError, one_line
 
 MENDABLE = 2
+INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -31,6 +32,14 @@ class _EndsInOneLine:
     def main(self, *args: Any, **extra: Any) -> None:
         """Parse the command line, run the command and exit."""
         sys.exit(self._exit_code(*args, **{**extra, "standalone_mode": False}))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C ends it with one line."""
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise Exit(INTERRUPTED) from None
 
     def _exit_code(self, *args: Any, **extra: Any) -> int:
         try:

@@ -175,6 +175,8 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
         if not _held(lock):
             raise ConfigError(f"the sweep in {folder} is being run by another process")
         check_spec(sweep, folder)
+        for half_written in folder.glob(f".{SPEC_FILE}.*"):  # by a process that was killed
+            half_written.unlink()
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
 

@@ -108,13 +108,15 @@ class Recipe:
     def results(self) -> Path:
         return self.folder / "results" / self.sweep.name
 
-    def start(self, *arguments: str) -> subprocess.Popen:
+    def start(self, *arguments: str, terminal: bool = False) -> subprocess.Popen:
+        """Type the command, into a ``terminal`` of its own: its processes are then a group that hears Ctrl-C."""
         return subprocess.Popen(
             [sys.executable, str(self.script), *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
+            start_new_session=terminal,
         )
 
     def run(self, *arguments: str) -> None:

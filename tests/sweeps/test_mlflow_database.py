@@ -52,9 +52,7 @@ def test_one_that_mlflow_made_itself_is_kept_although_it_holds_no_runs_yet(file)
     assert file.stat().st_ino == before
 
 
-@pytest.mark.parametrize(
-    "statements", [HALF, (*HALF, "DROP TABLE experiments"), (*HALF, "DELETE FROM alembic_version")]
-)
+@pytest.mark.parametrize("more", [(), ("DROP TABLE experiments",), ("DELETE FROM alembic_version",)])
 def test_one_that_was_stopped_in_its_making_is_made_anew(file, more):
     change(file, *HALF, *more)
     file.with_name(".mlflow.db.new").write_bytes(b"what a kill has left")
