@@ -1,6 +1,5 @@
 """``inflora``: one run, no Ray."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +28,9 @@ from inflora.data.source import Options
 from inflora.data.store import DataError, Manifest, open_split, read_manifest
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import Evaluation, accuracy_matrix, seen
+from inflora.predictions import images_in, print_predictions
 from inflora.presets import PRESETS, comparison, find_preset
-from inflora.runs import train_into
+from inflora.runs import folder_named, train_into
 from inflora.serving import load, predict
 from inflora.state import StateError
 from inflora.training import EpochDone
@@ -63,7 +63,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the config, the state and the results.")] = Path("runs/train"),
+    out: Annotated[str, typer.Option(help="Folder for the config, the state and the results.")] = "runs/train",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
@@ -73,7 +73,12 @@ def train(
         config = override(base, parse_assignments(assignments))
         with _progress() as on_epoch:
             state = train_into(
-                out, config, _parse_split(evaluate_on), resume=resume, on_task=_print_task, on_epoch=on_epoch
+                folder_named(out),
+                config,
+                _parse_split(evaluate_on),
+                resume=resume,
+                on_task=_print_task,
+                on_epoch=on_epoch,
             )
     Console().print(accuracy_table(state.evaluations))
     metrics = state.metrics(state.tasks_done)
@@ -113,18 +118,25 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
 @app.command("predict")
 def predict_command(
     model: Annotated[Path, typer.Argument(help="A run's folder: what train --out has written.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="So many of the most probable classes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="Read negatives: for dark ink on white paper.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help='An object a line: "file", "classes" or "error".')] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A table: file,class,probability.")] = False,
 ) -> None:
-    """Say what images show: a line per image with its file, and classes with their probabilities."""
+    """Say what images show: a line per image with its file, and classes with their probabilities.
+
+    Images must look like those that the model was trained on: one trained on light digits on a dark ground (as all
+    common sets of digits have them) is wrong of dark ink on white paper without --invert. An image that seems to be a
+    negative is warned of. What cannot be read is said, the other images are answered, and the exit code is 2.
+    """
     with one_line_errors():
-        for file, classes in predict(load(model), images, top):
-            if as_json:
-                said = [{"class": name, "probability": chance} for name, chance in classes]
-                print(json.dumps({"file": str(file), "classes": said}))
-            else:
-                print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
+        if as_json and as_csv:
+            raise ConfigError("choose --json or --csv")
+        answers = predict(load(model), images_in(images), top, invert=invert)
+        all_read = print_predictions(answers, "json" if as_json else "csv" if as_csv else "text", inverted=invert)
+    if not all_read:
+        raise typer.Exit(2)
 
 
 @data_app.command()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -172,8 +173,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(trained, tmp_path):
 
 def test_other_weights_than_the_run_was_trained_from_are_refused(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "run")
+    weights = {name: 2 * tensor for name, tensor in build_backbone(trained.config.backbone).state_dict().items()}
+    save_file(weights, tmp_path / "other.safetensors")
     config = (tmp_path / "run" / "config.yaml").read_text()
-    (tmp_path / "run" / "config.yaml").write_text(config.replace("num_heads: 2", "num_heads: 2\n    init_values: 1.0"))
+    (tmp_path / "run" / "config.yaml").write_text(
+        config.replace("weights: null", f"weights: {tmp_path}/other.safetensors")
+    )
     with pytest.raises(StateError, match="trained from other weights"):
         inflora.load(tmp_path / "run")
 
