@@ -52,6 +52,8 @@ def one_line_errors() -> Iterator[None]:
     """What a user can mend ends the program with one line and exit code 2, without a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever reads the output has seen enough: click ends quietly
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

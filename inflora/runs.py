@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pydantic import BaseModel
 
@@ -54,13 +55,14 @@ def _claim(out: Path, *, resume: bool) -> RunState | None:
     """The state to go on from; refuses a folder with a run that is not to be resumed, or with somebody else's files."""
     try:
         _check_writable(out)
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise ConfigError(f"cannot write into {str(out)[:200]}: {error.strerror}") from None
     if has_state(out / "state"):
         if not resume:
             raise ConfigError(f"{out} already holds a run; choose another folder with --out, or go on with --resume")
         return load_state(out / "state")
-    if foreign := sorted(name for name in _names_in(out) - set(_FOLDERS) if not name.startswith(".")):
+    if foreign := sorted(name for name in names - set(_FOLDERS) if not name.startswith(".")):
         raise ConfigError(f"{out} holds {foreign[0]} and no run; choose a new or an empty folder with --out")
     return None
 
@@ -70,19 +72,16 @@ _FILES = ("config.yaml", "result.json")
 
 
 def _check_writable(out: Path) -> None:
-    """Raise ConfigError where what a run keeps could not be written at its end; writes nothing."""
-    parts = [out, *(out / name for name in _FOLDERS)]
+    """Raise ConfigError or OSError where what a run keeps could not be written later; leaves nothing behind."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
-    for folder in (there, *filter(os.path.lexists, parts)):
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"cannot write into {out}: {folder} is not a folder that may be written to")
+    for folder in (there, *(out / name for name in _FOLDERS if os.path.lexists(out / name))):
+        if not folder.is_dir():
+            raise ConfigError(f"cannot write into {out}: {folder} is not a folder")
+        with TemporaryFile(dir=folder):  # rights alone do not tell of file systems that are read-only or full
+            pass
     for file in (out / name for name in _FILES if os.path.lexists(out / name)):
         if not file.is_file():
             raise ConfigError(f"cannot write into {out}: {file} is not a file")
-
-
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 class Result(BaseModel):
