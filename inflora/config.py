@@ -23,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from inflora.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that a user can mend: the message is one line with the rule, the value and what is allowed."""
 
 

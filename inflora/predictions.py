@@ -5,10 +5,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from inflora.data.errors import DataError
+from inflora.data.images import SUFFIXES
 from inflora.data.source import is_image
 
 
@@ -24,13 +26,19 @@ class Prediction(NamedTuple):
     doubt: str = ""
 
 
-def images_in(paths: Iterable[Path]) -> Iterator[Path]:
+def images_in(paths: Iterable[Path]) -> list[Path]:
     """The files among ``paths``, and of every folder all images below it, sorted.
 
-    A folder without any is given as it is: it will be answered as no image.
+    Raises:
+        DataError: A folder has none.
     """
+    files = []
     for path in paths:
-        yield from (_below(path) or [path]) if path.is_dir() else [path]
+        found = _below(path) if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+        files += found
+    return files
 
 
 def _below(folder: Path) -> list[Path]:

@@ -103,10 +103,3 @@ def result_of(config: RunConfig, state: RunState) -> Result:
         identity=identity(config),
         config=config,
     )
-
-
-def folder_named(name: str) -> Path:
-    """The folder of a run; ConfigError where the name is empty, which would be the working folder."""
-    if not name.strip():
-        raise ConfigError("--out must name a folder, got an empty name")
-    return Path(name)

@@ -8,17 +8,18 @@ from typing import Protocol, cast
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageStat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.backbone import backbone_hash, build_backbone, shape_of
 from inflora.config import RunConfig, load_config
 from inflora.continual import pick_device
+from inflora.data.errors import DataError
+from inflora.data.images import as_rgb, read_image
 from inflora.data.loader import Input, evaluation_batches
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
-from inflora.data.source import IMAGE_SUFFIXES
-from inflora.data.store import DataError, Images
+from inflora.data.store import Images
 from inflora.integrity import check_state
 from inflora.lora import make_plain
 from inflora.methods import make_method
@@ -37,7 +38,7 @@ class EvaluationView:
 
     def __call__(self, image: Image.Image | Path | str) -> Tensor:
         """Raises DataError where a file cannot be read as an image."""
-        opened = image if isinstance(image, Image.Image) else open_image(Path(image))
+        opened = as_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         row = torch.zeros(1, dtype=torch.int64)
         (batch,) = evaluation_batches(Images(self._stored(opened), row, row), row, self._input, 1)
         return batch.images[0]
@@ -47,8 +48,8 @@ class EvaluationView:
         if self._facts.raw:
             array = np.array(image.convert("L" if self._facts.channels == 1 else "RGB"))
             return RawPixels(torch.from_numpy(array).view(1, *array.shape[:2], self._facts.channels))
-        content = pa.array([image.convert("RGB").tobytes()], pa.large_binary())
-        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False)
+        content = pa.array([image.tobytes()], pa.large_binary())
+        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, name="the image")
 
     def doubt(self, image: Image.Image) -> str:
         """What is to be said of an image that is as bright as a training image's negative; mostly nothing."""
@@ -59,22 +60,6 @@ class EvaluationView:
         if away <= 0 or negatives > away / 2:
             return ""
         return f"mean pixel {mean:.2f} of 1, the training images' {low:.2f} to {high:.2f}"
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image in a file; DataError where there is none that can be read."""
-    if path.is_dir():
-        raise DataError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is not a regular file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 class Served(Protocol):
@@ -201,9 +186,9 @@ def predict(
 def _seen(transform: EvaluationView, file: Path, invert: bool) -> tuple[Tensor | None, Prediction]:
     """A file as the model sees it, and what can be said of it without the model; None where it is no image."""
     try:
-        image = open_image(file)
+        image = read_image(file)
         if invert:
-            image = ImageOps.invert(image.convert("RGB"))
+            image = ImageOps.invert(image)
         return transform(image), Prediction(file, doubt=transform.doubt(image))
     except DataError as error:
         return None, Prediction(file, error=str(error))

@@ -58,7 +58,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     say(f"storage: {folder} can be written, a database works there")
     check_tracking(uri)
     say(f"tracking: {uri} answers")
-    connect(cluster.address)
+    connect(cluster.address, say)
     try:
         check_nodes(place)
         at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)

@@ -81,7 +81,7 @@ def run_sweep(
         commit = git_commit()
         tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
         if remaining:
-            connect(cluster.address)
+            connect(cluster.address, say)
             check_nodes(place)
         tracker = Tracker(sweep, folder, tracking_uri, tags)
         tracker.start()
