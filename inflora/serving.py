@@ -49,7 +49,7 @@ class EvaluationView:
             array = np.array(image.convert("L" if self._facts.channels == 1 else "RGB"))
             return RawPixels(torch.from_numpy(array).view(1, *array.shape[:2], self._facts.channels))
         content = pa.array([image.tobytes()], pa.large_binary())
-        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, name="the image")
+        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, store="")
 
     def doubt(self, image: Image.Image) -> str:
         """What is to be said of an image that is as bright as a training image's negative; mostly nothing."""
