@@ -5,7 +5,6 @@ The library is imported where a command needs it: help, and a line about a misty
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,19 +104,26 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
 @app.command("predict")
 def predict_command(
     model: Annotated[Path, typer.Argument(help="A run's folder: what train --out has written.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="So many of the most probable classes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="Read negatives: for dark ink on white paper.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help='An object a line: "file", "classes" or "error".')] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A table: file,class,probability.")] = False,
 ) -> None:
-    """Say what images show: a line per image with its file, and classes with their probabilities."""
+    """Say what images show: a line per image with its file, and classes with their probabilities.
+
+    Images must look like those that the model was trained on: one trained on light digits on a dark ground (as all
+    common sets of digits have them) is wrong of dark ink on white paper without --invert. An image that seems to be a
+    negative is warned of. What cannot be read is said, the other images are answered, and the exit code is 2.
+    """
+    if as_json and as_csv:
+        raise ConfigError("choose --json or --csv")
+    from inflora.predictions import images_in, print_predictions
     from inflora.serving import load, predict
 
-    for file, classes in predict(load(model), images, top):
-        if as_json:
-            said = [{"class": name, "probability": chance} for name, chance in classes]
-            print(json.dumps({"file": str(file), "classes": said}))
-        else:
-            print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
+    answers = predict(load(model), images_in(images), top, invert=invert)
+    if not print_predictions(answers, "json" if as_json else "csv" if as_csv else "text", inverted=invert):
+        raise typer.Exit(2)
 
 
 @data_app.command()
