@@ -63,7 +63,7 @@ FLOORS = {
     20: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-PACKAGES = ("inflora.data", "inflora.methods")
+PACKAGES = ("inflora.config", "inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
 RECIPES_FLOOR = 21
 

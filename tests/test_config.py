@@ -23,9 +23,10 @@ from inflora.config import (
 
 GROUPS = ("data", "backbone", "method", "optim")
 
-positive = st.floats(min_value=1e-9, max_value=1e9)
+positive = st.floats(min_value=1e-9, max_value=1e6)
 shares = st.floats(min_value=0, max_value=1, exclude_min=True)
-bounds = st.tuples(shares, shares).map(lambda pair: tuple(sorted(pair)))
+scales = st.floats(min_value=1e-6, max_value=1)
+bounds = st.tuples(scales, scales).map(lambda pair: tuple(sorted(pair)))
 energies = st.tuples(shares, shares).map(sorted).map(lambda pair: {"energy": pair[0], "energy_end": pair[1]})
 ranks = st.fixed_dictionaries({"rank": st.integers(1, 999), "blocks": st.none() | st.integers(1, 99)})
 methods = st.one_of(
@@ -101,8 +102,13 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(settings, u
 
 
 def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ConfigError, match=r"method: .*'ewc'.*'inflora', 'sequential', 'frozen', 'joint', 'ncm'"):
+    with pytest.raises(ConfigError, match=r"unknown method\.name .ewc.; known: inflora, sequential, frozen"):
         parse_config({"method": {"name": "ewc"}})
+
+
+def test_a_method_without_a_name_is_asked_for_it():
+    with pytest.raises(ConfigError, match=r"^method\.name is missing; known: inflora, sequential, .*, codaprompt$"):
+        parse_config({"method": {"rank": 5}})
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 
+from inflora.config import YamlError, read_yaml
 from inflora.data.archives import Tree, file_origin, open_tree, text
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
 from inflora.data.store import DataError
@@ -64,11 +64,11 @@ def _listed(path: Path) -> set[str]:
     """``class/file`` of every image in a list: a path per line, or YAML whose ``data`` is a list of paths."""
     try:
         content = text(path.read_bytes(), str(path))
-        loaded: Any = yaml.safe_load(content) if path.suffix in (".yaml", ".yml") else None
+        loaded: Any = read_yaml(content) if path.suffix in (".yaml", ".yml") else None
     except OSError as error:
         raise DataError(f"cannot read --test-list {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"--test-list {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    except YamlError as error:
+        raise DataError(f"--test-list {path} is not plain YAML: {error}") from None
     if loaded is None:
         names = [line[0] for line in read_list(content, str(path))]
     else:
