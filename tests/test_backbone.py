@@ -16,7 +16,8 @@ from inflora.backbone import (
 )
 from inflora.config import BackboneSettings, ConfigError, parse_config
 from inflora.continual import check
-from inflora.lora import adapted_layers, inject
+from inflora.injection import inject
+from inflora.lora import adapted_layers
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
 VARIANTS = pytest.mark.parametrize(

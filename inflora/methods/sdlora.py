@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from inflora.config import SDLoRASettings
-from inflora.lora import LoRALinear, inject
+from inflora.injection import inject
+from inflora.lora import LoRALinear
 from inflora.methods.base import TaskData, Trainable
 from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
