@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: sweep gpu-check test unit cluster slow chaos hosts compare bench check format clean
+.PHONY: sweep gpu-check test unit fuzz cluster slow chaos hosts compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -15,7 +15,7 @@ sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export th
 gpu-check: $(READY)  ## the first thing to do on a GPU machine: does all of it work there? under five minutes
 	$(BIN)/sweeps gpu-check
 
-test: check unit cluster hosts  ## everything CI runs
+test: check unit fuzz cluster hosts  ## everything CI runs
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
@@ -23,7 +23,10 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not cluster and not e2e and not hosts" -n auto --dist worksteal
+	$(BIN)/python -m pytest -m "not fuzz and not cluster and not e2e and not hosts" -n auto --dist worksteal
+
+fuzz: $(READY)  ## malformed inputs by the hundred, each a right answer or one line
+	$(BIN)/python -m pytest -m fuzz -n auto --dist worksteal
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
 	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" --durations=20

@@ -89,7 +89,7 @@ def measure(sweep: Sweep, with_mlflow: bool, with_ray: bool) -> dict[str, float]
     """One sweep from start to end, in a process that has done nothing else."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if with_ray:
-        connect("local")
+        connect("local", lambda line: None)
     tasks, process = sweep.base.data.task_count, psutil.Process()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

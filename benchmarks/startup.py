@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/startup.json"))
     arguments = parser.parse_args()
-    connect("local")
+    connect("local", print)
     found = {executor: measure(executor, arguments.trials) for executor in ("inline", "train")}
     table = Table(title="seconds from Tune's decision to the first training step, digits")
     for column in ("", *MOMENTS, "all"):

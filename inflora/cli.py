@@ -1,13 +1,17 @@
-"""``inflora``: one run, no Ray."""
+"""``inflora``: one run, no Ray.
+
+The library is imported where a command needs it: help, and a line about a mistyped option, must not wait for torch.
+"""
+
+from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -21,40 +25,26 @@ from inflora.config import (
     override,
     parse_assignments,
 )
-from inflora.continual import TaskResult
-from inflora.data import ensure_store, known_dataset, prepare_store
-from inflora.data.preparation import Progress as Preparing
-from inflora.data.sheet import contact_sheet
-from inflora.data.source import Options
-from inflora.data.store import DataError, Manifest, open_split, read_manifest
-from inflora.data.stream import EvaluateOn
+from inflora.config.listing import lines_of_settings
+from inflora.console import OneLineGroup, path
 from inflora.metrics import Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
-from inflora.runs import train_into
-from inflora.serving import load, predict
-from inflora.state import StateError
-from inflora.training import EpochDone
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from inflora.continual import TaskResult
+    from inflora.data.preparation import Progress as Preparing
+    from inflora.data.store import Manifest
+    from inflora.data.stream import EvaluateOn
+    from inflora.training import EpochDone
+
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Datasets on this machine.")
 app.add_typer(data_app, name="data")
-
-UserError = (ConfigError, DataError, StateError, FloatingPointError, OSError)
 
 
 @app.callback()
 def _main() -> None:
     """Continual learning with interference-free low-rank adaptation."""
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can mend ends the program with one line and exit code 2, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -63,18 +53,18 @@ def train(
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the config, the state and the results.")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
     """Learn the stream of tasks once, print the accuracies and keep the model."""
-    with one_line_errors():
-        base, assignments = _base_config(arguments or [], preset)
-        config = override(base, parse_assignments(assignments))
-        with _progress() as on_epoch:
-            state = train_into(
-                out, config, _parse_split(evaluate_on), resume=resume, on_task=_print_task, on_epoch=on_epoch
-            )
+    base, assignments = _base_config(arguments or [], preset)
+    config = override(base, parse_assignments(assignments))
+    split = _parse_split(evaluate_on)
+    from inflora.runs import train_into
+
+    with _progress() as on_epoch:
+        state = train_into(out, config, split, resume=resume, on_task=_print_task, on_epoch=on_epoch)
     Console().print(accuracy_table(state.evaluations))
     metrics = state.metrics(state.tasks_done)
     for name, value in metrics.items():
@@ -97,11 +87,14 @@ def _base_config(arguments: list[str], preset: str | None) -> tuple[RunConfig, l
 
 def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: Mapping[str, float]) -> list[str]:
     """What is to be said of a preset's result and the published one."""
+    from inflora.data import ensure_store
+    from inflora.data.store import read_manifest
+
     experiment = find_preset(preset)
-    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
-        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if config.backbone.weights:
         return [f"not compared with the published {preset}: the backbone is {config.backbone.weights}"]
+    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
+        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if not read_manifest(ensure_store(config.data.dataset, config.data.root)).whole:
         return [f"not compared with the published {preset}: {config.data.dataset} here is not the whole dataset"]
     if not experiment.published:
@@ -118,42 +111,55 @@ def predict_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Say what images show: a line per image with its file, and classes with their probabilities."""
-    with one_line_errors():
-        for file, classes in predict(load(model), images, top):
-            if as_json:
-                said = [{"class": name, "probability": chance} for name, chance in classes]
-                print(json.dumps({"file": str(file), "classes": said}))
-            else:
-                print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
+    from inflora.serving import load, predict
+
+    for file, classes in predict(load(model), images, top):
+        if as_json:
+            said = [{"class": name, "probability": chance} for name, chance in classes]
+            print(json.dumps({"file": str(file), "classes": said}))
+        else:
+            print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
+
+
+@app.command()
+def settings(
+    method: Annotated[str | None, typer.Argument(help="Only the settings of this method.")] = None,
+) -> None:
+    """List every setting: its dotted path, type, default, what is allowed and what it does."""
+    for line in lines_of_settings(method):
+        print(line)
 
 
 @data_app.command()
 def prepare(
     name: Annotated[str, typer.Argument(help="A known dataset, or a name of your own with --format.")],
-    source: Annotated[Path, typer.Option(help="What its authors distribute: an archive or a folder.")],
+    source: Annotated[Path, typer.Option(parser=path, help="What its authors distribute: an archive or a folder.")],
     root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) for stores.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="The known dataset it is laid out as.")] = None,
     shorter_side: Annotated[int | None, typer.Option(min=1, help="Decode once, shrunk to this.")] = None,
     split_seed: Annotated[int | None, typer.Option(min=0, help="Draws test images of unsplit datasets.")] = None,
-    test_list: Annotated[Path | None, typer.Option(help="File with the names of the test images.")] = None,
+    test_list: Annotated[Path | None, typer.Option(parser=path, help="File with the names of the test images.")] = None,
     domains: Annotated[str | None, typer.Option(help="Some of the domains: clipart,real")] = None,
     subset: Annotated[bool, typer.Option("--subset", help="Accept other numbers of images than the official.")] = False,
 ) -> None:
     """Read a dataset once and write its store; verifies one that is there, goes on where it was interrupted."""
-    with one_line_errors():
-        dataset = known_dataset(format_ or name)
-        if dataset.needs is None:
-            raise ConfigError(f"{format_ or name} comes with the installation: nothing is to be prepared")
-        chosen = {"split_seed": split_seed, "test_list": test_list, "domains": domains and tuple(domains.split(","))}
-        given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
-        if foreign := sorted(given.keys() - dataset.options):
-            knows = ", ".join(map(_flag, sorted(dataset.options))) or "none"
-            raise ConfigError(f"{_flag(foreign[0])} is no option of {format_ or name}; its options: {knows}")
-        with _preparing() as on_progress:
-            folder = prepare_store(
-                name, dataset, source, Options(**given), root, shorter_side, subset=subset, on_progress=on_progress
-            )
-        _print_manifest(folder)
+    from inflora.data import known_dataset, prepare_store
+    from inflora.data.source import Options
+
+    dataset = known_dataset(format_ or name)
+    if dataset.needs is None:
+        raise ConfigError(f"{format_ or name} comes with the installation: nothing is to be prepared")
+    listed = domains if domains is None else tuple(domains.split(","))
+    chosen = {"split_seed": split_seed, "test_list": test_list, "domains": listed}
+    given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
+    if foreign := sorted(given.keys() - dataset.options):
+        knows = ", ".join(map(_flag, sorted(dataset.options))) or "none"
+        raise ConfigError(f"{_flag(foreign[0])} is no option of {format_ or name}; its options: {knows}")
+    with _preparing() as on_progress:
+        folder = prepare_store(
+            name, dataset, source, Options(**given), root, shorter_side, subset=subset, on_progress=on_progress
+        )
+    _print_manifest(folder)
     print(f"use it with data.dataset={name}" + (f" data.root={root}" if root else ""))
 
 
@@ -161,23 +167,34 @@ def prepare(
 def info(
     name: str,
     root: Annotated[str | None, typer.Option(help="Folder or URI (s3://...) of the stores.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of training images (PNG).")] = None,
+    sheet: Annotated[Path | None, typer.Option(parser=path, help="Write a contact sheet of training images.")] = None,
     classes: Annotated[bool, typer.Option("--classes", help="List the counts of every class.")] = False,
 ) -> None:
-    """Counts, hashes and a look at a dataset's store (prepared first where that needs no download)."""
-    with one_line_errors():
-        folder = ensure_store(name, root)
-        manifest = _print_manifest(folder)
-        if classes:
-            for label, class_name in enumerate(manifest.classes):
-                counts = ", ".join(f"{facts.per_class[label]} {split}" for split, facts in manifest.splits.items())
-                print(f"{label:4} {class_name}: {counts}")
-        if sheet:
-            contact_sheet(open_split(folder, "train"), len(manifest.classes)).save(sheet)
-            print(f"contact sheet: {sheet}")
+    """Check a dataset's store and show what is in it (prepared first where that needs no download)."""
+    from inflora.data import ensure_store
+    from inflora.data.sheet import check_sheet, contact_sheet
+    from inflora.data.store import open_split, verify_split
+
+    if sheet:
+        check_sheet(sheet)
+    folder = ensure_store(name, root)
+    manifest = _print_manifest(folder)
+    for split in manifest.splits:
+        verify_split(folder, split)
+    if classes:
+        for label, class_name in enumerate(manifest.classes):
+            counts = ", ".join(f"{facts.per_class[label]} {split}" for split, facts in manifest.splits.items())
+            print(f"{label:4} {class_name}: {counts}")
+    if sheet:
+        contact_sheet(open_split(folder, "train"), manifest.classes).save(sheet)
+        print(f"contact sheet: {sheet}")
 
 
 def _print_manifest(folder: Path) -> Manifest:
+    import torch
+
+    from inflora.data.store import open_split, read_manifest
+
     manifest = read_manifest(folder)
     shown = f"{len(manifest.classes)} classes" + (f", {len(manifest.domains)} domains" if manifest.domains else "")
     pixels = open_split(folder, "train").pixels

@@ -8,16 +8,17 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.backbone import backbone_hash, build_backbone, shape_of
 from inflora.config import load_config
 from inflora.continual import pick_device
+from inflora.data.images import as_rgb, read_image
 from inflora.data.loader import Input, evaluation_batches
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
-from inflora.data.store import DataError, Images
+from inflora.data.store import Images
 from inflora.lora import make_plain
 from inflora.methods import make_method
 from inflora.model import ContinualModel, joined
@@ -34,7 +35,7 @@ class EvaluationView:
 
     def __call__(self, image: Image.Image | Path | str) -> Tensor:
         """Raises DataError where a file cannot be read as an image."""
-        opened = image if isinstance(image, Image.Image) else _opened(Path(image))
+        opened = as_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         row = torch.zeros(1, dtype=torch.int64)
         (batch,) = evaluation_batches(Images(self._stored(opened), row, row), row, self._input, 1)
         return batch.images[0]
@@ -44,19 +45,8 @@ class EvaluationView:
         if self._facts.raw:
             array = np.array(image.convert("L" if self._facts.channels == 1 else "RGB"))
             return RawPixels(torch.from_numpy(array).view(1, *array.shape[:2], self._facts.channels))
-        content = pa.array([image.convert("RGB").tobytes()], pa.large_binary())
-        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        content = pa.array([image.tobytes()], pa.large_binary())
+        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, name="the image")
 
 
 class Served(Protocol):

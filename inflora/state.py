@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from inflora.errors import UserError
 from inflora.metrics import Evaluation, metrics_after
 
 _MANIFEST = "state.json"
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A saved state is missing, damaged, or belongs to another run."""
 
 

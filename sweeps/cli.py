@@ -1,6 +1,9 @@
-"""``sweeps``, and ``main`` for the recipes."""
+"""``sweeps``, and ``main`` for the recipes.
 
-import logging
+Ray, MLflow, torch and Optuna are imported where a command needs them: help, a mistyped option and ``sweeps status``
+must not wait for them.
+"""
+
 import os
 import re
 import shlex
@@ -9,36 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import optuna
 import typer
-from mlflow.exceptions import MlflowException
 
-from inflora.cli import one_line_errors
 from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments
-from inflora.runs import train_into
-from inflora.state import write_atomically
-from sweeps.engine.budget import progress
-from sweeps.engine.cluster import Cluster
-from sweeps.engine.dryrun import dry_run as check_all
-from sweeps.engine.export import export_config, find_best, sweep_records
-from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
-from sweeps.engine.gpu_check import ALL_CHECKS, check_gpu
-from sweeps.engine.judge import judge_sweep
-from sweeps.engine.ledger import load_study, pareto_front, read_records
-from sweeps.engine.mlflow_store import default_tracking_uri, find_trial_run, how_to_look, make_client
-from sweeps.engine.progress import describe
-from sweeps.engine.records import Outcome, TrialRecord, best_record, ranking
-from sweeps.engine.report import page
-from sweeps.engine.runner import run_sweep, say_to_stdout
-from sweeps.engine.smoke import in_small, prepare_sample
+from inflora.console import OneLineCommand, OneLineGroup
+from sweeps.engine.records import Outcome, TrialRecord, best_record, describe, ranking
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
-from sweeps.engine.tables import print_table, trials_table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Storage = Annotated[Path | None, typer.Option(help="Where sweeps are kept; default: $INFLORA_STORAGE or ./results.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
+]
+
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; default: $RAY_ADDRESS, else a Ray of its own on this machine.")
 ]
 
 Shared = Annotated[
@@ -82,9 +71,7 @@ def main(*sweeps: Sweep) -> None:
         ] = False,
         storage: Storage = None,
         tracking_uri: TrackingUri = None,
-        address: Annotated[
-            str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")
-        ] = None,
+        address: Address = None,
         shared: Shared = None,
         at_a_time: Annotated[
             int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
@@ -94,27 +81,34 @@ def main(*sweeps: Sweep) -> None:
         gpus: Annotated[float | None, typer.Option(help="GPUs per worker; a fraction shares one.")] = None,
     ) -> None:
         quiet_libraries()
-        with one_line_errors():
-            if name not in by_name:
-                raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
-            hours = None if time_budget is None else parse_duration_s(time_budget) / 3600
-            limits = given(hours=hours, gpu_hours=gpu_hours, target=target, patience=patience)
-            changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
-            changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
-            resources = given(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
-            changes["resources"] = {**dict(by_name[name].resources), **resources}
-            changes["budget"] = {**dict(by_name[name].budget), **limits}
-            sweep = changed(by_name[name], changes)
-            cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
-            if smoke:
-                sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
-            folder = storage_root(storage) / sweep.name
-            uri = tracking_uri or default_tracking_uri(folder)
-            if dry_run:
-                check_all(sweep, folder, uri, cluster=cluster, say=say_to_stdout)
-                return
-            first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
-            result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
+        if name not in by_name:
+            raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
+        hours = None if time_budget is None else parse_duration_s(time_budget) / 3600
+        limits = given(hours=hours, gpu_hours=gpu_hours, target=target, patience=patience)
+        changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
+        changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
+        resources = given(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+        changes["resources"] = {**dict(by_name[name].resources), **resources}
+        changes["budget"] = {**dict(by_name[name].budget), **limits}
+        sweep = changed(by_name[name], changes)
+
+        from sweeps.engine.cluster import Cluster
+        from sweeps.engine.mlflow_store import default_tracking_uri
+        from sweeps.engine.runner import run_sweep, say_to_stdout
+        from sweeps.engine.tables import print_table, trials_table
+
+        cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
+        if smoke:
+            sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
+        folder = storage_root(storage) / sweep.name
+        uri = tracking_uri or default_tracking_uri(folder)
+        if dry_run:
+            from sweeps.engine.dryrun import dry_run as check_all
+
+            check_all(sweep, folder, uri, cluster=cluster, say=say_to_stdout)
+            return
+        first = None if warm_start is None else best_settings(find_sweep(warm_start, storage))
+        result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
         if result.over:
             print(f"ended early: {result.over}")
         print_table(trials_table(sweep, result.records, front_of(sweep, folder)))
@@ -127,14 +121,17 @@ def main(*sweeps: Sweep) -> None:
         if best_record(result.records) is None:
             raise typer.Exit(1)
         if smoke:
-            with one_line_errors():
-                _train_best(sweep, folder, result.records)
+            _train_best(sweep, folder, result.records)
 
-    typer.run(recipe)
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command(cls=OneLineCommand)(recipe)
+    program()
 
 
 def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
     """The sweep in small; its images lie in ``seen``, a folder that all nodes see."""
+    from sweeps.engine.smoke import in_small, prepare_sample
+
     if "://" in seen:
         raise ConfigError(f"--smoke writes its images where all nodes see them: --shared must be a folder, got {seen}")
     small = in_small(sweep, Path(seen).absolute() / "samples")
@@ -144,6 +141,10 @@ def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
 
 def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
     """What a user does with a finished sweep: export its best config and train with it."""
+    from inflora.runs import train_into
+    from inflora.state import write_atomically
+    from sweeps.engine.export import export_config, find_best
+
     best = find_best(sweep, records)
     exported, out = folder / "best.yaml", folder / "trained"
     write_atomically(exported, dump_config(export_config(sweep, best, len(records), None)).encode())
@@ -153,9 +154,10 @@ def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
 
 def quiet_libraries() -> None:
     """Optuna and MLflow tell of every database they open; a sweep's own lines say what matters."""
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when MLflow is imported
 
 
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
@@ -182,6 +184,8 @@ def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], s
     Raises:
         ConfigError: No sweep is there, or no trial of it has finished.
     """
+    from sweeps.engine.export import sweep_records
+
     other = read_sweep(folder)
     best = ranking(sweep_records(other, folder))[:count]
     if not best:
@@ -195,6 +199,8 @@ def storage_root(storage: Path | None) -> Path:
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord]) -> None:
+    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look
+
     best = best_record(records)
     if best is None:
         print("no trial has finished")
@@ -213,9 +219,11 @@ def gpu_check(
     storage: Storage = None,
 ) -> None:
     """See whether everything that a sweep does works on this machine's GPU; under five minutes."""
-    with one_line_errors():
-        if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout, ALL_CHECKS):
-            raise typer.Exit(1)
+    from sweeps.engine.gpu_check import ALL_CHECKS, check_gpu
+    from sweeps.engine.runner import say_to_stdout
+
+    if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout, ALL_CHECKS):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -226,20 +234,27 @@ def export(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write the best finished trial as a config for final training."""
-    with one_line_errors():
-        folder = find_sweep(sweep, storage)
-        spec = read_sweep(folder)
-        records = sweep_records(spec, folder)
-        best = find_best(spec, records)
-        uri = tracking_uri or default_tracking_uri(folder)
-        config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, dump_config(config).encode())
+    from inflora.state import write_atomically
+    from sweeps.engine.export import export_config, find_best, sweep_records
+    from sweeps.engine.mlflow_store import default_tracking_uri
+
+    folder = find_sweep(sweep, storage)
+    spec = read_sweep(folder)
+    records = sweep_records(spec, folder)
+    best = find_best(spec, records)
+    uri = tracking_uri or default_tracking_uri(folder)
+    config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, dump_config(config).encode())
     print(f"{output}: trial {best.number} of {spec.name}")
 
 
 def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
     """The trial's MLflow run; the study alone is enough to export, so a server that is away only costs this line."""
+    from mlflow.exceptions import MlflowException
+
+    from sweeps.engine.mlflow_store import find_trial_run
+
     try:
         return find_trial_run(uri, sweep.base.data.dataset, sweep.study_name, number)
     except MlflowException as error:
@@ -249,6 +264,8 @@ def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
 
 def front_of(sweep: Sweep, folder: Path) -> set[int]:
     """The trials on the Pareto front of a sweep with tradeoffs."""
+    from sweeps.engine.ledger import load_study, pareto_front
+
     return pareto_front(load_study(sweep, folder)) if sweep.tradeoffs else set()
 
 
@@ -261,11 +278,14 @@ def find_sweep(sweep: str, storage: Path | None) -> Path:
 @app.command()
 def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")], storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
-    with one_line_errors():
-        folder = find_sweep(sweep, storage)
-        spec = read_sweep(folder)
-        study = load_study(spec, folder)
-        records = read_records(study)
+    from sweeps.engine.budget import progress
+    from sweeps.engine.ledger import load_study, read_records
+    from sweeps.engine.tables import print_table, trials_table
+
+    folder = find_sweep(sweep, storage)
+    spec = read_sweep(folder)
+    study = load_study(spec, folder)
+    records = read_records(study)
     print_table(trials_table(spec, records, front_of(spec, folder)))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
@@ -282,12 +302,15 @@ def report(
     storage: Storage = None,
 ) -> None:
     """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost."""
-    with one_line_errors():
-        folder = find_sweep(sweep, storage)
-        spec = read_sweep(folder)
-        content = page(spec, load_study(spec, folder))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, content.encode())
+    from inflora.state import write_atomically
+    from sweeps.engine.ledger import load_study
+    from sweeps.engine.report import page
+
+    folder = find_sweep(sweep, storage)
+    spec = read_sweep(folder)
+    content = page(spec, load_study(spec, folder))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, content.encode())
     print(f"{output}: open it in a browser")
 
 
@@ -305,7 +328,7 @@ def final(
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: the one found, else this machine.")] = None,
+    address: Address = None,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one.")] = 0.0,
 ) -> None:
@@ -314,22 +337,28 @@ def final(
     Of a sweep, the best trials and the paper's setting are first judged on validation images, over the same seeds and
     orders; the test set is then opened for the winner and the paper's setting.
     """
-    with one_line_errors():
-        named = find_sweep(str(configs[0]), storage)
-        swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
-        folder = (out or (swept or storage_root(storage)) / "final").absolute()
-        resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
-        numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
-        trained = Trained(parse_seeds(seeds), numbers, resources, address)
-        uri = tracking_uri or default_tracking_uri(swept or folder)
-        make_client(uri)
-        if swept:
-            chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
-        else:
-            chosen = labelled(configs)
-        runs = trained.train(chosen, folder, "test", say_to_stdout)
-        summary = summarise(runs)
-        written = write_report(runs, summary, folder)
+    from mlflow.exceptions import MlflowException
+
+    from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
+    from sweeps.engine.judge import judge_sweep
+    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look, make_client
+    from sweeps.engine.runner import say_to_stdout
+
+    named = find_sweep(str(configs[0]), storage)
+    swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
+    folder = (out or (swept or storage_root(storage)) / "final").absolute()
+    resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
+    numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
+    trained = Trained(parse_seeds(seeds), numbers, resources, address)
+    uri = tracking_uri or default_tracking_uri(swept or folder)
+    make_client(uri)
+    if swept:
+        chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
+    else:
+        chosen = labelled(configs)
+    runs = trained.train(chosen, folder, "test", say_to_stdout)
+    summary = summarise(runs)
+    written = write_report(runs, summary, folder)
     print(written.read_text())
     try:
         log_final(runs, summary, folder, uri)

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
-    0: ("inflora.config", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
-    1: (
+    0: ("inflora.errors", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
+    1: ("inflora.config", "inflora.console"),
+    2: (
         "inflora.subspace",
         "inflora.data",
         "inflora.lora",
@@ -25,54 +26,49 @@ FLOORS = {
         "inflora.cuda",
         "inflora.isolated",
     ),
-    2: (
-        "inflora.injection",
-        "inflora.backbone",
-        "inflora.class_token",
-        "inflora.shared",
-        "inflora.adapters",
-    ),
-    3: ("inflora.prompts",),
-    4: ("inflora.model",),
-    5: ("inflora.methods",),
-    6: ("inflora.training", "inflora.drift"),
-    7: ("inflora.continual",),
-    8: ("inflora.runs", "inflora.serving"),
-    9: ("inflora", "inflora.cli", "inflora.gpu_check"),
-    10: (
+    3: ("inflora.injection", "inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
+    4: ("inflora.prompts",),
+    5: ("inflora.model",),
+    6: ("inflora.methods",),
+    7: ("inflora.training", "inflora.drift"),
+    8: ("inflora.continual",),
+    9: ("inflora.runs", "inflora.serving"),
+    10: ("inflora", "inflora.cli", "inflora.gpu_check"),
+    11: (
         "sweeps.engine.records",
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
+        "sweeps.engine.mlflow_database",
         "sweeps.engine.study_backup",
     ),
-    11: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
-    12: ("sweeps.engine.spec",),
-    13: (
+    12: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
+    13: ("sweeps.engine.spec",),
+    14: (
         "sweeps.engine.cluster",
         "sweeps.engine.budget",
         "sweeps.engine.samplers",
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    14: ("sweeps.engine.ledger", "sweeps.engine.driver"),
-    15: (
+    15: ("sweeps.engine.ledger", "sweeps.engine.driver"),
+    16: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    16: ("sweeps.engine.tracking",),
-    17: ("sweeps.engine.mirror",),
-    18: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    19: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
-    20: ("sweeps.cli",),
+    17: ("sweeps.engine.tracking",),
+    18: ("sweeps.engine.mirror",),
+    19: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    20: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    21: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 21
+RECIPES_FLOOR = 22
 
 
 def modules() -> dict[str, Path]:

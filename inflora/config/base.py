@@ -9,8 +9,10 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from inflora.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that a user can mend: the message is one line with the rule, the value and what is allowed."""
 
 

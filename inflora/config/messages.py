@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from inflora.errors import one_line
+
 _MOST = 4
 """Broken rules that are told of at once."""
 
@@ -17,11 +19,9 @@ _short.maxlong, _short.maxlevel = 45, 2
 
 
 def cut(text: object, length: int = 80) -> str:
-    """``text`` in one line, without its end where it is long."""
-    line = " ".join(str(text).split())
-    # Nothing that a terminal obeys, or that no encoding can write.
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line[: 2 * length])
-    return line if len(line) <= length else f"{line[: length - 3]}..."
+    """``text`` in one short line, with nothing in it that a terminal obeys or that no encoding can write."""
+    line = one_line(str(text), length)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def shown(value: object) -> str:
@@ -94,7 +94,7 @@ def groups_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """The models that a field chooses from, by the value that tells them apart; empty where it has no such choice."""
     if not isinstance(field.discriminator, str):
         return {}
-    models = [each for each in _alternatives(field.annotation) if _is_model(each)]
+    models = [each for each in alternatives(field.annotation) if is_model(each)]
     return {str(model.model_fields[field.discriminator].default): model for model in models}
 
 
@@ -112,14 +112,14 @@ def _names(root: type[BaseModel] | None, location: Sequence[str | int]) -> tuple
         holder = group
         field = group.model_fields.get(str(part)) if group else None
         group = _model_of(field) if field else None
-        if field is not None and parts and len(_alternatives(field.annotation)) > 1:
+        if field is not None and parts and len(alternatives(field.annotation)) > 1:
             tried = str(parts.pop(0))
-            by_kind = {each.__name__: each for each in _alternatives(field.annotation) if _is_model(each)}
+            by_kind = {each.__name__: each for each in alternatives(field.annotation) if is_model(each)}
             group = (groups_of(field) | by_kind).get(tried)
     return names, holder
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     """What a union is one of, but for None; the annotation itself where it is no union."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return [annotation]
@@ -127,9 +127,10 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    alternatives = _alternatives(field.annotation)
-    return alternatives[0] if len(alternatives) == 1 and _is_model(alternatives[0]) else None
+    kinds = alternatives(field.annotation)
+    return kinds[0] if len(kinds) == 1 and is_model(kinds[0]) else None
 
 
-def _is_model(annotation: Any) -> bool:
+def is_model(annotation: Any) -> bool:
+    """Whether an annotation is a group of settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.data import cifar100, cub200, digits, domainnet, image_folder, imagenet_variants, remote
-from inflora.data.preparation import Progress, prepare
+from inflora.data.manifest import read_manifest
+from inflora.data.preparation import Progress, check_name, prepare
 from inflora.data.source import Dataset, Options
-from inflora.data.store import default_root, read_manifest
+from inflora.data.store import default_root
 
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(digits.read, needs=None),
@@ -54,8 +55,9 @@ def prepare_store(
     Raises:
         ConfigError, DataError: As ``prepare`` and ``remote.upload``.
     """
+    check_name(name)
     elsewhere = root if root is not None and remote.is_remote(root) else None
-    folder = remote.prepared_here(elsewhere, name) if elsewhere else (Path(root) if root else default_root()) / name
+    folder = remote.prepared_here(elsewhere, name) if elsewhere else _root(root) / name
     prepare(folder, name, dataset, source, options, shorter_side=shorter_side, subset=subset, on_progress=on_progress)
     if elsewhere:
         remote.upload(folder, elsewhere, name)
@@ -69,9 +71,10 @@ def ensure_store(dataset: str, root: str | None = None) -> Path:
         ConfigError: No such store, nor a dataset that could be prepared without its files.
         DataError: What is there cannot be read.
     """
+    check_name(dataset)
     if root is not None and remote.is_remote(root):
         return remote.fetch(root, dataset)
-    folder = (Path(root) if root else default_root()) / dataset
+    folder = _root(root) / dataset
     if folder.exists():
         read_manifest(folder)
         return folder
@@ -87,3 +90,12 @@ def ensure_store(dataset: str, root: str | None = None) -> Path:
         )
     prepare(folder, dataset, DATASETS[dataset], Path(), Options())
     return folder
+
+
+def _root(root: str | None) -> Path:
+    """The folder of stores: this machine's cache unless another is named."""
+    if root is None:
+        return default_root()
+    if not root.strip():
+        raise ConfigError(f"the root of stores must be a folder or a URI (s3://...), got {root!r}")
+    return Path(root)

@@ -6,19 +6,24 @@ Nothing is ever unpacked under the names in an archive, so no name can lead out 
 import gzip
 import hashlib
 import os
-import shutil
 import tarfile
+import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
-from inflora.data.store import DataError
+from inflora.data.errors import DataError, brief
+from inflora.data.files import file_size, open_file, read_file, within_bounds
+
+_MOST_UNPACKED = 1 << 30
+_MOST_TIMES_PACKED = 50
+"""A gzip file may unpack to the larger of these bounds; images shrink by a few per cent."""
+_CHUNK = 1 << 20
 
 
 class Tree(Protocol):
-    """Named files; names are relative, with forward slashes."""
+    """Named files; names are relative, with forward slashes; bytes that are no UTF-8 are in them as surrogates."""
 
     names: frozenset[str]
 
@@ -28,51 +33,71 @@ class Tree(Protocol):
 
 
 class FolderTree:
-    """The files of a folder."""
+    """The files of a folder, with their ``sizes``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        files = (Path(at) / name for at, _, names in os.walk(folder) for name in names)
-        self.names = frozenset(file.relative_to(folder).as_posix() for file in files)
+        self.sizes = {file.relative_to(folder).as_posix(): file_size(file) for file in _files_below(folder)}
+        self.names = frozenset(self.sizes)
 
     def read(self, name: str) -> bytes:
-        try:
-            return (self._folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {self._folder / name}: {error.strerror}") from None
+        return read_file(self._folder / name)
+
+
+def _files_below(folder: Path) -> Iterable[Path]:
+    """What is no folder, at any depth."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}")
+
+    for at, folders, names in os.walk(folder, onerror=refuse):
+        if linked := next((name for name in folders if Path(at, name).is_symlink()), None):
+            raise DataError(f"{Path(at, linked)} is a link to a folder, which is not followed; copy what it links to")
+        yield from (Path(at, name) for name in names)
 
 
 class TarTree:
-    """The files of an uncompressed tar, found once and then read from where they lie."""
+    """The regular files of an uncompressed tar, found once and then read from where they lie."""
 
-    def __init__(self, path: Path, shown_as: Path) -> None:
-        self._shown_as = shown_as
-        self._file = os.open(path, os.O_RDONLY)
+    def __init__(self, file: IO[bytes], shown_as: Path) -> None:
+        self._file, self._shown_as = file, shown_as
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = [member for member in tar if member.isreg()]
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members = list(_members(tar))
                 end = tar.offset
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{shown_as} is no tar file or a damaged one ({error}); download it again") from None
+        except Exception as error:  # whatever damaged headers make of themselves
+            raise DataError(f"{shown_as} is no tar file or a damaged one ({brief(error)}); download it again") from None
         # tarfile takes whatever it cannot read for the end; a block of zeros is the end.
-        if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
             last = members[-1].name if members else "its beginning"
             raise DataError(f"{shown_as} is cut off or damaged within or after {last}; download it again")
-        self._places = {_plain(member.name): (member.offset_data, member.size) for member in members}
+        self._places = {
+            _plain(member.name): (member.offset_data, member.size) for member in members if not member.isdir()
+        }
         self.names = frozenset(self._places)
-
-    def __del__(self) -> None:
-        os.close(self._file)
 
     def read(self, name: str) -> bytes:
         offset, size = self._places[name]
+        within_bounds(size, f"{name} in {self._shown_as}")
         try:
-            content = os.pread(self._file, size, offset)
+            content = os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise DataError(f"cannot read {self._shown_as}: {error.strerror}") from None
         if len(content) < size:
             raise DataError(f"{self._shown_as} is cut off within {name}; download it again")
         return content
+
+
+def _members(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+    """Folders and regular files; a link or a sparse file in an image's place would be a missing or a wrong image."""
+    offset = -1
+    for member in tar:
+        if member.size < 0 or tar.offset <= offset:  # such a header leads back: an archive without an end
+            raise tarfile.ReadError(f"a header after {member.name} makes no sense")
+        offset = tar.offset
+        if member.issparse() or not (member.isreg() or member.isdir()):
+            raise tarfile.ReadError(f"{member.name} is a link, sparse or a device; only regular files are read")
+        yield member
 
 
 class ZipTree:
@@ -81,17 +106,32 @@ class ZipTree:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{path} is no zip file or a damaged one ({error}); download it again") from None
-        self._members = {_plain(info.filename): info for info in self._zip.infolist() if not info.is_dir()}
+            self._zip = zipfile.ZipFile(open_file(path))
+        except DataError:
+            raise
+        except Exception as error:  # a newer version's, names that are none, ...
+            raise DataError(f"{path} is no zip file or a damaged one ({brief(error)}); download it again") from None
+        self._members = {_zip_name(info): info for info in self._zip.infolist() if not info.is_dir()}
         self.names = frozenset(self._members)
 
     def read(self, name: str) -> bytes:
+        info = self._members[name]
+        within_bounds(info.file_size, f"{name} in {self._path}")
         try:
-            return self._zip.read(self._members[name])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            raise DataError(f"{name} in {self._path} is damaged ({error}); download it again") from None
+            return self._zip.read(info)
+        except Exception as error:  # each way of compression has errors of its own
+            raise DataError(f"{name} in {self._path} is damaged ({brief(error)}); download it again") from None
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Names without the flag for UTF-8 are often UTF-8 all the same; zipfile takes them for MS-DOS's letters."""
+    utf8_flag = 0x800
+    if info.flag_bits & utf8_flag:
+        return _plain(info.filename)
+    try:
+        return _plain(info.filename.encode("cp437").decode())
+    except UnicodeError:
+        return _plain(info.filename)
 
 
 class JoinedTree:
@@ -113,29 +153,48 @@ class Opened(NamedTuple):
 
 
 def open_tree(source: Path, scratch: Path) -> Opened:
-    """A folder, ``.tar``, ``.tar.gz`` / ``.tgz`` or ``.zip``; gzip is undone into ``scratch`` first.
+    """A folder, ``.tar``, ``.tar.gz`` / ``.tgz`` or ``.zip``; gzip is undone into a file without a name in ``scratch``.
 
     Raises:
         DataError: There is nothing, or something else, or something damaged.
     """
-    if source.is_dir():
-        tree = FolderTree(source)
-        return Opened(tree, folder_origin(source, tree))
-    if not source.is_file():
-        raise DataError(f"--source {source} does not exist; it must be a folder, .tar, .tar.gz, .tgz or .zip")
-    if zipfile.is_zipfile(source):
+    expected = "--source must be a folder, .tar, .tar.gz, .tgz or .zip"
+    try:
+        if source.is_dir():
+            tree = FolderTree(source)
+            return Opened(tree, folder_origin(source, tree))
+        if not source.exists():
+            raise DataError(f"{source} does not exist; {expected}")
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror}; {expected}") from None
+    file = open_file(source)
+    head = file.read(4)
+    file.seek(0)
+    if head.startswith(b"PK"):
         return Opened(ZipTree(source), file_origin(source))
-    with source.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if compressed:
-        unpacked = scratch / f"{source.name}.tar"
-        try:
-            with gzip.open(source) as packed, unpacked.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{source} is damaged ({error}); download it again") from None
-        return Opened(TarTree(unpacked, source), file_origin(source))
-    return Opened(TarTree(source, source), file_origin(source))
+    if head.startswith(b"\x1f\x8b"):
+        return Opened(TarTree(_unpacked(file, source, scratch), source), file_origin(source))
+    return Opened(TarTree(file, source), file_origin(source))
+
+
+def _unpacked(packed: IO[bytes], source: Path, scratch: Path) -> IO[bytes]:
+    """What a gzip file holds, as a file that vanishes with its last user, however that one ends."""
+    most = max(_MOST_UNPACKED, _MOST_TIMES_PACKED * file_size(source))
+    plain = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
+    try:
+        with gzip.open(packed) as content:
+            while chunk := content.read(_CHUNK):
+                if plain.tell() > most:
+                    raise EOFError(f"it unpacks to more than {most:,} bytes")
+                plain.write(chunk)
+    except OSError as error:
+        if not isinstance(error, gzip.BadGzipFile):
+            raise
+        raise DataError(f"{source} is damaged ({brief(error)}); download it again") from None
+    except Exception as error:
+        raise DataError(f"{source} is damaged ({brief(error)}); download it again") from None
+    plain.seek(0)
+    return plain
 
 
 def file_origin(path: Path) -> str:
@@ -144,18 +203,26 @@ def file_origin(path: Path) -> str:
     Raises:
         DataError: It cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return f"{path.name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    with open_file(path) as file:
+        try:
+            return f"{legible(path.name)} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def folder_origin(folder: Path, tree: Tree) -> str:
+def folder_origin(folder: Path, tree: FolderTree) -> str:
     """A folder's name with the hash of its files' names and sizes."""
-    listing = "\n".join(f"{name} {(folder / name).stat().st_size}" for name in sorted(tree.names))
-    name = folder.resolve().name
-    return f"{name}/ listing sha256 {hashlib.sha256(listing.encode()).hexdigest()[:16]}"
+    listing = "\n".join(f"{name} {tree.sizes[name]}" for name in sorted(tree.names))
+    digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+    return f"{legible(folder.resolve().name)}/ listing sha256 {digest[:16]}"
+
+
+def legible(name: str) -> str:
+    """A file's name as text; one that is no UTF-8 is taken for Latin-1."""
+    try:
+        return name.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError:
+        return name.encode(errors="surrogateescape").decode("latin-1")
 
 
 def text(content: bytes, name: str) -> str:
@@ -165,18 +232,31 @@ def text(content: bytes, name: str) -> str:
         DataError: It is no text.
     """
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{name} is not a text file: a wrong or damaged source") from None
+        raise DataError(f"{name} is not a text file in UTF-8: a wrong or damaged source") from None
 
 
 def below(tree: Tree, folder: str) -> dict[str, str]:
     """The files in any folder of that name: path from there -> full name."""
-    found = {}
-    for name in tree.names:
+
+    def path_from_there(name: str) -> str | None:
         parts = PurePosixPath(name).parts
-        if folder in parts[:-1]:
-            found["/".join(parts[parts.index(folder) + 1 :])] = name
+        return "/".join(parts[parts.index(folder) + 1 :]) if folder in parts[:-1] else None
+
+    return by_path({name: path for name in tree.names if (path := path_from_there(name))})
+
+
+def by_path(paths: Mapping[str, str]) -> dict[str, str]:
+    """Path -> full name, of full name -> path.
+
+    Raises:
+        DataError: Two files have the same path: one of them would be lost.
+    """
+    found: dict[str, str] = {}
+    for name, path in paths.items():
+        if found.setdefault(path, name) != name:
+            raise DataError(f"{found[path]} and {name} in the source are both {path}; keep one of them")
     return found
 
 

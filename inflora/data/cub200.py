@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from inflora.data.archives import Tree, below, find, open_tree, text
-from inflora.data.source import Entry, Files, Options, Source, read_list, readable
-from inflora.data.store import DataError
+from inflora.data.errors import DataError
+from inflora.data.source import Entry, Files, Options, Source, number, read_list, readable
 
 OFFICIAL = {"classes": 200, "train": 5_994, "test": 5_794}
 
@@ -19,7 +19,7 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     paths = _table(tree, "images.txt")
     labels = _table(tree, "image_class_labels.txt")
     is_train = _table(tree, "train_test_split.txt")
-    classes = {int(number): readable(name) for number, name in _table(tree, "classes.txt").items()}
+    classes = {index: readable(name) for index, name in _table(tree, "classes.txt").items()}
     if sorted(classes) != list(range(1, len(classes) + 1)):
         raise DataError(f"classes.txt must number its classes 1 to {len(classes)}: a short list file")
     for name, table in (("image_class_labels.txt", labels), ("train_test_split.txt", is_train)):
@@ -30,22 +30,27 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     images = below(tree, "images")
     if absent := [path for path in paths.values() if path not in images]:
         raise DataError(f"{len(absent)} images of images.txt are not in the archive: {absent[0]} ...")
-    if bad := [number for number in paths if is_train[number] not in ("0", "1")]:
+    if bad := [index for index in paths if is_train[index] not in ("0", "1")]:
         raise DataError(f"train_test_split.txt says {is_train[bad[0]]!r} of image {bad[0]}, expected 0 or 1")
-    if bad := [number for number in paths if labels[number] not in map(str, classes)]:
+    class_of = {index: number(labels[index]) for index in paths}
+    if bad := [index for index in paths if class_of[index] not in classes]:
         raise DataError(f"image_class_labels.txt puts image {bad[0]} into class {labels[bad[0]]} of {len(classes)}")
 
     def part(flag: str) -> Files:
-        chosen = sorted((path, number) for number, path in paths.items() if is_train[number] == flag)
-        return Files(tree, tuple(Entry(images[path], int(labels[number]) - 1) for path, number in chosen))
+        chosen = sorted((path, class_of[index] or 0) for index, path in paths.items() if is_train[index] == flag)
+        return Files(tree, tuple(Entry(images[path], label - 1) for path, label in chosen))
 
-    names = tuple(classes[number] for number in sorted(classes))
+    names = tuple(classes[index] for index in sorted(classes))
     return Source(origin, names, {"train": part("1"), "test": part("0")}, official=OFFICIAL)
 
 
-def _table(tree: Tree, file: str) -> dict[str, str]:
+def _table(tree: Tree, file: str) -> dict[int, str]:
     """A list of ``number value`` lines."""
     lines = read_list(text(tree.read(find(tree, file)), file), file)
-    if bad := next((line for line in lines if len(line) != 2 or not line[0].isdigit()), None):
-        raise DataError(f"{file}: expected lines of `number value`, got {' '.join(bad)!r}")
-    return {line[0]: line[1] for line in lines}
+    table: dict[int, str] = {}
+    for line in lines:
+        index = number(line[0])
+        if len(line) != 2 or index is None or index in table:
+            raise DataError(f"{file}: expected lines of `number value`, each number once, got {' '.join(line)!r}")
+        table[index] = line[1]
+    return table

@@ -3,8 +3,10 @@
 from pathlib import Path, PurePosixPath
 
 from inflora.data.archives import FolderTree, JoinedTree, Tree, ZipTree, file_origin, folder_origin, text
-from inflora.data.source import Entry, Files, Options, Source, read_list, readable
-from inflora.data.store import DataError, Split
+from inflora.data.errors import DataError
+from inflora.data.files import read_file
+from inflora.data.manifest import Split
+from inflora.data.source import Entry, Files, Options, Source, number, read_list, readable
 
 CLASSES = 345
 # Images of the official lists, training and test; clipart's are those that the six add up to 409,832 and 176,743 with.
@@ -27,7 +29,7 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     """
     domains = options.domains or DOMAINS
     if unknown := [name for name in domains if name not in DOMAINS]:
-        raise DataError(f"--domains {', '.join(unknown)} unknown; known: {', '.join(DOMAINS)}")
+        raise DataError(f"--domains: {', '.join(map(repr, unknown))} unknown; known: {', '.join(DOMAINS)}")
     if len(set(domains)) < len(domains):
         raise DataError(f"--domains must name each domain once, got {', '.join(domains)}")
     if not source.is_dir():
@@ -45,12 +47,12 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
         if missing := [entry.name for entry in entries if entry.name not in tree.names]:
             raise DataError(f"{len(missing)} of the {split} lists' images are not there: {missing[0]} ...")
         splits[split] = Files(tree, entries)
-    classes = tuple(class_of.get(label, f"class {label}") for label in range(max(class_of) + 1))
-    if len(class_of) < len(classes):
-        absent = next(label for label in range(len(classes)) if label not in class_of)
+    if len(class_of) <= max(class_of):
+        absent = next(label for label in range(len(class_of)) if label not in class_of)
         raise DataError(f"no image of class {absent} is in the lists, but of class {max(class_of)}: a short list file")
     train, test = (sum(IMAGES[domain][part] for domain in domains) for part in (0, 1))
     official = {"classes": CLASSES, "train": train, "test": test}
+    classes = tuple(class_of[label] for label in range(len(class_of)))
     return Source("; ".join(origins), classes, splits, domains, official, gaps=True)
 
 
@@ -76,10 +78,13 @@ def _list_file(source: Path, domain: str, split: str) -> Path:
 
 def _listed(source: Path, domain: str, split: Split) -> list[tuple[str, int]]:
     path = _list_file(source, domain, split)
-    lines = read_list(text(path.read_bytes(), str(path)), str(path))
-    if bad := next((line for line in lines if len(line) != 2 or not line[1].isdigit() or "/" not in line[0]), None):
-        raise DataError(f"{path}: expected lines of `domain/class/image label`, got {' '.join(bad)!r}")
-    return [(name, int(label)) for name, label in lines]
+    listed = []
+    for line in read_list(text(read_file(path), str(path)), str(path)):
+        label = number(line[-1])
+        if len(line) != 2 or label is None or len(PurePosixPath(line[0]).parts) < 2:
+            raise DataError(f"{path}: expected lines of `domain/class/image label`, got {' '.join(line)!r}")
+        listed.append((line[0], label))
+    return listed
 
 
 def _classes(lists: list[list[tuple[str, int]]]) -> dict[int, str]:

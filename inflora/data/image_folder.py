@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from inflora.data.archives import below, open_tree
+from inflora.data.archives import below, legible, open_tree
+from inflora.data.errors import DataError
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled
-from inflora.data.store import DataError
 
 
 def read(source: Path, options: Options, scratch: Path) -> Source:
@@ -21,4 +21,4 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
         where = "test" if odd[0] in test_classes else "train"
         raise DataError(f"class {odd[0]} is in {where}/ only; both train/ and test/ need every class")
     splits = {"train": Files(tree, labelled(train_classes, train)), "test": Files(tree, labelled(train_classes, test))}
-    return Source(origin, train_classes, splits)  # type: ignore[arg-type]
+    return Source(origin, tuple(map(legible, train_classes)), splits)  # type: ignore[arg-type]

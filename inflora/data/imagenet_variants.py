@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from inflora.config import YamlError, read_yaml
-from inflora.data.archives import Tree, file_origin, open_tree, text
+from inflora.data.archives import Tree, by_path, file_origin, open_tree, text
+from inflora.data.errors import DataError
+from inflora.data.files import read_file
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
-from inflora.data.store import DataError
 
 TEST_SHARE = 0.2
 IMAGENET_R = {"classes": 200, "train": 24_000, "test": 6_000}
 IMAGENET_A = {"classes": 200, "train": 6_000, "test": 1_500}
-_WORDNET_ID = re.compile(r"^n\d{8}$")
+_WORDNET_ID = re.compile(r"^n[0-9]{8}$")
 
 
 def read_r(source: Path, options: Options, scratch: Path) -> Source:
@@ -35,9 +36,9 @@ def _read(source: Path, options: Options, scratch: Path, official: dict[str, int
     tree, origin = open_tree(source, scratch)
     if any("train" in PurePosixPath(name).parts[:-2] for name in tree.names):
         raise DataError(f"{source.name} is split into train/ and test/ already; prepare it with --format image_folder")
-    in_folders = {"/".join(PurePosixPath(name).parts[-2:]): name for name in tree.names}
+    in_folders = {name: "/".join(PurePosixPath(name).parts[-2:]) for name in tree.names}
     classes, images = images_in_class_folders(
-        {path: name for path, name in in_folders.items() if _WORDNET_ID.match(path.split("/")[0])}
+        by_path({name: path for name, path in in_folders.items() if _WORDNET_ID.match(path.split("/")[0])})
     )
     paths = sorted(images)
     if options.test_list is not None:
@@ -62,19 +63,17 @@ def _read(source: Path, options: Options, scratch: Path, official: dict[str, int
 
 def _listed(path: Path) -> set[str]:
     """``class/file`` of every image in a list: a path per line, or YAML whose ``data`` is a list of paths."""
-    try:
-        content = text(path.read_bytes(), str(path))
-        loaded: Any = read_yaml(content) if path.suffix in (".yaml", ".yml") else None
-    except OSError as error:
-        raise DataError(f"cannot read --test-list {path}: {error.strerror}") from None
-    except YamlError as error:
-        raise DataError(f"--test-list {path} is not plain YAML: {error}") from None
-    if loaded is None:
-        names = [line[0] for line in read_list(content, str(path))]
-    else:
-        names = loaded.get("data", []) if isinstance(loaded, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
+    content = text(read_file(path), str(path))
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            loaded: Any = read_yaml(content)
+        except YamlError as error:
+            raise DataError(f"--test-list {path} is not plain YAML: {error}") from None
+        names = loaded.get("data") if isinstance(loaded, dict) else None
+        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"--test-list {path} has no list `data` of file names")
+    else:
+        names = [line[0] for line in read_list(content, str(path))]
     return {"/".join(PurePosixPath(name).parts[-2:]) for name in names}
 
 
@@ -82,5 +81,5 @@ def _class_names(tree: Tree, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Words for the WordNet ids where the archive's README lists them; the ids themselves elsewhere."""
     readmes = [name for name in tree.names if PurePosixPath(name).name == "README.txt"]
     lines = tree.read(readmes[0]).decode(errors="replace").splitlines() if readmes else []
-    words = dict(line.split(maxsplit=1) for line in lines if re.match(r"^n\d{8}\s+\S", line))
+    words = dict(line.split(maxsplit=1) for line in lines if re.match(r"^n[0-9]{8}\s+\S", line))
     return tuple(words.get(wordnet_id, wordnet_id).strip() for wordnet_id in classes)

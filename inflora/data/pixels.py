@@ -3,7 +3,6 @@
 Shapes: N images of a split, B of a batch, C channels, H x W stored image, S side of the model's input.
 """
 
-import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from inflora.data.augment import Crops, crop_and_resize
+from inflora.data.errors import DataError
+from inflora.data.images import decoded
 from inflora.data.staging import Pending, Resident, Staged, host_memory, to_device
 
 
@@ -117,8 +118,9 @@ class FilePixels:
     Decoding, cropping and resizing let go of Python's lock: a pool of threads does them for many images at a time.
     """
 
-    def __init__(self, columns: Sequence[Any], sizes: Tensor, *, encoded: bool) -> None:
+    def __init__(self, columns: Sequence[Any], sizes: Tensor, *, encoded: bool, name: str) -> None:
         self._columns = columns
+        self._name = name
         self._starts = np.cumsum([0, *map(len, columns)])
         self._sizes = sizes
         self._encoded = encoded
@@ -156,10 +158,13 @@ class FilePixels:
     def _image(self, row: int) -> Image.Image:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         content = self._columns[shard][row - int(self._starts[shard])].as_buffer()
-        if self._encoded:
-            return Image.open(io.BytesIO(content)).convert("RGB")
         height, width = self._sizes[row].tolist()
-        return Image.frombuffer("RGB", (width, height), content)
+        if not self._encoded:
+            return Image.frombuffer("RGB", (width, height), content)
+        image = decoded(content, f"{row} of {self._name}")
+        if image.size != (width, height):
+            raise DataError(f"image {row} of {self._name} is not {width} x {height} as when it was stored: damaged")
+        return image
 
     def _view(self, row: int, box: Sequence[float], mirrored: bool, cut: bool, side: int) -> np.ndarray:
         top, left, height, width = box

@@ -1,12 +1,12 @@
 """From a dataset's own distribution to a store: read once, checked, decoded in parallel, resumable."""
 
 import hashlib
-import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,23 +15,16 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import ValidationError
 
+from inflora.data.errors import DataError
+from inflora.data.images import decoded
+from inflora.data.manifest import FORMAT, Form, Manifest, Shard, Split, SplitManifest, read_manifest
 from inflora.data.source import Arrays, Dataset, Files, Options, Source
-from inflora.data.store import (
-    DataError,
-    Form,
-    Manifest,
-    Rows,
-    Shard,
-    Split,
-    SplitManifest,
-    read_manifest,
-    verify_split,
-    write_shard,
-)
+from inflora.data.store import Rows, verify_split, write_shard
 
 SHARD_IMAGES = 1024
 """Image files per shard: what is held in memory at a time, and what is done again after an interruption."""
 
+_MOST_SHORTER_SIDE = 8192
 _WAIT_S = 60  # for another process that prepares the same store
 
 
@@ -69,18 +62,15 @@ def prepare(
     Raises:
         DataError: What the source holds is not the dataset, or damaged; or another store is in the way.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise DataError(f"a store's name is made of letters, digits, '_', '.' and '-', got {name!r}")
-    partial = folder.parent / f".{folder.name}.partial"
+    check_name(name)
+    if shorter_side is not None and not 1 <= shorter_side <= _MOST_SHORTER_SIDE:
+        raise DataError(f"--shorter-side must be between 1 and {_MOST_SHORTER_SIDE}, got {str(shorter_side)[:20]}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock_of(folder), timeout=_WAIT_S):
-            partial.mkdir(exist_ok=True)
-            try:
-                return _prepare(folder, name, dataset, source, options, shorter_side, subset, partial, on_progress)
-            finally:
-                if not any(partial.glob("*.arrow")):  # nothing worth going on from
-                    shutil.rmtree(partial, ignore_errors=True)
+        there = next(path for path in folder.absolute().parents if path.is_dir())
+        content = dataset.read(source, options, there)
+        plan = _Plan(content, name, _form(content, shorter_side), shorter_side, _check(content, name, subset=subset))
+        with _only_if_it_succeeds(folder.parent), FileLock(lock_of(folder), timeout=_WAIT_S):
+            return _prepare(folder, plan, on_progress)
     except Timeout:
         raise DataError(f"another process is preparing {folder} right now") from None
     except OSError as error:
@@ -90,53 +80,93 @@ def prepare(
         ) from None
 
 
+def check_name(name: str) -> None:
+    """Raise DataError unless a store may be called so: a folder of that name lies where stores lie."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise DataError(f"a store's name is made of up to 100 letters, digits, '_', '.' and '-', got {name[:100]!r}")
+
+
+@contextmanager
+def _only_if_it_succeeds(folder: Path) -> Iterator[None]:
+    """A folder and those above it, made now; a refusal takes away what it has made of them."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception:
+        for path in absent:
+            with suppress(OSError):  # somebody else's files are in it
+                path.rmdir()
+        raise
+
+
 def lock_of(folder: Path) -> Path:
     """What whoever makes the store ``folder`` holds meanwhile."""
     return folder.parent / f".{folder.name}.lock"
 
 
-def _prepare(
-    folder: Path,
-    name: str,
-    dataset: Dataset,
-    source: Path,
-    options: Options,
-    shorter_side: int | None,
-    subset: bool,
-    partial: Path,
-    on_progress: Callable[[Progress], None],
-) -> Manifest:
-    content = dataset.read(source, options, partial)
-    whole = _check(content, name, subset=subset)
-    form = _form(content, shorter_side)
-    origin = content.origin + (f", shrunk to a shorter side of {shorter_side}" if form == "decoded" else "")
-    if (folder / "manifest.json").exists():
-        return _verified(folder, name, origin)
-    if folder.exists():
-        raise DataError(f"{folder} exists and is no store; remove it or choose another --root")
-    _forget_other_plans(partial, content, origin)
+class _Plan(NamedTuple):
+    """What is to be stored, and how."""
+
+    content: Source
+    name: str
+    form: Form
+    shorter_side: int | None
+    whole: bool
+
+    @property
+    def origin(self) -> str:
+        """What the store is made from and how, in words."""
+        shrunk = f", shrunk to a shorter side of {self.shorter_side}" if self.form == "decoded" else ""
+        return self.content.origin + shrunk
+
+
+def _prepare(folder: Path, plan: _Plan, on_progress: Callable[[Progress], None]) -> Manifest:
+    """The store, by whoever holds its lock."""
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        if (folder / "manifest.json").exists():
+            return _verified(folder, plan.name, plan.origin)
+        if folder.exists():
+            raise DataError(f"{folder} exists and is no store; remove it or choose another --root")
+        partial.mkdir(exist_ok=True)
+        _forget_other_plans(partial, plan)
+        manifest = _written(partial, plan, on_progress)
+        partial.rename(folder)
+        return manifest
+    except DataError:  # no other attempt would get further
+        shutil.rmtree(partial, ignore_errors=True)
+        lock_of(folder).unlink(missing_ok=True)
+        raise
+    finally:
+        if not any(partial.glob("*.arrow")):  # nothing worth going on from
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _written(partial: Path, plan: _Plan, on_progress: Callable[[Progress], None]) -> Manifest:
+    """A whole store's files in ``partial``, the manifest last."""
+    content = plan.content
     manifest = Manifest(
-        dataset=name,
-        source=origin,
+        dataset=plan.name,
+        source=plan.origin,
         classes=list(content.classes),
         domains=list(content.domains),
-        form=form,
+        form=plan.form,
         channels=_channels(content),
-        whole=whole,
+        whole=plan.whole,
         splits={
             split: SplitManifest(
                 per_class=_per_class(images, len(content.classes)),
-                shards=list(_shards(split, images, form, shorter_side, partial, on_progress)),
+                shards=list(_shards(split, images, plan, partial, on_progress)),
             )
             for split, images in content.splits.items()
         },
-    )
+    ).sealed()
     keep = {shard.file for split in manifest.splits.values() for shard in split.shards}
     for file in partial.iterdir():
         if file.name not in keep:
             file.unlink()
     (partial / "manifest.json").write_text(manifest.model_dump_json(indent=2))
-    partial.rename(folder)
     return manifest
 
 
@@ -170,34 +200,30 @@ def _verified(folder: Path, name: str, origin: str) -> Manifest:
     return manifest
 
 
-def _forget_other_plans(partial: Path, content: Source, origin: str) -> None:
-    """Remove what was begun from another source or with other options."""
-    digest = hashlib.sha256(f"{origin} {SHARD_IMAGES}".encode())
-    for split, images in content.splits.items():
+def _forget_other_plans(partial: Path, plan: _Plan) -> None:
+    """Remove what was begun from another source, with other options or in another format."""
+    digest = hashlib.sha256(f"{plan.origin} {SHARD_IMAGES} {FORMAT}".encode())
+    for split, images in plan.content.splits.items():
         digest.update(repr((split, _count(images), images.entries if isinstance(images, Files) else ())).encode())
-    plan = partial / "plan"
-    if not plan.exists() or plan.read_text() != digest.hexdigest():
+    noted = partial / "plan"
+    if not noted.exists() or noted.read_text() != digest.hexdigest():
         for file in [*partial.glob("*.arrow"), *partial.glob("*.json")]:
             file.unlink()
-        plan.write_text(digest.hexdigest())
+        noted.write_text(digest.hexdigest())
 
 
 def _shards(
-    split: Split,
-    images: Arrays | Files,
-    form: Form,
-    shorter_side: int | None,
-    partial: Path,
-    on_progress: Callable[[Progress], None],
+    split: Split, images: Arrays | Files, plan: _Plan, partial: Path, on_progress: Callable[[Progress], None]
 ) -> Iterator[Shard]:
-    total, size = _count(images), _count(images) if form == "raw" else SHARD_IMAGES
+    total, size = _count(images), _count(images) if plan.form == "raw" else SHARD_IMAGES
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for number, first in enumerate(range(0, total, size)):
             path = partial / f"{split}-{number:05}.arrow"
             note = path.with_suffix(".json")  # written last: a shard without a whole one is done again
             shard = _read_note(note)
             if shard is None:
-                shard = write_shard(path, _rows(images, slice(first, first + size), shorter_side, pool), form)
+                rows = _rows(images, slice(first, first + size), plan.shorter_side, pool)
+                shard = write_shard(path, rows, plan.form)
                 note.write_text(shard.model_dump_json())
             yield shard
             on_progress(Progress(split, min(first + size, total), total))
@@ -233,13 +259,9 @@ def _loaded(content: bytes, name: str, shorter_side: int | None) -> tuple[bytes 
     Raises:
         DataError: It cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            size, image = (file.height, file.width), file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise DataError(f"image {name} is damaged or too large ({error}); replace it in the source") from None
+    image = decoded(content, name)
     if shorter_side is None:
-        return content, size
+        return content, (image.height, image.width)
     share = shorter_side / min(image.size)
     if share < 1:
         image = image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.BILINEAR)

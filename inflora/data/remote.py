@@ -9,8 +9,10 @@ from filelock import FileLock
 from pyarrow import fs
 
 from inflora.config import ConfigError
+from inflora.data.errors import DataError, brief
+from inflora.data.manifest import parse_manifest
 from inflora.data.preparation import lock_of
-from inflora.data.store import DataError, default_root, read_manifest, verify_split
+from inflora.data.store import default_root, verify_split
 
 
 def is_remote(root: str) -> bool:
@@ -36,6 +38,7 @@ def fetch(root: str, dataset: str) -> Path:
     manifest = _manifest_at(system, f"{path}/{dataset}", root)
     if manifest is None:
         raise DataError(f"no dataset store {dataset} in {root}")
+    splits = parse_manifest(manifest, f"{root}/{dataset}").splits  # before gigabytes come that cannot be read
     prepared = prepared_here(root, dataset)
     if _manifest_in(prepared) == manifest:
         return prepared
@@ -48,12 +51,12 @@ def fetch(root: str, dataset: str) -> Path:
             staging.mkdir()
             try:
                 fs.copy_files(f"{path}/{dataset}", str(staging), source_filesystem=system)
-                for split in read_manifest(staging).splits:
+                for split in splits:
                     verify_split(staging, split)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"cannot fetch {root}/{dataset}: {_brief(error)}") from None
+                raise DataError(f"cannot fetch {root}/{dataset}: {brief(error)}") from None
             except DataError as error:
-                reason = str(error).replace(str(staging), dataset).split(";")[0]
+                reason = str(error).replace(str(staging), dataset).split(";")[0].split("damaged: ")[-1]
                 raise DataError(f"the store at {root} is damaged: {reason}; prepare it there again") from None
             staging.rename(folder)
     return folder
@@ -77,7 +80,7 @@ def upload(folder: Path, root: str, dataset: str) -> None:
         for file in files:
             fs.copy_files(str(file), f"{path}/{dataset}/{file.name}", destination_filesystem=system)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot upload to {root}/{dataset}: {_brief(error)}") from None
+        raise DataError(f"cannot upload to {root}/{dataset}: {brief(error)}") from None
 
 
 def _manifest_at(system: fs.FileSystem, folder: str, root: str) -> bytes | None:
@@ -87,16 +90,12 @@ def _manifest_at(system: fs.FileSystem, folder: str, root: str) -> bytes | None:
         with system.open_input_stream(f"{folder}/manifest.json") as stream:
             return stream.read()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {root}: {_brief(error)}") from None
+        raise DataError(f"cannot read {root}: {brief(error)}") from None
 
 
 def _manifest_in(folder: Path) -> bytes | None:
     path = folder / "manifest.json"
     return path.read_bytes() if path.exists() else None
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _resolve(root: str) -> tuple[fs.FileSystem, str]:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from inflora.data.archives import Tree
-from inflora.data.store import DataError, Split
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+from inflora.data.errors import DataError
+from inflora.data.images import SUFFIXES
+from inflora.data.manifest import Split
 
 
 class Arrays(NamedTuple):
@@ -73,7 +73,7 @@ class Dataset(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not PurePosixPath(name).name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not PurePosixPath(name).name.startswith(".")
 
 
 def images_in_class_folders(files: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -116,6 +116,11 @@ def read_list(content: str, path: str) -> list[list[str]]:
     if not lines:
         raise DataError(f"{path} is empty")
     return lines
+
+
+def number(word: str) -> int | None:
+    """A label or an index in a list file: some ASCII digits; None for anything else."""
+    return int(word) if re.fullmatch(r"[0-9]{1,9}", word) else None
 
 
 def readable(class_folder: str) -> str:

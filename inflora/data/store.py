@@ -7,87 +7,26 @@ Each split is opened by itself: whoever opens "train" never touches the test ima
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from inflora.data.errors import DataError, brief
+from inflora.data.files import file_size, open_file
+from inflora.data.manifest import Form, Manifest, Shard, Split, SplitManifest, damaged, read_manifest
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
 
-Split = Literal["train", "test"]
-Form = Literal["raw", "encoded", "decoded"]
-"""How a store keeps images.
+HASHED_BYTES = 1 << 28
+"""Splits of at most so many bytes are compared with their hashes whenever they are opened: some 150 ms at most."""
 
-raw: uint8 arrays, all of one size, one shard per split: mapped as one tensor, nothing is decoded (CIFAR, digits).
-encoded: the dataset's own JPEG or PNG files: small, exact, decoded at every use.
-decoded: uint8 arrays with a bounded shorter side: decoded once, several times larger on disk, faster to read.
-"""
-FORMAT = 2
-
-
-class DataError(ValueError):
-    """A store or its source is missing, damaged or of another version; the message says what to do."""
-
-
-class Shard(BaseModel):
-    """One file of a split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str
-    images: int
-    sha256: str
-
-
-class SplitManifest(BaseModel):
-    """What one split holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    per_class: list[int]
-    shards: list[Shard]
-
-    @property
-    def images(self) -> int:
-        """How many images the split has."""
-        return sum(shard.images for shard in self.shards)
-
-    @property
-    def content_hash(self) -> str:
-        """Identity of the split's images and labels."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
-
-
-class Manifest(BaseModel):
-    """What a store holds; written last, so a folder without it is not a store."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int = FORMAT
-    dataset: str
-    source: str
-    classes: list[str]
-    domains: list[str]
-    form: Form
-    channels: int
-    whole: bool = False  # as many classes and images as the dataset officially has
-    splits: dict[Split, SplitManifest]
-
-    @property
-    def content_hash(self) -> str:
-        """Identity of the images and labels, whatever the store is called and wherever it lies."""
-        splits = [self.splits[split].content_hash for split in sorted(self.splits)]
-        return hashlib.sha256("".join(splits).encode()).hexdigest()[:16]
-
-
-class _Format(BaseModel):
-    """The one field that every version's manifest has."""
-
-    format: int
+_NUMBERS = {"height": pa.int32(), "width": pa.int32(), "label": pa.int64(), "domain": pa.int64()}
+"""The columns beside an image."""
 
 
 class Images(NamedTuple):
@@ -119,12 +58,11 @@ def write_shard(path: Path, rows: Rows, form: Form) -> Shard:
         images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
     else:
         images = pa.array(map(bytes, rows.images), pa.large_binary())
+    height, width = rows.sizes.T
+    numbers = {"height": height, "width": width, "label": rows.labels, "domain": rows.domains}
     columns = {
         "image": images,
-        "height": pa.array(rows.sizes[:, 0], pa.int32()),
-        "width": pa.array(rows.sizes[:, 1], pa.int32()),
-        "label": pa.array(rows.labels, pa.int64()),
-        "domain": pa.array(rows.domains, pa.int64()),
+        **{name: pa.array(values, _NUMBERS[name]) for name, values in numbers.items()},
     }
     batch = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
@@ -133,77 +71,100 @@ def write_shard(path: Path, rows: Rows, form: Form) -> Shard:
 
 
 def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store.
-
-    Raises:
-        DataError: No store is there, or one that this version cannot read.
-    """
-    path = folder / "manifest.json"
-    try:
-        content = path.read_bytes()
-        written_by = _Format.model_validate_json(content).format
-        if written_by != FORMAT:
-            raise DataError(
-                f"{folder} has store format {written_by}, expected {FORMAT}; remove it and prepare it again"
-            )
-        return Manifest.model_validate_json(content)
-    except OSError as error:
-        raise DataError(f"no dataset store in {folder}: {path.name}: {error.strerror}") from None
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DataError(f"{path} is damaged: {reason}; remove {folder} and prepare it again") from None
+    with open_file(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def open_split(folder: Path, split: Split) -> Images:
-    """The images of one split, memory-mapped: nothing is read before it is used.
+    """The images of one split, memory-mapped.
+
+    Files of together at most ``HASHED_BYTES`` are compared with their hashes. Of larger ones everything but the pixels
+    is compared with the manifest, and ``verify_split`` compares all.
 
     Raises:
         DataError: The split is missing or does not hold what the manifest says.
     """
     manifest = read_manifest(folder)
-    tables = [_open_shard(folder, shard) for shard in manifest.splits[split].shards]
+    held = manifest.splits[split]
+    if sum(file_size(folder / shard.file) for shard in held.shards) <= HASHED_BYTES:
+        _compare_hashes(folder, held.shards)
+    tables = [_open_shard(folder, shard, manifest.form) for shard in held.shards]
     labels, domains, heights, widths = (
         torch.from_numpy(np.concatenate([table.column(name).to_numpy() for table in tables]))
         for name in ("label", "domain", "height", "width")
     )
     columns = [table.column("image").chunk(0) for table in tables]
-    pixels: Pixels
+    sizes = torch.stack([heights, widths], 1)
+    if reason := _disagreement(manifest, held, labels, domains, sizes, columns):
+        raise damaged(folder, f"its {split} images {reason}")
     if manifest.form == "raw":
-        pixels = RawPixels.mapped(columns[0], int(heights[0]), int(widths[0]), manifest.channels)
+        height, width = sizes[0].tolist()
+        pixels: Pixels = RawPixels.mapped(columns[0], height, width, manifest.channels)
     else:
-        pixels = FilePixels(columns, torch.stack([heights, widths], 1), encoded=manifest.form == "encoded")
+        encoded = manifest.form == "encoded"
+        pixels = FilePixels(columns, sizes, encoded=encoded, name=f"the {split} images in {folder}")
+        pixels.array(0)  # image files are what the manifest says they are
     return Images(pixels, labels, domains)
 
 
-def _open_shard(folder: Path, shard: Shard) -> pa.Table:
+def _open_shard(folder: Path, shard: Shard, form: Form) -> pa.Table:
     path = folder / shard.file
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"cannot read {path}: {' '.join(str(error).split())}; remove {folder} and prepare again"
-        ) from None
+        table.validate(full=True)
+    except Exception as error:  # whatever a damaged file makes of itself
+        raise damaged(folder, f"cannot read {path}: {brief(error)}") from None
+    if not _is_schema(table.schema, form):
+        raise damaged(folder, f"{path} has other columns than {form} images")
     if table.num_rows != shard.images:
-        raise DataError(f"{path} holds {table.num_rows} images, its manifest says {shard.images}; prepare it again")
+        raise damaged(folder, f"{path} holds {table.num_rows} images, its manifest says {shard.images}")
+    if any(column.num_chunks != 1 or column.null_count for column in table.columns):
+        raise damaged(folder, f"{path} is not the one batch that was written")
     return table
 
 
+def _is_schema(schema: pa.Schema, form: Form) -> bool:
+    images, *others = zip(schema.names, schema.types, strict=True)
+    binary = pa.types.is_fixed_size_binary if form == "raw" else pa.types.is_large_binary
+    return images[0] == "image" and binary(images[1]) and others == list(_NUMBERS.items())
+
+
+def _disagreement(
+    manifest: Manifest, held: SplitManifest, labels: Tensor, domains: Tensor, sizes: Tensor, columns: Sequence[pa.Array]
+) -> str | None:
+    """What of a split's columns is not as the manifest says; None where they agree."""
+    classes, areas = len(manifest.classes), sizes.long().prod(1)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        return f"have labels outside of its {classes} classes"
+    if labels.bincount(minlength=classes).tolist() != held.per_class:
+        return "are not as many of each class as its manifest says"
+    if not 0 <= int(domains.min()) <= int(domains.max()) < max(1, len(manifest.domains)):
+        return f"have domains outside of its {len(manifest.domains)}"
+    if int(sizes.min()) < 1:
+        return "have sizes that no image has"
+    if manifest.form == "raw" and bool((sizes != sizes[0]).any()):
+        return "are not all of one size"
+    lengths = np.concatenate([pc.binary_length(column).to_numpy() for column in columns])
+    if manifest.form != "encoded" and not np.array_equal(lengths, manifest.channels * areas.numpy()):
+        return "do not have the sizes and channels that are recorded of them"
+    return None
+
+
 def verify_split(folder: Path, split: Split) -> None:
-    """Check a split's files against the hashes in the manifest.
+    """Compare a split's files with the hashes in the manifest.
 
     Raises:
         DataError: A file has changed since it was written.
     """
-    for shard in read_manifest(folder).splits[split].shards:
-        path = folder / shard.file
-        try:
-            found = _file_hash(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; remove {folder} and prepare it again") from None
-        if found != shard.sha256:
-            raise DataError(f"{path} has changed since it was prepared; remove {folder} and prepare it again")
+    _compare_hashes(folder, read_manifest(folder).splits[split].shards)
+
+
+def _compare_hashes(folder: Path, shards: Sequence[Shard]) -> None:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        hashes = pool.map(lambda shard: _file_hash(folder / shard.file), shards)
+        for shard, found in zip(shards, hashes, strict=True):
+            if found != shard.sha256:
+                raise damaged(folder, f"{folder / shard.file} has changed since it was prepared")

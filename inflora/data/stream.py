@@ -10,7 +10,8 @@ from torch import Tensor
 
 from inflora.config import ConfigError, DataSettings
 from inflora.data import ensure_store
-from inflora.data.store import Images, Manifest, open_split, read_manifest
+from inflora.data.manifest import Manifest, read_manifest
+from inflora.data.store import Images, open_split
 
 EvaluateOn = Literal["validation", "test"]
 

@@ -2,10 +2,12 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray
+import torch
 from ray.util.state import list_actors
 
 from inflora.config import ConfigError
@@ -26,6 +28,9 @@ _QUIET = {
     "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
 }
 
+_ADDRESS, _OWN = "RAY_ADDRESS", "local"
+"""Where Ray and everything that belongs to it look for an address, and the one that means a new Ray."""
+
 STATE_API_PATIENCE_S = 30
 """How long the state API may take to answer at all."""
 
@@ -36,8 +41,8 @@ DRIVER = "trial_driver"
 class Cluster(NamedTuple):
     """Where a sweep runs, and where it keeps its trials so that every node finds them.
 
-    ``address`` None is the cluster found, else this machine; ``shared`` None is the sweep's own folder; ``at_a_time``
-    None is what the cluster declares or has room for.
+    ``address`` None is that of ``RAY_ADDRESS``, else a Ray of the sweep's own on this machine; ``shared`` None is the
+    sweep's own folder; ``at_a_time`` None is what the cluster declares or has room for.
     """
 
     address: str | None = None
@@ -48,38 +53,87 @@ class Cluster(NamedTuple):
 THIS_MACHINE = Cluster()
 
 
-def connect(address: str | None) -> None:
-    """Connect to a Ray cluster, or start one on this machine.
+def connect(address: str | None, say: Callable[[str], None]) -> None:
+    """Join the Ray at ``address``, or at ``RAY_ADDRESS``; where neither is given, start one of its own on this machine.
 
-    The dashboard stays on (loopback): without its state API a stopped trial's workers are never released.
+    Another Ray that happens to run here may be anybody's. The dashboard stays on (loopback): without its state API a
+    stopped trial's workers are never released.
     """
+    if ray.is_initialized():
+        return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     environment = {
         name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _PATIENT_TRAIN | _QUIET).items()
     }
+    chosen = address or os.environ.get(_ADDRESS) or _OWN
     try:
         ray.init(
-            address=address,
-            runtime_env={"env_vars": environment},
+            address=chosen,
+            runtime_env={"env_vars": environment, "worker_process_setup_hook": _know_the_address()},
             logging_level=logging.ERROR,
             log_to_driver=False,
-            ignore_reinit_error=True,
         )
     except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at address {address!r}: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"no Ray cluster at address {chosen!r}: {' '.join(str(error).split())[:200]}") from None
+    say(f"Ray: {'started on this machine' if chosen == _OWN else f'joined {_address()}'} ({_room()})")
+
+
+def require_gpus(resources: Resources, address: str | None) -> None:
+    """Raise ConfigError where trials need GPUs and a Ray that starts here would have none; takes hold of no GPU."""
+    if resources.gpus and not address and not os.environ.get(_ADDRESS) and not torch.cuda.is_available():
+        raise ConfigError(
+            f"a trial needs {resources.gpus:g} GPUs and this machine has none: --gpus 0 trains on the CPU, --address "
+            "or RAY_ADDRESS names a cluster"
+        )
+
+
+def _know_the_address() -> Callable[[], None]:
+    """Says in each worker process to which Ray it belongs: Train asks the state API for it without naming one.
+
+    A function made here travels as a whole: a worker imports nothing for it.
+    """
+
+    def hook() -> None:
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    return hook
+
+
+def _address() -> str:
+    """Of the Ray that is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _room() -> str:
+    has, machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    counts = {"machine": machines if machines > 1 else 0, "CPU": has.get("CPU", 0), "GPU": has.get("GPU", 0)}
+    return ", ".join(f"{count:g} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
 
 
 def check_state_api() -> None:
     """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
     try:
-        list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
+        with _in_environment(_ADDRESS, _address()):  # an argument would not do: what stands there goes before it
+            list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, one cluster per machine, "
-            "or use --executor inline"
+            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, or use --executor inline"
         ) from None
+
+
+@contextmanager
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:

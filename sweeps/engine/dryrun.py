@@ -15,7 +15,7 @@ from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
-from sweeps.engine.cluster import Cluster, check_state_api, connect, trials_at_a_time
+from sweeps.engine.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.mlflow_store import make_client
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.runner import check_folder, trials_place
@@ -47,6 +47,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     Raises:
         ConfigError: The first thing that does not work.
     """
+    require_gpus(sweep.resources, cluster.address)
     corners = sweep.corners()
     for config in corners:
         check(config)
@@ -58,7 +59,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     say(f"storage: {folder} can be written, a database works there")
     check_tracking(uri)
     say(f"tracking: {uri} answers")
-    connect(cluster.address)
+    connect(cluster.address, say)
     try:
         check_nodes(place)
         at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)

@@ -151,7 +151,7 @@ class Trained(NamedTuple):
     ) -> list[FinalRun]:
         """The runs of these configs, trained unless they are there already."""
         runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
-        connect(self.address)
+        connect(self.address, say)
         check_nodes(SharedFolder(str(folder)))
         trials_at_a_time(self.resources, say)
         train_all(runs, self.resources, say)

@@ -13,6 +13,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from inflora.config import ConfigError, RunConfig
 from sweeps.engine import plots
+from sweeps.engine.mlflow_database import make_whole
 
 _PARAM_LENGTH = 6000
 _BATCH = 800
@@ -42,6 +43,7 @@ def make_client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
         raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
+    make_whole(uri)
     return MlflowClient(uri)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sweeps.engine.budget import progress
 from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome, TrialRecord
+from sweeps.engine.records import Outcome, TrialRecord, describe
 
 
 class ProgressLines(tune.Callback):
@@ -86,10 +86,3 @@ class LiveTable(ProgressLines):
 def progress_on(console: Console, ledger: Ledger, say: Callable[[str], None]) -> ProgressLines:
     """The table where it can be drawn again, lines elsewhere: into a pipe, or on a terminal that only prints."""
     return LiveTable(ledger) if console.is_interactive else ProgressLines(ledger, say)
-
-
-def describe(settings: dict[str, Any]) -> str:
-    """Settings in a line."""
-    return "  ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
-    )

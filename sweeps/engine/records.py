@@ -76,3 +76,10 @@ def ranking(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Finished trials that keep all constraints, the highest objective first: stopped and failed ones do not count."""
     finished = [r for r in records if r.outcome is Outcome.FINISHED and r.value is not None and not r.broken]
     return sorted(finished, key=lambda record: (-(record.value or 0.0), record.number))
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in a line."""
+    return "  ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
+    )

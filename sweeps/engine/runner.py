@@ -18,7 +18,15 @@ from inflora.continual import check, identity
 from inflora.state import write_atomically
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
-from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
+from sweeps.engine.cluster import (
+    DRIVER,
+    THIS_MACHINE,
+    Cluster,
+    check_state_api,
+    connect,
+    require_gpus,
+    trials_at_a_time,
+)
 from sweeps.engine.driver import pick_backend, train_driver
 from sweeps.engine.ledger import STUDY_FILE, Ledger
 from sweeps.engine.mlflow_store import git_commit, make_client
@@ -63,8 +71,10 @@ def run_sweep(
         ConfigError: Before anything is started: settings, data, backbone, folder or resources that do not fit. After
             the first trials: all have failed for one reason.
     """
+    require_gpus(sweep.resources, cluster.address)
     for config in sweep.corners():
         check(config)
+    known = identity(sweep.base)  # reads the weights, which may have to be fetched: before anything is written
     make_client(tracking_uri)
     folder = folder.absolute()
     place = trials_place(sweep, folder, cluster)
@@ -79,9 +89,9 @@ def run_sweep(
         done = sweep.trials - ledger.remaining()
         say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
         commit = git_commit()
-        tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
+        tags = known | ({"mlflow.source.git.commit": commit} if commit else {})
         if remaining:
-            connect(cluster.address)
+            connect(cluster.address, say)
             check_nodes(place)
         tracker = Tracker(sweep, folder, tracking_uri, tags)
         tracker.start()

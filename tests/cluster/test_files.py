@@ -126,6 +126,13 @@ def test_every_start_of_ray_asks_for_the_token_and_tells_nobody(name):
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_a_recipe_on_a_machine_of_the_cluster_joins_it(name):
+    """Left alone it would start a Ray of its own there."""
+    (kept,) = [command for command in launcher(name)["setup_commands"] if "> ~/.inflora-cluster" in command]
+    assert "'RAY_ADDRESS=auto'" in kept
+
+
 def test_no_trial_runs_on_a_head():
     assert "--num-cpus=0" in " ".join(launcher("local.yaml")["head_start_ray_commands"])
     gpu = launcher("gpu.yaml")

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -14,11 +16,28 @@ import torch
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
+from sweeps.engine import mlflow_database
 from sweeps.engine.ledger import read_records, study_url
 from sweeps.engine.records import TaskReport, TrialRecord
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
 
 PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_new_database(tmp_path_factory) -> Iterator[None]:
+    """MLflow needs a second for a new database; here the first one of a test process is copied."""
+    new = tmp_path_factory.mktemp("mlflow") / "new.db"
+    create = mlflow_database.create
+
+    def copy(file: Path) -> None:
+        if not new.exists():
+            create(new)
+        shutil.copy(new, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_database, "create", copy)
+        yield
 
 
 @pytest.fixture(scope="session")

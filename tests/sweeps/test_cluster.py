@@ -1,12 +1,16 @@
 """Sweeps on real Ray clusters on this machine: real trials, real worker processes, real kills."""
 
+import os
+
 import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from ray.cluster_utils import Cluster as Nodes
+from ray.util.state import list_actors
 
 from inflora.config import ConfigError
-from sweeps.engine.cluster import check_state_api, slots
+from sweeps.engine.cluster import check_state_api, connect, slots
 from sweeps.engine.failures import Failure, kind_of
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome
@@ -165,6 +169,56 @@ def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_it
     local_cluster(num_cpus=1, include_dashboard=False)
     with pytest.raises(ConfigError, match="state API does not answer"):
         check_state_api()
+
+
+@pytest.fixture(scope="module")
+def anothers():
+    """The address of a Ray that somebody else has started on this machine."""
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    yield nodes.address
+    nodes.shutdown()
+
+
+def asked_from_a_worker() -> str:
+    """The address of the Ray that a process of a trial finds when it asks for the state of an actor, as Train does."""
+    list_actors(limit=1)
+    return os.environ["RAY_ADDRESS"]
+
+
+@pytest.mark.parametrize("told", [None, "argument", "environment"])
+def test_a_sweep_joins_the_ray_that_it_is_told_of_and_else_starts_its_own(anothers, local_cluster, told, monkeypatch):
+    if told == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", anothers)
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    said: list[str] = []
+    connect(anothers if told == "argument" else None, said.append)
+    here = ray.get_runtime_context().gcs_address
+    assert (here == anothers) == (told is not None)
+    assert said == [f"Ray: joined {anothers} (1 CPU)" if told else f"Ray: started on this machine ({cpus()})"]
+    check_state_api()
+    assert ray.get(ray.remote(asked_from_a_worker).options(num_cpus=0).remote()) == here
+    assert os.environ.get("RAY_ADDRESS") == (anothers if told == "environment" else None)
+
+
+def cpus() -> str:
+    count = os.cpu_count() or 1
+    return f"{count} CPU{'s' if count > 1 else ''}"
+
+
+@pytest.mark.slow
+def test_two_sweeps_on_one_machine_end_as_if_each_were_alone(tiny_sweep, tmp_path, data_root):
+    recipes = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        recipes.append(Recipe(tmp_path / name, tiny_sweep.model_copy(update={"trials": 2}), data_root))
+        del recipes[-1].environment["RAY_ADDRESS"]
+    drivers = [recipe.start() for recipe in recipes]
+    for recipe, driver in zip(recipes, drivers, strict=True):
+        assert driver.wait(timeout=280) == 0, recipe.log.read_text()
+        assert "Ray: started on this machine" in recipe.log.read_text()
+        assert_every_finished_trial_is_undisturbed(recipe.sweep, recipe.records())
+        assert_mlflow_agrees(recipe.results, recipe.records())
 
 
 def test_two_drivers_do_not_run_one_sweep(tiny_sweep, tmp_path):

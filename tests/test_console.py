@@ -1,0 +1,129 @@
+"""How the programs end: one line whatever happens, and at once where nothing heavy is needed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from inflora.config import ConfigError
+from inflora.console import OneLineCommand, OneLineGroup
+from inflora.errors import one_line
+from sweeps import digits
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.spec import SPEC_FILE
+
+HEAVY = {"torch", "mlflow", "ray", "timm", "pyarrow", "scipy", "matplotlib"}
+
+
+def ending(error: BaseException | None, cls=OneLineCommand):
+    """What a program whose command raises this leaves: exit code, standard output and error."""
+    app = typer.Typer(cls=OneLineGroup) if cls is OneLineGroup else typer.Typer()
+
+    def command(number: int = 0) -> None:
+        print("done")
+        if error is not None:
+            raise error
+
+    app.command()(command) if cls is OneLineGroup else app.command(cls=OneLineCommand)(command)
+    if cls is OneLineGroup:
+        app.callback()(lambda: None)
+    arguments = ["command"] if cls is OneLineGroup else []
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(params=[OneLineCommand, OneLineGroup])
+def kind(request):
+    return request.param
+
+
+def test_a_command_that_succeeds_says_only_what_it_says(kind):
+    result = ending(None, kind)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("error", [ConfigError("no\nsuch  thing"), OSError("no such thing"), FloatingPointError("nan")])
+def test_a_user_s_mistake_is_one_line_and_exit_code_two(error, kind):
+    result = ending(error, kind)
+    assert (result.exit_code, result.stderr) == (2, f"error: {' '.join(str(error).split())}\n")
+
+
+def test_any_other_error_is_one_line_exit_code_seventy_and_a_file_with_the_traceback(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = ending(KeyError("a\nb"), kind)
+    assert result.exit_code == 70
+    (line,) = result.stderr.splitlines()
+    (file,) = tmp_path.iterdir()
+    assert line == f"internal error: KeyError: 'a\\nb'; details in {file}; please report"
+    assert "Traceback (most recent call last)" in file.read_text() and "in command" in file.read_text()
+
+
+def test_the_exit_codes_of_commands_and_of_ctrl_c_stay_theirs(kind):
+    assert ending(typer.Exit(3), kind).exit_code == 3
+    assert ending(KeyboardInterrupt(), kind).exit_code == 130
+
+
+@pytest.mark.parametrize("arguments", [["--numbr", "1"], ["--number", "one"], ["too", "many"]])
+def test_a_mistyped_command_line_is_one_line_that_says_where_help_is(arguments):
+    app = typer.Typer()
+
+    @app.command(cls=OneLineCommand)
+    def command(number: int = 0) -> None:
+        print(number)
+
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert re.fullmatch(r"error: .+ \(see \S+ --help\)\n", result.stderr)
+
+
+def test_a_very_long_line_is_cut_in_its_middle():
+    said = one_line("first " + "x" * 10_000 + " last", longest=100)
+    assert len(said) < 120 and said.startswith("first ") and said.endswith(" last")
+    assert one_line("as  it\n is") == "as it is"
+
+
+def started(folder: Path, program: str, *arguments: str) -> tuple[int, set[str]]:
+    """Exit code of a program, and the heavy libraries that it has imported by its end."""
+    script = (
+        f"import atexit, json, sys; sys.argv = {[program, *arguments]}\n"
+        f"atexit.register(lambda: open('imported', 'w').write(json.dumps(sorted({HEAVY} & sys.modules.keys()))))\n"
+        + (
+            f"from {program}.cli import app; app()"
+            if program in ("inflora", "sweeps")
+            else f"import runpy; runpy.run_path({program!r}, run_name='__main__')"
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert (folder / "imported").exists(), done.stderr
+    return done.returncode, set(json.loads((folder / "imported").read_text()))
+
+
+RECIPE = str(Path(__file__).parents[1] / "sweeps" / "digits.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (["inflora", "--help"], 0),
+        (["inflora", "train", "--hlp"], 2),
+        (["inflora", "train", "--preset", "cifar100-10", "method.rnk=3"], 2),
+        (["sweeps", "--help"], 0),
+        (["sweeps", "stats"], 2),
+        (["sweeps", "status", "nothing"], 2),
+        ([RECIPE, "--help"], 0),
+        ([RECIPE, "method.rnk=3"], 2),
+    ],
+)
+def test_help_and_a_mistyped_word_wait_for_no_library(line, code, tmp_path):
+    assert started(tmp_path, *line) == (code, set())
+
+
+def test_the_status_of_a_sweep_waits_for_no_library(tmp_path):
+    folder = tmp_path / "results" / "digits-frozen"
+    Ledger(digits.frozen, folder).propose()
+    (folder / SPEC_FILE).write_text(digits.frozen.model_dump_json())
+    assert started(tmp_path, "sweeps", "status", "digits-frozen") == (0, set())

@@ -1,0 +1,164 @@
+"""The README followed literally: every command in it, in its order, in one shell, in a copy of the repository.
+
+A command whose comment begins with "needs" cannot be followed here (a GPU, a cluster, an archive, more than minutes).
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+NEEDS = {"a GPU", "a cluster", "an archive", "five minutes", "half an hour", "40 minutes"}
+
+
+class Command(NamedTuple):
+    """A line to be typed, and what it needs that is not everywhere."""
+
+    line: str
+    needs: str | None
+
+
+def commands(text: str) -> list[Command]:
+    """The commands of a page's blocks: every line of ``bash``, what follows a ``$`` in ``console``."""
+    found = []
+    for language, block in re.findall(r"^```(bash|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        typed = block.splitlines() if language == "bash" else re.findall(r"^\$ (.*)$", block, re.MULTILINE)
+        for text in filter(str.strip, typed):
+            line, _, comment = text.partition(" #")
+            needs = re.match(r"\s*needs ([^:,;]+)", comment)
+            found.append(Command(line.strip(), needs and needs[1].strip()))
+    return found
+
+
+COMMANDS = commands(README)
+
+
+def test_the_readme_s_commands_and_what_they_need_are_found():
+    page = (
+        "```bash\nls -l     # shows\nmake x  # needs a GPU: of course\n```\n"
+        "```console\n$ make y  # z\noutput\n```\n```python\n1\n```\n"
+    )
+    assert commands(page) == [("ls -l", None), ("make x", "a GPU"), ("make y", None)]
+    assert {command.needs for command in COMMANDS} <= NEEDS | {None}
+    assert len([command for command in COMMANDS if command.needs is None]) > 10
+
+
+def test_every_file_that_the_readme_names_is_there():
+    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    links = {link for page in pages[:1] for link in re.findall(r"\]\(([^)#:]+)\)", page)}
+    named = {
+        path
+        for page in pages
+        for path in re.findall(r"(?<![\w/-])(?:inflora|sweeps|cluster|tests|docs|benchmarks)/[\w/]+\.\w+", page)
+    }
+    assert [path for path in sorted(links | named) if not (ROOT / path).exists()] == []
+
+
+def test_every_command_is_one_of_ours_or_of_the_libraries():
+    first = {shlex.split(command.line)[0] for command in COMMANDS}
+    assert first <= {"make", "source", "mlflow", "sweeps", "inflora", "python", "ls", "ray"}
+
+
+def test_the_tree_names_every_module():
+    told = set(re.findall(r"\w+\.py", README))
+    files = [file for package in ("inflora", "sweeps") for file in (ROOT / package).glob("*.py")]
+    assert {file.name for file in files if file.name != "__init__.py"} - told == set()
+
+
+class Shell:
+    """One bash in which commands are typed one after another."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.said = folder.parent / "said"
+        self.bash = subprocess.Popen(
+            ["bash"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self.said.open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def type(self, line: str, timeout_s: float = 600) -> tuple[int, str]:
+        """Exit code and output of a line."""
+        before = self.said.stat().st_size
+        self.bash.stdin.write(f'{line}\necho "=== ended with $?"\n')
+        self.bash.stdin.flush()
+        deadline = time.monotonic() + timeout_s
+        while not (ended := re.search(r"^=== ended with (\d+)\n", self.output_since(before), re.MULTILINE)):
+            assert time.monotonic() < deadline, f"{line!r} has not ended: {self.output_since(before)}"
+            time.sleep(0.05)
+        return int(ended[1]), self.output_since(before)[: ended.start()]
+
+    def output_since(self, size: int) -> str:
+        """The text that was printed after the first ``size`` bytes."""
+        return self.said.read_bytes()[size:].decode()
+
+
+@pytest.fixture
+def shell(tmp_path) -> Iterator[Shell]:
+    """A shell in a fresh copy of the repository, its environment ready, at home where nothing is."""
+    listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in filter(None, listed.split("\0")):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "copy" / name)
+    (tmp_path / "copy" / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "home").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("INFLORA_", "RAY_", "MLFLOW_"))}
+    shell = Shell(tmp_path / "copy", {**kept, "HOME": str(tmp_path / "home"), "TERM": "dumb"})
+    yield shell
+    shell.bash.kill()
+
+
+def serves(shell: Shell, line: str) -> None:
+    """A server answers, and is stopped."""
+    shell.type(f"{line} & true")
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:5000/health", timeout=5) as answer:
+                assert answer.status == 200
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.5)
+    shell.type("kill %1; wait")
+
+
+def follow(shell: Shell, shortened: dict[str, str]) -> None:
+    """Type every command that needs nothing special; all succeed."""
+    for line, needs in COMMANDS:
+        if needs:
+            continue
+        if line.startswith("mlflow ui"):
+            serves(shell, line)
+            continue
+        code, said = shell.type(shortened.get(line, line))
+        assert code == 0, f"{line}: {said}"
+        assert "Traceback" not in said, f"{line}: {said}"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_the_readme_followed_with_a_sweep_of_three_trials(shell):
+    few = ".venv/bin/python sweeps/digits.py --num-trials 3 && .venv/bin/sweeps export digits -o results/digits.yaml"
+    follow(shell, {"make sweep": few})
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_readme_followed_to_the_letter(shell):
+    follow(shell, {})
