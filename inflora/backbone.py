@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -63,7 +64,8 @@ def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
         ConfigError: As ``build_backbone``, but for the weights.
     """
     _require_known_options(settings)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers without numbers: those are refused
         vit = _create(settings)
         numbers = sum(tensor.numel() for tensor in vit.state_dict().values())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -78,8 +80,8 @@ def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
 
 
 _OPTIONS = sorted(signature(VisionTransformer).parameters.keys() - {"num_classes", "device", "dtype"})
-_LARGEST = {"depth": 1_000}
-"""More than any model's; of all other whole numbers, 16,384 is."""
+_LARGEST = {"depth": 200} | {name: 1 for name in _OPTIONS if name.endswith("_rate")}
+"""More than any model's; of all other numbers, 16,384 is."""
 
 
 def _require_known_options(settings: BackboneSettings) -> None:
@@ -88,8 +90,8 @@ def _require_known_options(settings: BackboneSettings) -> None:
             raise ConfigError(f"unknown backbone.options {cut(repr(name))}; known: {', '.join(_OPTIONS)}")
         largest = _LARGEST.get(name, 16_384)
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
-        if any(abs(number) > largest for number in numbers):
-            raise ConfigError(f"backbone.options {name} must be at most {largest}, got {shown(value)}")
+        if any(not 0 <= number <= largest for number in numbers):
+            raise ConfigError(f"backbone.options {name} must be from 0 to {largest}, got {shown(value)}")
 
 
 def _require_usable(vit: VisionTransformer, settings: BackboneSettings) -> None:
@@ -110,8 +112,8 @@ def _require_usable(vit: VisionTransformer, settings: BackboneSettings) -> None:
 
 
 def _tensors_of(vit: VisionTransformer) -> set[tuple[str, torch.Size]]:
-    """Names and shapes; those of position embeddings, which are resized, do not count."""
-    return {(name, tensor.shape) for name, tensor in vit.state_dict().items() if name != "pos_embed"}
+    """Names and shapes; the shape of position embeddings, which are resized, does not count."""
+    return {(name, tensor.shape if name != "pos_embed" else torch.Size()) for name, tensor in vit.state_dict().items()}
 
 
 def _unfit(settings: BackboneSettings, reason: str) -> ConfigError:

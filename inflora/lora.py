@@ -101,7 +101,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (ALL,)) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight, self.bias, self.training = plain.weight, plain.bias, plain.training
         self.rows = tuple(slice(*part.indices(plain.out_features)) for part in rows)
         self.sizes = [part.stop - part.start for part in self.rows]
         self.register_parameter("lora_A", None)
