@@ -451,9 +451,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 
     monkeypatch.setattr("inflora.pretrained.get_hf_file_metadata", away)
     monkeypatch.setattr("inflora.backbone.from_cache", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"cannot be had from here .*no route to host.*backbone\.weights=PATH"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"cannot be had .*no route to host.*backbone\.weights=PATH") as error:
         build_backbone(BackboneSettings(name="vit_tiny_patch16_224"))
     assert one_line(error)
     assert asked == [5.0]

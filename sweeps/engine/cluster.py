@@ -81,7 +81,8 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
 
 def require_gpus(resources: Resources, address: str | None) -> None:
     """Raise ConfigError where trials need GPUs and a Ray that starts here would have none; takes hold of no GPU."""
-    if resources.gpus and not address and not os.environ.get(_ADDRESS) and not torch.cuda.is_available():
+    told = address or os.environ.get(_ADDRESS) or ray.is_initialized()
+    if resources.gpus and not told and not torch.cuda.is_available():
         raise ConfigError(
             f"a trial needs {resources.gpus:g} GPUs and this machine has none: --gpus 0 trains on the CPU, --address "
             "or RAY_ADDRESS names a cluster"
