@@ -61,8 +61,8 @@ Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 ShortSeed = Annotated[Whole, Field(ge=0, lt=2**32)]
 """What NumPy's older generators take, which samplers draw from."""
 
-Rate = Annotated[Number, Field(ge=1e-30, le=1e6)]
-"""Of learning: float32 rounds what is much smaller to nothing, and what is much larger to infinity."""
+Rate = Annotated[Number, Field(ge=1e-30, le=1e30)]
+"""Of learning: float32, which has nothing beyond 1e-38 and 1e38, still multiplies with it."""
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
 """Of a term of a loss, or of a decay."""
 Share = Annotated[Number, Field(gt=0, le=1)]
