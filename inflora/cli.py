@@ -24,6 +24,7 @@ from inflora.config import (
     override,
     parse_assignments,
 )
+from inflora.config.listing import lines_of_settings
 from inflora.console import OneLineGroup, path
 from inflora.metrics import Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
@@ -89,10 +90,10 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
     from inflora.data.store import read_manifest
 
     experiment = find_preset(preset)
-    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
-        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if config.backbone.weights:
         return [f"not compared with the published {preset}: the backbone is {config.backbone.weights}"]
+    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
+        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if not read_manifest(ensure_store(config.data.dataset, config.data.root)).whole:
         return [f"not compared with the published {preset}: {config.data.dataset} here is not the whole dataset"]
     if not experiment.published:
@@ -124,6 +125,15 @@ def predict_command(
     answers = predict(load(model), images_in(images), top, invert=invert)
     if not print_predictions(answers, "json" if as_json else "csv" if as_csv else "text", inverted=invert):
         raise typer.Exit(2)
+
+
+@app.command()
+def settings(
+    method: Annotated[str | None, typer.Argument(help="Only the settings of this method.")] = None,
+) -> None:
+    """List every setting: its dotted path, type, default, what is allowed and what it does."""
+    for line in lines_of_settings(method):
+        print(line)
 
 
 @data_app.command()

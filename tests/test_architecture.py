@@ -20,6 +20,7 @@ FLOORS = {
         "inflora.layout",
         "inflora.lora",
         "inflora.precision",
+        "inflora.pretrained",
         "inflora.state",
         "inflora.storage",
         "inflora.presets",
@@ -29,6 +30,7 @@ FLOORS = {
     3: (
         "inflora.backbone",
         "inflora.class_token",
+        "inflora.injection",
         "inflora.shared",
         "inflora.adapters",
         "inflora.drift",
@@ -76,7 +78,7 @@ FLOORS = {
     22: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-PACKAGES = ("inflora.data", "inflora.methods")
+PACKAGES = ("inflora.config", "inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
 RECIPES_FLOOR = 23
 

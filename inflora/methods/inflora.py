@@ -9,8 +9,9 @@ from torch import Tensor
 
 from inflora.config import InfLoRASettings
 from inflora.distributed import from_first
+from inflora.injection import inject
 from inflora.layout import Layout, Spec
-from inflora.lora import adapted_layers, inject, merge_all
+from inflora.lora import adapted_layers, merge_all
 from inflora.methods.alignment import Alignment
 from inflora.methods.base import Method, TaskData
 from inflora.methods.statistics import input_covariances

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from inflora.config import SDLoRASettings
+from inflora.injection import inject
 from inflora.layout import Layout, Spec
-from inflora.lora import LoRALinear, inject
+from inflora.lora import LoRALinear
 from inflora.methods.base import TaskData, Trainable
 from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
