@@ -35,10 +35,10 @@ from inflora.data import DATASETS, prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.data.store import Split
 from inflora.data.stream import EvaluateOn
+from inflora.files import write_atomically
 from inflora.methods import METHODS
 from inflora.methods.inflora import memory_of
 from inflora.metrics import accuracy_row
-from inflora.state import write_atomically
 from inflora.training import EpochDone
 
 LRS = (2e-4, 1e-3, 5e-3)

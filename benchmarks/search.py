@@ -43,7 +43,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from inflora.config import override
-from inflora.state import RunState, write_atomically
+from inflora.files import write_atomically
+from inflora.state import RunState
 from sweeps.cli import parse_seeds, quiet_libraries
 from sweeps.digits import inflora as digits
 from sweeps.engine.checkpoints import SHARED

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from inflora.files import write_atomically
 from inflora.lora import LoRALinear, adapted_layers
-from inflora.state import write_atomically
 
 
 class AdapterConfig(BaseModel):

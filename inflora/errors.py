@@ -8,7 +8,11 @@ class UserError(ValueError):
 
 
 def one_line(text: str, longest: int = LONGEST_LINE) -> str:
-    """The text on one line, its middle left out where it is very long."""
-    line = " ".join(text.split())
+    """The text on one line, its middle left out where it is very long; nothing in it that a terminal obeys.
+
+    Names from outside may hold line breaks, escape sequences, and bytes that are no text.
+    """
+    letters = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} [...] {line[-half:]}"

@@ -45,7 +45,7 @@ def check_state(config: RunConfig, state: RunState) -> None:
     if state.config_hash != config_hash(config):
         raise StateError(
             f"the state is of the settings {state.config_hash}, config.yaml has {config_hash(config)}: edited, "
-            "or of another version"
+            "a file that it names has changed, or of another version"
         )
     if state.data is None:
         raise StateError("the state is of an older version, without the names of its classes; train it again")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from inflora.config import ConfigError, cut, require_regular
+from inflora.config import ConfigError, cut
+from inflora.files import require_regular
 
 WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 _HUB_FILE = "model.safetensors"

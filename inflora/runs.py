@@ -11,8 +11,9 @@ from inflora.adapters import save_adapter
 from inflora.config import ConfigError, RunConfig, dump_config
 from inflora.continual import TaskResult, identity, run
 from inflora.data.stream import EvaluateOn
+from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix
-from inflora.state import RunState, has_state, load_state, of_folder, save_state, write_atomically
+from inflora.state import RunState, has_state, load_state, of_folder, save_state
 from inflora.training import EpochDone
 
 

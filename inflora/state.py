@@ -1,11 +1,9 @@
 """A run's state as a value: what is saved, restored and compared."""
 
-import contextlib
 import hashlib
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from inflora.errors import UserError
+from inflora.files import read_regular, write_atomically
 from inflora.metrics import Evaluation, metrics_after
 
 _MANIFEST = "state.json"
@@ -267,23 +266,6 @@ def has_state(folder: Path) -> bool:
 def _read_regular(path: Path) -> bytes:
     """A file's content; StateError where it is none (a pipe would be waited for), or cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise StateError(f"{path} is not a regular file")
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash or on a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None

@@ -142,8 +142,8 @@ def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
 
 def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
     """What a user does with a finished sweep: export its best config and train with it."""
+    from inflora.files import write_atomically
     from inflora.runs import train_into
-    from inflora.state import write_atomically
     from sweeps.engine.export import export_config, find_best
 
     best = find_best(sweep, records)

@@ -175,7 +175,7 @@ def test_what_is_no_file_in_a_folder_is_refused_at_once(tmp_path):
     source = samples.image_folder(tmp_path / "source", CLASSES, PER_CLASS)
     pipe = source / "train" / "kind_0" / "pipe.png"
     os.mkfifo(pipe)
-    assert "pipe.png is a named pipe" in says("image_folder", source, tmp_path)
+    assert "pipe.png: it is a named pipe" in says("image_folder", source, tmp_path)
     pipe.unlink()
     pipe.symlink_to("nowhere")
     assert "pipe.png: No such file" in says("image_folder", source, tmp_path)
@@ -189,7 +189,7 @@ def test_a_pipe_in_the_place_of_an_archive_or_a_list_is_refused_at_once(sources,
     for name in SAMPLES:
         assert "pipe" in says(name, tmp_path / "pipe", tmp_path)
     listed = Options(test_list=tmp_path / "pipe")
-    assert "pipe is a named pipe" in says("imagenet_r", sources["imagenet_r"], tmp_path, listed)
+    assert "pipe: it is a named pipe" in says("imagenet_r", sources["imagenet_r"], tmp_path, listed)
 
 
 # CIFAR-100.

@@ -178,9 +178,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for path, says in (
-        (tmp_path / "pipe.png", "is a named pipe; expected a file"),
-        (tmp_path / "folder.png", "is a folder; expected a file"),
-        (Path("/dev/zero"), "is a device; expected a file"),
+        (tmp_path / "pipe.png", "it is a named pipe, expected a file"),
+        (tmp_path / "folder.png", "it is a folder, expected a file"),
+        (Path("/dev/zero"), "it is a device, expected a file"),
         (tmp_path / "none.png", "No such file or directory"),
         (tmp_path / ("x" * 5000), "File name too long"),
     ):

@@ -84,7 +84,7 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_tensor(group, states):
 def test_a_state_of_other_settings_is_none_of_this_config(states):
     config, state = states["inflora"][0]
     for change in ({"data.mean": 0.1}, {"method.name": "frozen"}, {"data.tasks": [3, 3, 4]}):
-        with pytest.raises(StateError, match="edited, or of another version"):
+        with pytest.raises(StateError, match="edited, a file that it names has changed, or of another version"):
             check_state(override(config, change), state)
 
 

@@ -93,7 +93,7 @@ def test_only_regular_files_are_opened(kind, tmp_path):
         path.mkdir()
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(OSError, match=r"folder|no regular file|No such file"):
+    with pytest.raises(OSError, match=r"it is a |No such file"):
         read_yaml_file(Path("/dev/zero") if kind == "device" else path)
 
 

@@ -1,5 +1,7 @@
 """The paper's experiments by name, and what is said of a run's numbers beside the published ones."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 from inflora.cli import app, beside_published
 from inflora.config import ConfigError, dump_config, override, parse_config
 from inflora.data import DATASETS, prepare_store
+from inflora.data.manifest import read_manifest
 from inflora.data.samples import cifar100
 from inflora.data.source import Options
 from inflora.presets import PRESETS, Published, comparison, find_preset, for_tuning
@@ -68,9 +71,14 @@ def test_without_a_published_spread_no_verdict_is_given():
 def whole(tmp_path):
     """A root with a store that says it is the whole CIFAR-100."""
     prepare_store("cifar100", DATASETS["cifar100"], cifar100(tmp_path, 2, 2), Options(), str(tmp_path), subset=True)
-    manifest = tmp_path / "cifar100" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"whole": false', '"whole": true'))
+    declare(tmp_path, whole=True)
     return tmp_path
+
+
+def declare(root: Path, whole: bool) -> None:
+    """Let CIFAR-100's store say that it is the whole of it, or a part."""
+    manifest = read_manifest(root / "cifar100").model_copy(update={"whole": whole}).sealed()
+    (root / "cifar100" / "manifest.json").write_text(manifest.model_dump_json())
 
 
 @pytest.mark.parametrize("change", [{"seed": 3}, {"device": "cpu"}])
@@ -90,8 +98,7 @@ def test_other_weights_and_a_part_of_the_dataset_are_not_compared(whole):
     config = override(find_preset("cifar100-10").config, {"data.root": str(whole)})
     other = override(config, {"backbone.weights": "dino.pth"})
     assert "the backbone is dino.pth" in beside_published("cifar100-10", other, "test", METRICS)[0]
-    manifest = whole / "cifar100" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"whole": true', '"whole": false'))
+    declare(whole, whole=False)
     assert "is not the whole dataset" in beside_published("cifar100-10", config, "test", METRICS)[0]
 
 

@@ -172,7 +172,7 @@ def test_what_is_no_file_in_a_store_is_refused_at_once(copy):
     for name in (TRAIN, "manifest.json"):
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        with pytest.raises(DataError, match=f"{name} is a named pipe; expected a file"):
+        with pytest.raises(DataError, match=f"{name}: it is a named pipe, expected a file"):
             open_split(folder, "train")
 
 

@@ -24,7 +24,7 @@ from inflora.config.methods import (
     SequentialSettings,
     Target,
 )
-from inflora.config.plain_yaml import YamlError, dump_yaml, read_regular, read_yaml, read_yaml_file, require_regular
+from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
 from inflora.config.reading import checked, dump_config, load_config, override, parse_assignments, parse_config
 from inflora.config.run import (
     AugmentSettings,
@@ -78,9 +78,7 @@ __all__ = [
     "override",
     "parse_assignments",
     "parse_config",
-    "read_regular",
     "read_yaml",
     "read_yaml_file",
-    "require_regular",
     "shown",
 ]

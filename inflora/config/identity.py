@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from inflora.config.plain_yaml import require_regular
 from inflora.config.run import RunConfig
+from inflora.files import require_regular
 
 # What may differ between two machines that do the same run; files count by what is in them.
 _NOT_IDENTITY = {"data": {"root"}, "device": True, "provenance": True, "backbone": {"weights"}}

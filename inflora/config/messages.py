@@ -19,9 +19,8 @@ _short.maxlong, _short.maxlevel = 45, 2
 
 
 def cut(text: object, length: int = 80) -> str:
-    """``text`` in one short line, with nothing in it that a terminal obeys or that no encoding can write."""
-    line = one_line(str(text), length)
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    """``text`` in one short line."""
+    return one_line(str(text), length)
 
 
 def shown(value: object) -> str:

@@ -6,7 +6,6 @@ the base 60 are seldom meant. Whatever the text, reading it takes time in propor
 
 import math
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from inflora.config.messages import cut
+from inflora.files import read_regular
 
 MAX_BYTES = 2**20
 """Of a config: the longest are some thousand bytes."""
@@ -65,27 +65,6 @@ def read_yaml_file(path: Path, max_bytes: int = MAX_BYTES) -> Any:
         return read_yaml(content.decode())
     except UnicodeDecodeError as error:
         raise YamlError(f"it is not UTF-8 at byte {error.start}") from None
-
-
-def read_regular(path: Path, at_most: int = -1) -> bytes:
-    """The content of a regular file, or its beginning; a pipe would be waited for, and has no end.
-
-    Raises:
-        OSError: It cannot be read, or is something else.
-    """
-    require_regular(path)
-    with path.open("rb") as file:
-        return file.read(at_most)
-
-
-def require_regular(path: Path) -> None:
-    """Raise OSError unless ``path`` is a regular file."""
-    try:
-        mode = path.stat().st_mode
-    except ValueError as error:  # a NUL in the name
-        raise OSError(0, str(error), str(path)) from None
-    if not stat.S_ISREG(mode):
-        raise OSError(0, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file", str(path))
 
 
 def dump_yaml(value: Any) -> str:

@@ -9,9 +9,7 @@ class DataError(UserError):
     """A store, a source or an image is missing, damaged or of another kind; one line that says what to do."""
 
     def __init__(self, message: str) -> None:
-        # Names may hold line breaks, or bytes that are no text and that no terminal takes.
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__(one_line(shown, _LONGEST))
+        super().__init__(one_line(message, _LONGEST))
 
 
 def brief(error: object) -> str:

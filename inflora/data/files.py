@@ -1,21 +1,13 @@
 """Files of other people's: regular ones only, of a bounded size, opened without waiting."""
 
 import io
-import stat
 from pathlib import Path
 
-from inflora.data.errors import DataError, brief
+from inflora.data.errors import DataError
+from inflora.files import require_regular
 
 MOST_BYTES = 1 << 29
 """The largest file that is read into memory as a whole; the largest of any dataset's has a third of it."""
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def file_size(path: Path) -> int:
@@ -25,12 +17,9 @@ def file_size(path: Path) -> int:
         DataError: It is none, or not there: whoever opens a named pipe waits for ever.
     """
     try:
-        facts = path.stat()
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or brief(error)}") from None
-    if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"{path} is {_KINDS.get(stat.S_IFMT(facts.st_mode), 'no file')}; expected a file")
-    return facts.st_size
+        return require_regular(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def open_file(path: Path) -> io.BufferedReader:

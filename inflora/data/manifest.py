@@ -132,7 +132,8 @@ def parse_manifest(content: bytes, store: Path | str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
+        reason = f"{place}: {message}" if place else message
         raise damaged(store, f"manifest.json: {reason}") from None
 
 

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inflora.config import AlignmentSettings, ConfigError, RunConfig, cut, require_regular
+from inflora.config import AlignmentSettings, ConfigError, RunConfig, cut
 from inflora.data.stream import Stream
+from inflora.files import require_regular
 
 
 class Given(NamedTuple):

@@ -21,9 +21,10 @@ from ray.util.queue import Queue
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, override
 from inflora.continual import TaskResult, check, identity
 from inflora.data.stream import EvaluateOn
+from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
-from inflora.state import RunState, load_state, write_atomically
+from inflora.state import RunState, load_state
 from inflora.storage import SharedFolder
 from sweeps.engine import plots
 from sweeps.engine.cluster import connect, trials_at_a_time

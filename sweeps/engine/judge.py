@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from inflora.config import ConfigError, RunConfig, dump_config, override
+from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix
-from inflora.state import RunState, load_state, write_atomically
+from inflora.state import RunState, load_state
 from sweeps.engine.export import sweep_records
 from sweeps.engine.final import FinalRun, Trained
 from sweeps.engine.records import TrialRecord, ranking

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
-from inflora.state import write_atomically
+from inflora.files import write_atomically
 
 STDOUT = Path("-")
 

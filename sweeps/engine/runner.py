@@ -16,7 +16,7 @@ from rich.console import Console
 
 from inflora.config import ConfigError
 from inflora.continual import check, identity
-from inflora.state import write_atomically
+from inflora.files import write_atomically
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import (

@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from inflora.state import write_atomically
+from inflora.files import write_atomically
 from inflora.storage import SharedFolder
 
 

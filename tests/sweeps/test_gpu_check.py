@@ -22,7 +22,7 @@ def typed(monkeypatch, tmp_path):
     """Type the command, with these checks in the place of the real ones."""
 
     def command(checks, device="cpu"):
-        monkeypatch.setattr(cli, "ALL_CHECKS", checks)
+        monkeypatch.setattr(gpu_check, "ALL_CHECKS", checks)
         return CliRunner().invoke(cli.app, ["gpu-check", "--device", device, "--storage", str(tmp_path)])
 
     return command

@@ -111,7 +111,7 @@ def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(
     _, (parent,), children = all_runs(sqlite_uri(tmp_path))
     assert len(children) == 1
     assert children[0].data.params["method.rank"] == "10"
-    assert parent.data.params["method.name"] == "inflora"
+    assert parent.data.params["base/method.name"] == "inflora"
 
 
 def test_a_parent_whose_first_request_failed_is_completed(ledger, tiny_sweep, tmp_path):
@@ -126,7 +126,7 @@ def test_a_parent_whose_first_request_failed_is_completed(ledger, tiny_sweep, tm
         mirror.sync()
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
     client, (parent,), _ = all_runs(sqlite_uri(tmp_path))
-    assert parent.data.params["method.name"] == "inflora"
+    assert parent.data.params["base/method.name"] == "inflora"
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
 
 

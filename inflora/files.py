@@ -1,0 +1,59 @@
+"""Files: only regular ones are read, without waiting for anything; what is written is there whole or not at all."""
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(path: Path) -> int:
+    """The size of a regular file: whoever opens a named pipe waits for ever, and a device has no end.
+
+    Raises:
+        OSError: It is something else, or not there.
+    """
+    try:
+        facts = path.stat()
+    except ValueError as error:  # a NUL in the name
+        raise OSError(0, str(error), str(path)) from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(0, f"it is {_KINDS.get(stat.S_IFMT(facts.st_mode), 'no file')}, expected a file", str(path))
+    return facts.st_size
+
+
+def read_regular(path: Path, at_most: int = -1) -> bytes:
+    """The content of a regular file, or its beginning.
+
+    Raises:
+        OSError: It cannot be read, or is something else.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        return file.read(at_most)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash or on a full disk.
+
+    Raises:
+        OSError: One that names the file; nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None
