@@ -136,15 +136,16 @@ def prepare(
     from inflora.data import known_dataset, prepare_store
     from inflora.data.source import Options
 
-    dataset = known_dataset(format_ or name)
+    form = name if format_ is None else format_
+    dataset = known_dataset(form)
     if dataset.needs is None:
-        raise ConfigError(f"{format_ or name} comes with the installation: nothing is to be prepared")
+        raise ConfigError(f"{form} comes with the installation: nothing is to be prepared")
     listed = domains if domains is None else tuple(domains.split(","))
     chosen = {"split_seed": split_seed, "test_list": test_list, "domains": listed}
     given: dict[str, Any] = {option: value for option, value in chosen.items() if value is not None}
     if foreign := sorted(given.keys() - dataset.options):
         knows = ", ".join(map(_flag, sorted(dataset.options))) or "none"
-        raise ConfigError(f"{_flag(foreign[0])} is no option of {format_ or name}; its options: {knows}")
+        raise ConfigError(f"{_flag(foreign[0])} is no option of {form}; its options: {knows}")
     with _preparing() as on_progress:
         folder = prepare_store(
             name, dataset, source, Options(**given), root, shorter_side, subset=subset, on_progress=on_progress

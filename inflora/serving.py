@@ -46,7 +46,7 @@ class EvaluationView:
             array = np.array(image.convert("L" if self._facts.channels == 1 else "RGB"))
             return RawPixels(torch.from_numpy(array).view(1, *array.shape[:2], self._facts.channels))
         content = pa.array([image.tobytes()], pa.large_binary())
-        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, name="the image")
+        return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, store="")
 
 
 class Served(Protocol):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError, dump_config, explain, load_config, override, parse_assignments
 from inflora.console import OneLineCommand, OneLineGroup
+from inflora.errors import one_line
 from sweeps.engine.records import Outcome, TrialRecord, best_record, describe, ranking
 from sweeps.engine.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
@@ -238,37 +239,34 @@ def export(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write the best finished trial as a config for final training."""
-    from inflora.state import write_atomically
     from sweeps.engine.export import export_config, find_best, sweep_records
     from sweeps.engine.mlflow_store import default_tracking_uri
+    from sweeps.engine.output import check_output, deliver
 
+    check_output(output, (".yaml", ".yml"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
     records = sweep_records(spec, folder)
     best = find_best(spec, records)
     uri = tracking_uri or default_tracking_uri(folder)
     config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, dump_config(config).encode())
-    print(f"{output}: trial {best.number} of {spec.name}")
+    deliver(output, dump_config(config), f"{output}: trial {best.number} of {spec.name}")
 
 
 def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
     """The trial's MLflow run; the study alone is enough to export, so a server that is away only costs this line."""
-    from mlflow.exceptions import MlflowException
-
     from sweeps.engine.mlflow_store import find_trial_run
 
     try:
         return find_trial_run(uri, sweep.base.data.dataset, sweep.study_name, number)
-    except MlflowException as error:
-        print(f"MLflow at {uri} did not tell the run id: {str(error).splitlines()[0]}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"without the trial's MLflow run id: {error}", file=sys.stderr)
         return None
 
 
 def front_of(sweep: Sweep, folder: Path) -> set[int]:
     """The trials on the Pareto front of a sweep with tradeoffs."""
-    from sweeps.engine.ledger import load_study, pareto_front
+    from sweeps.engine.study import load_study, pareto_front
 
     return pareto_front(load_study(sweep, folder)) if sweep.tradeoffs else set()
 
@@ -283,39 +281,52 @@ def find_sweep(sweep: str, storage: Path | None) -> Path:
 def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")], storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
     from sweeps.engine.budget import progress
-    from sweeps.engine.ledger import load_study, read_records
+    from sweeps.engine.snapshot import is_driven
+    from sweeps.engine.study import hours_so_far, load_study, pareto_front, read_records
     from sweeps.engine.tables import print_table, trials_table
 
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
     study = load_study(spec, folder)
     records = read_records(study)
-    print_table(trials_table(spec, records, front_of(spec, folder)))
+    front, driven = pareto_front(study) if spec.tradeoffs else set(), is_driven(folder)
+    print_table(trials_table(spec, records, front, driven=driven))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
             tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in progress(spec, records, study.user_attrs.get("hours", 0.0)):
+    for line in progress(spec, records, hours_so_far(study), driven=driven):
         print(line)
 
 
 @app.command()
 def report(
     sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="A page (.html), or its table of trials alone (.csv, .tex).")
+    ] = Path("report.html"),
     storage: Storage = None,
 ) -> None:
-    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost."""
-    from inflora.state import write_atomically
-    from sweeps.engine.ledger import load_study
-    from sweeps.engine.report import page
+    """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost; or its table alone."""
+    from sweeps.engine.output import check_output, deliver
+    from sweeps.engine.snapshot import is_driven
+    from sweeps.engine.study import load_study, read_records
+    from sweeps.engine.tables import csv_table, latex_table
 
+    check_output(output, (".html", ".csv", ".tex"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
-    content = page(spec, load_study(spec, folder))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, content.encode())
-    print(f"{output}: open it in a browser")
+    study = load_study(spec, folder)
+    match output.suffix.lower():
+        case ".csv":
+            deliver(output, csv_table(spec, read_records(study)), f"{output}: a line for every trial")
+        case ".tex":
+            deliver(output, latex_table(spec, read_records(study)), f"{output}: needs \\usepackage{{booktabs}}")
+        case _:
+            from sweeps.engine.report import page
+
+            content = page(spec, study, driven=is_driven(folder))
+            deliver(output, content, f"{output}: open it in a browser")
 
 
 @app.command()
@@ -338,14 +349,15 @@ def final(
 ) -> None:
     """Train the chosen configs over seeds on all training images, open the test set, report mean and spread.
 
-    Of a sweep, the best trials and the paper's setting are first judged on validation images, over the same seeds and
-    orders; the test set is then opened for the winner and the paper's setting.
+    Of a sweep, the best trials and the recipe's first setting are judged on validation images before, over the same
+    seeds and orders; the test set is then opened for the winner and that first setting.
     """
     from mlflow.exceptions import MlflowException
 
     from sweeps.engine.final import Trained, labelled, log_final, summarise, write_report
     from sweeps.engine.judge import judge_sweep
-    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look, make_client
+    from sweeps.engine.mlflow_store import default_tracking_uri, how_to_look
+    from sweeps.engine.reach import reachable_store
     from sweeps.engine.runner import say_to_stdout
 
     named = find_sweep(str(configs[0]), storage)
@@ -355,7 +367,7 @@ def final(
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
     trained = Trained(parse_seeds(seeds), numbers, resources, address)
     uri = tracking_uri or default_tracking_uri(swept or folder)
-    make_client(uri)
+    reachable_store(uri, swept or folder)
     if swept:
         chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
     else:
@@ -374,12 +386,13 @@ def final(
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     """``"0,1,2"`` as numbers."""
-    try:
-        seeds = [int(seed) for seed in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{option} must be different whole numbers from 0 on, separated by commas, got {text!r}")
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) for part in parts if re.fullmatch(r"[0-9]{1,10}", part)]
+    if len(seeds) < len(parts) or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"{option} must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got "
+            f"{one_line(text, 200)!r}"
+        )
     return seeds
 
 

@@ -38,11 +38,12 @@ FLOORS = {
         "sweeps.engine.space",
         "sweeps.engine.failures",
         "sweeps.engine.plots",
-        "sweeps.engine.mlflow_database",
         "sweeps.engine.study_backup",
+        "sweeps.engine.snapshot",
+        "sweeps.engine.output",
     ),
-    12: ("sweeps.engine.metrics", "sweeps.engine.nodes"),
-    13: ("sweeps.engine.spec",),
+    12: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
+    13: ("sweeps.engine.spec", "sweeps.engine.mlflow_database"),
     14: (
         "sweeps.engine.cluster",
         "sweeps.engine.budget",
@@ -50,24 +51,25 @@ FLOORS = {
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    15: ("sweeps.engine.ledger", "sweeps.engine.driver"),
-    16: (
+    15: ("sweeps.engine.study", "sweeps.engine.driver"),
+    16: ("sweeps.engine.ledger",),
+    17: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    17: ("sweeps.engine.tracking",),
-    18: ("sweeps.engine.mirror",),
-    19: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    20: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
-    21: ("sweeps.cli",),
+    18: ("sweeps.engine.tracking",),
+    19: ("sweeps.engine.mirror",),
+    20: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    21: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    22: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 22
+RECIPES_FLOOR = 23
 
 
 def modules() -> dict[str, Path]:

@@ -322,6 +322,10 @@ def test_yaml_lists_hold_file_names_and_nothing_else(content, sources, tmp_path)
         (("--source", ""), "--source"),
         (("--shorter-side", "9" * 400), "--shorter-side must be between 1 and 8192"),
         (("--format", "cub200"), "images.txt"),
+        (("--format", ""), "unknown dataset ''"),
+        (("--root", "gopher://x"), "data.root gopher://x"),
+        (("--root", "s3://"), "cannot read s3://"),
+        (("--domains", ""), "--domains is no option of image_folder"),
     ],
 )
 def test_a_refused_preparation_leaves_nothing_behind(arguments, reason, sources, tmp_path, monkeypatch):

@@ -57,6 +57,8 @@ def prepare_store(
     """
     check_name(name)
     elsewhere = root if root is not None and remote.is_remote(root) else None
+    if elsewhere:
+        remote.stored_at(elsewhere, name)  # an address that leads nowhere is refused before hours of work
     folder = remote.prepared_here(elsewhere, name) if elsewhere else _root(root) / name
     prepare(folder, name, dataset, source, options, shorter_side=shorter_side, subset=subset, on_progress=on_progress)
     if elsewhere:

@@ -9,6 +9,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol
@@ -165,11 +166,11 @@ def open_tree(source: Path, scratch: Path) -> Opened:
             return Opened(tree, folder_origin(source, tree))
         if not source.exists():
             raise DataError(f"{source} does not exist; {expected}")
+        file = open_file(source)
+        head = file.read(4)
+        file.seek(0)
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}; {expected}") from None
-    file = open_file(source)
-    head = file.read(4)
-    file.seek(0)
     if head.startswith(b"PK"):
         return Opened(ZipTree(source), file_origin(source))
     if head.startswith(b"\x1f\x8b"):
@@ -187,11 +188,7 @@ def _unpacked(packed: IO[bytes], source: Path, scratch: Path) -> IO[bytes]:
                 if plain.tell() > most:
                     raise EOFError(f"it unpacks to more than {most:,} bytes")
                 plain.write(chunk)
-    except OSError as error:
-        if not isinstance(error, gzip.BadGzipFile):
-            raise
-        raise DataError(f"{source} is damaged ({brief(error)}); download it again") from None
-    except Exception as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{source} is damaged ({brief(error)}); download it again") from None
     plain.seek(0)
     return plain

@@ -57,7 +57,7 @@ def decoded(content: Any, name: str) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise DataError(f"{name} is not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise DataError(f"image {name} is damaged or too large ({brief(error)}); replace it") from None
+        raise DataError(f"image {name} is damaged or too large ({brief(error)})") from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

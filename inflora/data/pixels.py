@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from inflora.data.augment import Crops, crop_and_resize
 from inflora.data.errors import DataError
 from inflora.data.images import decoded
+from inflora.data.manifest import damaged
 from inflora.data.staging import Pending, Resident, Staged, host_memory, to_device
 
 
@@ -118,9 +120,9 @@ class FilePixels:
     Decoding, cropping and resizing let go of Python's lock: a pool of threads does them for many images at a time.
     """
 
-    def __init__(self, columns: Sequence[Any], sizes: Tensor, *, encoded: bool, name: str) -> None:
+    def __init__(self, columns: Sequence[Any], sizes: Tensor, *, encoded: bool, store: Path | str) -> None:
         self._columns = columns
-        self._name = name
+        self._store = store
         self._starts = np.cumsum([0, *map(len, columns)])
         self._sizes = sizes
         self._encoded = encoded
@@ -161,9 +163,12 @@ class FilePixels:
         height, width = self._sizes[row].tolist()
         if not self._encoded:
             return Image.frombuffer("RGB", (width, height), content)
-        image = decoded(content, f"{row} of {self._name}")
+        try:
+            image = decoded(content, str(row))
+        except DataError as error:
+            raise damaged(self._store, str(error)) from None
         if image.size != (width, height):
-            raise DataError(f"image {row} of {self._name} is not {width} x {height} as when it was stored: damaged")
+            raise damaged(self._store, f"image {row} is not {width} x {height} as when it was stored")
         return image
 
     def _view(self, row: int, box: Sequence[float], mirrored: bool, cut: bool, side: int) -> np.ndarray:

@@ -34,8 +34,7 @@ def fetch(root: str, dataset: str) -> Path:
         ConfigError: A URI that names no file system that is known here.
         DataError: There is no such store, it cannot be read, or it was damaged on the way.
     """
-    system, path = _resolve(root)
-    manifest = _manifest_at(system, f"{path}/{dataset}", root)
+    manifest = stored_at(root, dataset)
     if manifest is None:
         raise DataError(f"no dataset store {dataset} in {root}")
     splits = parse_manifest(manifest, f"{root}/{dataset}").splits  # before gigabytes come that cannot be read
@@ -44,6 +43,7 @@ def fetch(root: str, dataset: str) -> Path:
         return prepared
     folder = prepared.with_name(f"{dataset}-{hashlib.sha256(manifest).hexdigest()[:12]}")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    system, path = _resolve(root)
     with FileLock(lock_of(folder)):
         if not folder.exists():
             staging = folder.with_name(f".{folder.name}.partial")
@@ -68,12 +68,12 @@ def upload(folder: Path, root: str, dataset: str) -> None:
     Raises:
         ConfigError, DataError: As ``fetch``; or another store is there.
     """
-    system, path = _resolve(root)
-    there = _manifest_at(system, f"{path}/{dataset}", root)
+    there = stored_at(root, dataset)
     if there == _manifest_in(folder):
         return
     if there is not None:
         raise DataError(f"{root}/{dataset} holds another store; remove it or choose another --root")
+    system, path = _resolve(root)
     files = sorted(folder.iterdir(), key=lambda file: file.name == "manifest.json")
     try:
         system.create_dir(f"{path}/{dataset}")
@@ -83,7 +83,15 @@ def upload(folder: Path, root: str, dataset: str) -> None:
         raise DataError(f"cannot upload to {root}/{dataset}: {brief(error)}") from None
 
 
-def _manifest_at(system: fs.FileSystem, folder: str, root: str) -> bytes | None:
+def stored_at(root: str, dataset: str) -> bytes | None:
+    """The text of the manifest of a remote store; None where there is none.
+
+    Raises:
+        ConfigError: A URI that names no file system that is known here.
+        DataError: What it names cannot be read.
+    """
+    system, path = _resolve(root)
+    folder = f"{path}/{dataset}"
     try:
         if system.get_file_info(f"{folder}/manifest.json").type != fs.FileType.File:
             return None

@@ -105,7 +105,7 @@ def open_split(folder: Path, split: Split) -> Images:
         pixels: Pixels = RawPixels.mapped(columns[0], height, width, manifest.channels)
     else:
         encoded = manifest.form == "encoded"
-        pixels = FilePixels(columns, sizes, encoded=encoded, name=f"the {split} images in {folder}")
+        pixels = FilePixels(columns, sizes, encoded=encoded, store=folder)
         pixels.array(0)  # image files are what the manifest says they are
     return Images(pixels, labels, domains)
 

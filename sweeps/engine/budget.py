@@ -43,16 +43,21 @@ def all_failed_alike(records: Sequence[TrialRecord], first: int) -> str:
     return failed[0] if len(failed) == first and alike(failed) else ""
 
 
-def progress(sweep: Sweep, records: Sequence[TrialRecord], hours: float) -> list[str]:
-    """How far the sweep is: a line for its trials, one for its time, one for every other bound that it has."""
+def progress(sweep: Sweep, records: Sequence[TrialRecord], hours: float, *, driven: bool = True) -> list[str]:
+    """How far the sweep is: a line for its trials, one for its time, one for every other bound that it has.
+
+    ``driven``: a driver is alive; without one what runs was interrupted, and nothing goes on by itself.
+    """
     count = {outcome: sum(record.outcome is outcome for record in records) for outcome in Outcome}
     ended = len(records) - count[Outcome.RUNNING]
-    known = ", ".join(f"{number} {outcome}" for outcome, number in count.items() if number)
+    known = ", ".join(f"{number} {standing(outcome, driven=driven)}" for outcome, number in count.items() if number)
     lines = [f"{ended} of {sweep.trials} trials ended" + (f": {known}" if known else "")]
     budget, gpus = sweep.budget, gpu_hours_spent(sweep, records)
     left = f", {max(0.0, budget.hours - hours):.2f} left" if budget.hours is not None else ""
     pace = (
-        f", about {hours / ended * (sweep.trials - ended):.2f} to go at this pace" if 0 < ended < sweep.trials else ""
+        f", about {hours / ended * (sweep.trials - ended):.2f} to go at this pace"
+        if driven and 0 < ended < sweep.trials
+        else ""
     )
     lines.append(f"{hours:.2f} hours so far{left}{pace}")
     if gpus or budget.gpu_hours is not None:
@@ -69,4 +74,11 @@ def progress(sweep: Sweep, records: Sequence[TrialRecord], hours: float) -> list
             lines.append(f"patience: {ended_since(records, best)} of {budget.patience} trials without a new best")
     if why := why_over(sweep, records, hours):
         lines.append(why)
+    elif not driven and ended < sweep.trials:
+        lines.append("stopped: no process runs this sweep; the command that began it goes on with it")
     return lines
+
+
+def standing(outcome: Outcome, *, driven: bool) -> str:
+    """How a trial stands, in a word: without a driver nothing runs."""
+    return "interrupted" if outcome is Outcome.RUNNING and not driven else str(outcome)

@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 import ray
 import torch
-from mlflow.exceptions import MlflowException
 
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from sweeps.engine.cluster import Cluster, check_state_api, connect, trials_at_a_time
-from sweeps.engine.mlflow_store import make_client
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.reach import reachable_ray, reachable_store
 from sweeps.engine.runner import check_folder, trials_place
 from sweeps.engine.spec import Sweep
 
@@ -56,8 +55,9 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     check_folder(sweep, folder)
     check_storage(folder)
     say(f"storage: {folder} can be written, a database works there")
-    check_tracking(uri)
+    reachable_store(uri, folder)
     say(f"tracking: {uri} answers")
+    reachable_ray(cluster.address)
     connect(cluster.address, say)
     try:
         check_nodes(place)
@@ -115,16 +115,6 @@ def check_storage(folder: Path) -> None:
             database.close()
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"storage {folder} does not work: {error}") from None
-
-
-def check_tracking(uri: str) -> None:
-    """Raise ConfigError unless the tracking store answers; a file that is not there yet is fine and is not made."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return
-    try:
-        make_client(uri).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise ConfigError(f"MLflow at {uri} does not answer: {str(error).splitlines()[0][:200]}") from None
 
 
 def time_one_task(config: RunConfig, threads: int) -> Timing:

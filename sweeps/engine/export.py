@@ -5,9 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from inflora.config import ConfigError, RunConfig, config_hash, override
-from sweeps.engine.ledger import load_study, read_records
 from sweeps.engine.records import TrialRecord, best_record
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import load_study, read_records
 
 
 def sweep_records(sweep: Sweep, folder: Path) -> list[TrialRecord]:

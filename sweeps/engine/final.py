@@ -16,9 +16,10 @@ import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
+from ray.util.queue import Queue
 
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, override
-from inflora.continual import check, identity
+from inflora.continual import TaskResult, check, identity
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
@@ -39,6 +40,8 @@ from sweeps.engine.mlflow_store import (
     task_metrics,
 )
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.output import check_folder_for
+from sweeps.engine.reach import reachable_ray
 from sweeps.engine.records import now_ms
 from sweeps.engine.spec import Resources
 
@@ -63,10 +66,10 @@ class FinalRun(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds (0 for one seed)."""
+    """Mean and sample standard deviation over runs; one run has no spread."""
 
     mean: float
-    std: float
+    std: float | None
 
 
 def labelled(paths: list[Path]) -> dict[str, RunConfig]:
@@ -102,7 +105,7 @@ def plan(
         for each in [config] if orders is None else [override(config, {"data.order_seed": order}) for order in orders]:
             for seed in seeds:
                 folder = out / f"{label}-{_identity(each)}" / f"seed-{seed}"
-                runs.append(FinalRun(label, seed, each.model_copy(update={"seed": seed}), folder, evaluate_on))
+                runs.append(FinalRun(label, seed, override(each, {"seed": seed}), folder, evaluate_on))
     return runs
 
 
@@ -112,30 +115,45 @@ def _identity(config: RunConfig) -> str:
 
 
 def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str], None]) -> None:
-    """Train what is not complete yet, as many runs at a time as the cluster has room for.
+    """Train what is not complete yet, as many runs at a time as the cluster has room for; a line for every task.
 
     Raises:
         ConfigError: A folder holds a run with other settings.
     """
+    news = Queue(actor_options={"num_cpus": 0})
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )
-    waiting = {task.remote(run, resources.cpus_per_worker): run for run in runs}
+    waiting = {task.remote(run, resources.cpus_per_worker, news): run for run in runs}
     while waiting:
-        (done,), _ = ray.wait(list(waiting), num_returns=1)
-        run = waiting.pop(done)
-        try:
-            final = ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | FloatingPointError):
-                raise ConfigError(f"{run.label}, seed {run.seed} in {run.folder}: {error.cause}") from None
-            raise
-        say(f"{run.label} seed {run.seed}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
+        ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
+        for line in news.get_nowait_batch(news.qsize()):
+            say(line)
+        for done in ended:
+            run = waiting.pop(done)
+            try:
+                final = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ValueError | FloatingPointError):
+                    raise ConfigError(f"{_name(run)} in {run.folder}: {error.cause}") from None
+                raise
+            say(f"{_name(run)}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
+    news.shutdown()
 
 
-def _train_one(run: FinalRun, threads: int) -> float:
+def _train_one(run: FinalRun, threads: int, news: Queue) -> float:
+    def tell(result: TaskResult) -> None:
+        done, seen_so_far = f"task {result.task + 1}/{result.state.tasks}", 100 * result.metrics["acc/seen"]
+        news.put(f"{_name(run)} {done}  acc/seen {seen_so_far:.1f} %  {result.seconds:.0f} s")
+
     torch.set_num_threads(threads)
-    return _final_metrics(train_into(run.folder, run.config, run.evaluate_on, resume=True))["acc/final"]
+    state = train_into(run.folder, run.config, run.evaluate_on, resume=True, on_task=tell)
+    return _final_metrics(state)["acc/final"]
+
+
+def _name(run: FinalRun) -> str:
+    order = run.config.data.order_seed
+    return f"{run.label} seed {run.seed} order {'natural' if order is None else order}"
 
 
 class Trained(NamedTuple):
@@ -151,9 +169,11 @@ class Trained(NamedTuple):
     ) -> list[FinalRun]:
         """The runs of these configs, trained unless they are there already."""
         runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        reachable_ray(self.address)
+        check_folder_for(folder)
         connect(self.address, say)
-        check_nodes(SharedFolder(str(folder)))
         trials_at_a_time(self.resources, say)
+        check_nodes(SharedFolder(str(folder)))
         train_all(runs, self.resources, say)
         return runs
 
@@ -175,7 +195,7 @@ def _final_metrics(state: RunState) -> dict[str, float]:
 
 def spread(values: Sequence[float]) -> Spread:
     """Mean and sample standard deviation."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Spread]], out: Path) -> Path:
@@ -183,12 +203,13 @@ def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sp
     header = "| method | " + " | ".join(REPORTED) + " | seeds |"
     lines = ["# Final results, on test images", "", header, "|---" * (len(REPORTED) + 2) + "|"]
     for label, metrics in summary.items():
-        cells = [f"{100 * metrics[name].mean:.1f} ± {100 * metrics[name].std:.1f}" for name in REPORTED]
+        cells = [_in_percent(metrics[name]) for name in REPORTED]
         seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in runs if run.label == label))
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {seeds} |")
     lines += [
         "",
-        "In percent: mean ± sample standard deviation over the runs (seeds, and class orders where several).",
+        "In percent: mean ± sample standard deviation over the runs (seeds, and class orders where several); a single "
+        "run has no spread.",
         "",
     ]
     lines += [f"- `{name}`: {meaning}" for name, meaning in REPORTED.items()]
@@ -199,6 +220,10 @@ def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sp
     write_atomically(out / "report.json", json.dumps({"summary": values, "configs": configs}, indent=2).encode())
     _curves(runs).savefig(out / "curves.png", dpi=120)
     return out / "report.md"
+
+
+def _in_percent(spread: Spread) -> str:
+    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std is not None else "")
 
 
 def _curves(runs: Sequence[FinalRun]) -> Any:
@@ -238,6 +263,7 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
         for label, spreads in summary.items()
         for metric, s in spreads.items()
         for kind, value in s._asdict().items()
+        if value is not None
     ]
     client.log_batch(parent.info.run_id, metrics=metrics)
     for file in ("report.md", "report.json", "curves.png"):

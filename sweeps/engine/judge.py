@@ -1,4 +1,4 @@
-"""Before a winner is named: the best trials again, over seeds and class orders, against the paper's setting.
+"""Before a winner is named: the best trials again, over seeds and class orders, against the recipe's first setting.
 
 One trial's score is one draw, and the best of many draws flatters itself. So the top trials are trained again on the
 training images and judged on validation images, all over the same seeds and orders; the test set stays closed.
@@ -21,7 +21,8 @@ from sweeps.engine.final import FinalRun, Trained
 from sweeps.engine.records import TrialRecord, ranking
 from sweeps.engine.spec import Sweep, read_sweep
 
-PAPER = "paper"
+FIRST = "first"
+"""The label of the setting that the recipe tries first; what it is known from, a paper perhaps, the recipe says."""
 _LEVEL = 0.95
 
 
@@ -70,7 +71,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
 
 
 def candidates(sweep: Sweep, records: Sequence[TrialRecord], top: int) -> dict[str, RunConfig]:
-    """The best trials, and the paper's setting where the sweep has one, by the names that the report gives them.
+    """The best trials, and the recipe's first setting where the sweep has one, by the names that the report gives them.
 
     Raises:
         ConfigError: No trial has finished.
@@ -80,8 +81,8 @@ def candidates(sweep: Sweep, records: Sequence[TrialRecord], top: int) -> dict[s
         raise ConfigError(f"no trial of {sweep.name} has finished yet: {len(records)} started, none to judge")
     chosen = {f"trial-{record.number}": sweep.config(record.settings) for record in best}
     if sweep.first:
-        paper = sweep.config(sweep.first[0])
-        chosen = {label: config for label, config in chosen.items() if config != paper} | {PAPER: paper}
+        first = sweep.config(sweep.first[0])
+        chosen = {label: config for label, config in chosen.items() if config != first} | {FIRST: first}
     return chosen
 
 
@@ -100,14 +101,14 @@ def judged_orders(sweep: Sweep, orders: Sequence[int]) -> list[int | None]:
 
 
 def judge(runs: Sequence[FinalRun], objective: str) -> tuple[str, dict[str, Estimate], dict[str, Comparison]]:
-    """The winner's label (highest mean), every candidate's estimate, and its comparison with the paper's setting."""
+    """The winner's label (highest mean), every candidate's estimate, and how it compares with the first setting."""
     values: dict[str, list[float]] = {}
     for run in runs:
         values.setdefault(run.label, []).append(score(load_state(run.folder / "state"), objective))
     estimates = {label: estimate(each) for label, each in values.items()}
     winner = max(estimates, key=lambda label: estimates[label].mean)
-    others = [label for label in values if label != PAPER] if PAPER in values else []
-    return winner, estimates, {label: compare(values[label], values[PAPER]) for label in others}
+    others = [label for label in values if label != FIRST] if FIRST in values else []
+    return winner, estimates, {label: compare(values[label], values[FIRST]) for label in others}
 
 
 def score(state: RunState, objective: str) -> float:
@@ -120,7 +121,7 @@ def score(state: RunState, objective: str) -> float:
 def judge_sweep(
     folder: Path, top: int, trained: Trained, out: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, RunConfig], Trained]:
-    """What the test set is opened for: a sweep's winner among its best trials, and the paper's setting; and on what."""
+    """What the test set is opened for: a sweep's winner, and the recipe's first setting; and on what."""
     sweep = read_sweep(folder)
     records = sweep_records(sweep, folder)
     numbers = [order for order in trained.orders or [] if order is not None]
@@ -129,7 +130,7 @@ def judge_sweep(
     runs = trained.train(judged, out / "judged", "validation", say)
     winner, estimates, comparisons = judge(runs, sweep.objective)
     say(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
-    labels = [label for label in judged if label in (winner, PAPER)]
+    labels = [label for label in judged if label in (winner, FIRST)]
     chosen = {label: override(judged[label], {"data.train_on": "train+validation"}) for label in labels}
     write_atomically(out / "winner.yaml", dump_config(chosen[winner]).encode())
     return chosen, trained
@@ -146,7 +147,7 @@ def write_judgement(
     """The judgement as Markdown (returned) and JSON in ``folder``."""
     lines = [f"# {sweep.name}: judged on validation images before the test set is opened", ""]
     lines += [
-        f"| candidate | {sweep.objective}, mean | 95 % interval | against the paper's setting |",
+        f"| candidate | {sweep.objective}, mean | 95 % interval | against the recipe's first setting |",
         "|---|---|---|---|",
     ]
     for label, e in sorted(estimates.items(), key=lambda item: -item[1].mean):
@@ -156,14 +157,14 @@ def write_judgement(
     runs = next(iter(estimates.values())).runs
     lines += ["", f"Percent; {runs} runs each, class orders: {named}; protocol {sweep.protocol}. Winner: **{winner}**."]
     noise = [label for label, c in comparisons.items() if label == winner and c.verdict == "within seed noise"]
-    lines += [f"{label} is ahead of the paper's setting by less than seed noise." for label in noise]
+    lines += [f"{label} is ahead of the recipe's first setting by less than seed noise." for label in noise]
     text = "\n".join([*lines, ""])
     facts: dict[str, Any] = {
         "winner": winner,
         "protocol": sweep.protocol,
         "orders": list(orders),
         "estimates": {label: _facts(e) for label, e in estimates.items()},
-        "against_paper": {
+        "against_first": {
             label: {**c._asdict(), "difference": _facts(c.difference)} for label, c in comparisons.items()
         },
     }

@@ -16,19 +16,14 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
-from inflora.config import ConfigError
 from sweeps.engine import budget, space
 from sweeps.engine.failures import change_for
 from sweeps.engine.metrics import Metric, direction, measure
 from sweeps.engine.records import Outcome, TaskReport, TrialRecord, now_ms
 from sweeps.engine.samplers import Rungs, make_sampler
 from sweeps.engine.spec import Sweep
-
-STUDY_FILE = "study.db"
-"""The study, in the sweep's folder."""
+from sweeps.engine.study import STATES, Reader, check_study, hours_so_far, judged_by, open_storage, seal, unseal
 
 _SAME_SETTINGS_TRIES = 50
 
@@ -56,18 +51,12 @@ class Ledger:
     """
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
+        check_study(sweep, folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
-        storage = open_storage(folder)
-        others = set(optuna.get_all_study_names(storage)) - {sweep.study_name}
-        if others:
-            raise ConfigError(
-                f"{folder / STUDY_FILE} holds {', '.join(sorted(others))}, not {sweep.study_name}: a sweep with other "
-                "settings, or begun by another version; choose another --storage, or remove the folder"
-            )
         self.study = optuna.create_study(
             study_name=sweep.study_name,
-            storage=storage,
+            storage=open_storage(folder),
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
         )
@@ -80,7 +69,7 @@ class Ledger:
         self._rungs = Rungs(sweep, self.records())
         self._grid = iter(space.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
         self._exhausted = False
-        self._hours_before = self.study.user_attrs.get("hours", 0.0)
+        self._hours_before = hours_so_far(self.study)
         self._started, self._start_ms = time.monotonic(), now_ms()
         self._over = self._why_over()
         for settings in sweep.first:
@@ -89,10 +78,10 @@ class Ledger:
     def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
         """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
         fitting = [each for each in settings if space.holds(self.sweep.space, each)]
-        if self.study.user_attrs.get("warm_start") != source:
+        if unseal(self.study.user_attrs.get("warm_start")) != source:
             for each in fitting:
                 self.study.enqueue_trial(space.fix(self.sweep.space, each), skip_if_exists=True)
-            self.study.set_user_attr("warm_start", source)
+            self.study.set_user_attr("warm_start", seal(source))
         return len(fitting)
 
     def remaining(self) -> int:
@@ -147,7 +136,7 @@ class Ledger:
             settings = space.suggest(self.sweep.space, trial)
             twin = tried.get(_key(settings))
             if twin is None:
-                trial.set_user_attr("settings", settings)
+                trial.set_user_attr("settings", seal(settings))
                 self._open[trial.number] = _Open(trial, set())
                 return Proposal(trial.number, settings, 0)
             trial.set_user_attr("same_as", twin)
@@ -180,7 +169,7 @@ class Ledger:
         trial = self._open[number].trial
         # The driver may have died between asking for the trial and writing its settings down.
         settings = record.settings or space.suggest(self.sweep.space, trial)
-        trial.set_user_attr("settings", settings)
+        trial.set_user_attr("settings", seal(settings))
         return Proposal(number, settings, len(record.reports), record.failures)
 
     def report(self, number: int, report: TaskReport) -> bool:
@@ -195,7 +184,7 @@ class Ledger:
         value = report.metrics[self.sweep.rung_metric]
         if not self.sweep.tradeoffs:
             trial.report(value, step=report.tasks_done)
-        trial.set_user_attr(f"task:{report.tasks_done}", report.model_dump())
+        trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
         if not self._rungs.falls_behind(number, report.tasks_done, value) or report.tasks_done == report.tasks:
             return False
         self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
@@ -209,7 +198,7 @@ class Ledger:
         is_done = bool(reports) and reports[-1].tasks_done == reports[-1].tasks
         if not is_done and self.why_over():
             return  # stopped with the sweep: interrupted, not failed
-        measured = {metric: self._measure(metric, reports) if is_done else None for metric in self._judged_by}
+        measured = {metric: self._measure(metric, reports) if is_done else None for metric in judged_by(self.sweep)}
         if missing := [metric for metric, value in measured.items() if value is None]:
             self._end(number, Outcome.FAILED, reason=f"ended without {', '.join(missing)}")
             return
@@ -221,11 +210,6 @@ class Ledger:
             self._open[number].trial.set_constraint(constraint.text, constraint.excess(values[constraint.metric]))
         self._end(number, Outcome.FINISHED, [values[metric] for metric in self.sweep.objectives])
 
-    @property
-    def _judged_by(self) -> dict[Metric, None]:
-        """Objectives and what is constrained, each once, in order."""
-        return dict.fromkeys((*self.sweep.objectives, *(constraint.metric for constraint in self.sweep.constraints)))
-
     def _measure(self, metric: Metric, reports: Sequence[TaskReport]) -> float | None:
         return measure(metric, reports, self.sweep.resources.gpus)
 
@@ -235,21 +219,21 @@ class Ledger:
             return
         trial = self._open[number].trial
         failures = [*self.record_of(number).failures, reason]
-        trial.set_user_attr("failures", failures)
+        trial.set_user_attr("failures", seal(failures))
         change = change_for(failures, self.sweep.retries, self.sweep.resources.gpus_per_worker)
         if change is None:
             self._end(number, Outcome.FAILED, reason=reason)
         else:
-            trial.set_user_attr("again", change)
+            trial.set_user_attr("again", seal(change))
             self._again.append(number)
 
     def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
         if reason:
-            self._open[number].trial.set_user_attr("reason", reason)
-        self.study.tell(number, values, state=_STATES[outcome])
+            self._open[number].trial.set_user_attr("reason", seal(reason))
+        self.study.tell(number, values, state=STATES[outcome])
         del self._open[number]
         self._rungs.end(number, outcome)
-        self.study.set_user_attr("hours", self.hours())
+        self.study.set_user_attr("hours", seal(self.hours()))
         self.end_early(self._why_over())
 
     def _why_over(self) -> str:
@@ -271,105 +255,3 @@ class Ledger:
 
 def _key(settings: Mapping[str, Any]) -> str:
     return repr(sorted(settings.items()))
-
-
-class Reader:
-    """Reads a study again and again; a trial that has ended is understood once."""
-
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
-        self._ended: dict[int, TrialRecord] = {}
-
-    def records(self) -> list[TrialRecord]:
-        """All trials, as ``Ledger.records``."""
-        trials = self.study.get_trials(deepcopy=False)
-        shown = (t for t in trials if "same_as" not in t.user_attrs and t.state is not TrialState.WAITING)
-        return [self.record_of(trial) for trial in shown]
-
-    def record_of(self, trial: FrozenTrial) -> TrialRecord:
-        """One trial's record."""
-        record = self._ended.get(trial.number) or _record(trial)
-        if record.outcome is not Outcome.RUNNING:
-            self._ended[trial.number] = record
-        return record
-
-
-def load_study(sweep: Sweep, folder: Path) -> optuna.Study:
-    """A sweep's study, to read it.
-
-    Raises:
-        ConfigError: It is not there, or not a study of this version's.
-    """
-    try:
-        return optuna.load_study(study_name=sweep.study_name, storage=open_storage(folder))
-    except KeyError:
-        raise ConfigError(
-            f"{folder / STUDY_FILE} has no study {sweep.study_name}: it was begun by a version with other settings"
-        ) from None
-    except SQLAlchemyError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"cannot read the study {sweep.study_name} in {folder / STUDY_FILE}: {reason}") from None
-
-
-def study_url(folder: Path) -> str:
-    """Where a sweep's study is: one database file in its folder, written by the driver alone."""
-    return f"sqlite:///{(folder / STUDY_FILE).absolute()}"
-
-
-def open_storage(folder: Path) -> optuna.storages.BaseStorage:
-    """The study's database.
-
-    A write waits for the disk only now and then: a process that dies loses nothing, a machine that loses power at most
-    the last reports, which trials send again when they go on from their checkpoints.
-    """
-    storage = optuna.storages.RDBStorage(study_url(folder))
-    event.listen(storage.engine, "connect", _write_ahead)
-    storage.engine.dispose()  # connections made before know nothing of it
-    return storage
-
-
-def _write_ahead(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def read_records(study: optuna.Study) -> list[TrialRecord]:
-    """All trials of a study, as ``Ledger.records``."""
-    return Reader(study).records()
-
-
-def pareto_front(study: optuna.Study) -> set[int]:
-    """The numbers of the finished trials that no other beats in all objectives and that keep the constraints."""
-    return {trial.number for trial in study.best_trials}
-
-
-_STATES = {
-    Outcome.FINISHED: TrialState.COMPLETE,
-    Outcome.PRUNED: TrialState.PRUNED,
-    Outcome.FAILED: TrialState.FAIL,
-}
-_OUTCOMES = {state: outcome for outcome, state in _STATES.items()} | {TrialState.RUNNING: Outcome.RUNNING}
-_ENDED = tuple(_STATES.values())
-
-
-def _record(trial: FrozenTrial) -> TrialRecord:
-    reports = [TaskReport.model_validate(v) for k, v in trial.user_attrs.items() if k.startswith("task:")]
-    values = tuple(trial.values) if trial.state is TrialState.COMPLETE else ()
-    return TrialRecord(
-        number=trial.number,
-        settings=trial.user_attrs.get("settings", {}),
-        outcome=_OUTCOMES[trial.state],
-        reports=sorted(reports, key=lambda report: report.tasks_done),
-        value=values[0] if values else None,
-        reason=trial.user_attrs.get("reason", ""),
-        start_ms=_milliseconds(trial.datetime_start) or 0,
-        end_ms=_milliseconds(trial.datetime_complete),
-        values=values,
-        broken={bound: excess for bound, excess in trial.constraints.items() if excess > 0},
-        failures=tuple(trial.user_attrs.get("failures", ())),
-        again=trial.user_attrs.get("again", ""),
-    )
-
-
-def _milliseconds(moment: Any) -> int | None:
-    return None if moment is None else int(moment.timestamp() * 1000)

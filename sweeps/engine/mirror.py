@@ -18,7 +18,6 @@ from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponent
 
 from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine import report as sweep_report
-from sweeps.engine.ledger import Reader, load_study
 from sweeps.engine.mlflow_store import (
     experiment_id,
     experiment_name,
@@ -26,11 +25,13 @@ from sweeps.engine.mlflow_store import (
     log_all,
     make_client,
     params_of,
+    params_of_sweep,
     tagged_runs,
     task_metrics,
 )
 from sweeps.engine.records import Outcome, TrialRecord, best_record, now_ms
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import Reader, follow_study
 from sweeps.engine.tracking import BEHIND, DELIVERED, Closing, Errand
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Mirror:
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
         self.sweep, self.tags = sweep, dict(tags)
         self.client = make_client(uri)
-        self.study = load_study(sweep, folder)
+        self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
         self._experiment = ""
         self.parent: str | None = None
@@ -79,7 +80,9 @@ class Mirror:
         if best is not None:
             last = best.reports[-1]
             metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
-            self.client.log_batch(self.parent, metrics=metrics, tags=[RunTag("inflora.best_trial", str(best.number))])
+            tags = [RunTag(f"best/{path}", str(value)) for path, value in best.settings.items()]
+            tags += [RunTag("inflora.best_trial", str(best.number))]
+            self.client.log_batch(self.parent, metrics=metrics, tags=tags)
         self.client.log_text(self.parent, sweep_report.page(self.sweep, self.study), "report.html")
         self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
 
@@ -102,7 +105,7 @@ class Mirror:
             parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
         if not parent.data.params:
             self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
-            log_all(self.client, parent.info.run_id, params=params_of(self.sweep.base))  # last: they say all is there
+            log_all(self.client, parent.info.run_id, params=params_of_sweep(self.sweep))  # last: they say all is there
         return parent.info.run_id
 
     def _own_tags(self) -> dict[str, str]:

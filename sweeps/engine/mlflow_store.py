@@ -3,17 +3,27 @@
 import json
 import os
 import shlex
+import sqlite3
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from inflora.config import ConfigError, RunConfig
+from inflora.errors import one_line
 from sweeps.engine import plots
 from sweeps.engine.mlflow_database import make_whole
+from sweeps.engine.reach import reachable_store, sqlite_file, without_password
+from sweeps.engine.snapshot import snapshot
+from sweeps.engine.spec import Sweep
 
 _PARAM_LENGTH = 6000
 _BATCH = 800
@@ -37,14 +47,20 @@ def make_client(uri: str) -> MlflowClient:
     """A client that fails fast when the server is away.
 
     Raises:
-        ConfigError: Not a store that MLflow knows.
+        ConfigError: Not a store that MLflow knows, or a database that it cannot use.
     """
     for name, value in _HTTP.items():
         os.environ.setdefault(name, value)
     if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
         raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
     make_whole(uri)
-    return MlflowClient(uri)
+    try:
+        return MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError, CommandError) as error:
+        raise ConfigError(
+            f"MLflow cannot use {one_line(without_password(uri), 300)}: {one_line(str(error), 400)}; where `mlflow db "
+            "upgrade` does not help, move it away or choose another --tracking-uri: the study has everything"
+        ) from None
 
 
 def experiment_name(dataset: str) -> str:
@@ -67,11 +83,46 @@ def experiment_id(client: MlflowClient, name: str, objective: str) -> str:
 
 
 def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str | None:
-    """The run id of a sweep's trial, if MLflow has it; nothing is written."""
-    client = make_client(uri)
+    """The run id of a sweep's trial, if MLflow has it; nothing is written.
+
+    Raises:
+        ConfigError: MLflow did not answer, or its database cannot be read.
+    """
+    reachable_store(uri)
+    try:
+        with _to_read(uri) as store:
+            return None if store is None else _find_trial_run(make_client(store), dataset, study_name, number)
+    except Exception as error:  # foreign bytes and a foreign server: what they raise is why there is no answer
+        raise ConfigError(
+            f"the tracking store {one_line(uri, 300)} does not answer: {one_line(str(error), 200)}"
+        ) from None
+
+
+def _find_trial_run(client: MlflowClient, dataset: str, study_name: str, number: int) -> str | None:
     experiment = client.get_experiment_by_name(experiment_name(dataset))
     runs = tagged_runs(client, experiment.experiment_id, "inflora.sweep", study_name) if experiment else []
     return next((run.info.run_id for run in runs if run.data.tags.get("inflora.trial") == str(number)), None)
+
+
+@contextmanager
+def _to_read(uri: str) -> Iterator[str | None]:
+    """A store to read from: of a database file a copy, as MLflow changes what it opens; None without runs."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield uri
+        return
+    if not file.exists():
+        yield None
+        return
+    with closing(snapshot(file)) as memory, tempfile.TemporaryDirectory() as folder:
+        is_made = memory.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone()
+        if not (is_made and memory.execute("SELECT 1 FROM runs LIMIT 1").fetchone()):
+            yield None
+            return
+        copy = Path(folder) / "mlflow.db"
+        with closing(sqlite3.connect(copy)) as target:
+            memory.backup(target)
+        yield f"sqlite:///{copy}"
 
 
 def how_to_look(uri: str) -> str:
@@ -119,6 +170,19 @@ def tagged_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> 
 def params_of(config: RunConfig) -> list[Param]:
     """A config's settings as a run's parameters."""
     return [Param(name, value[:_PARAM_LENGTH]) for name, value in flat_settings(config).items()]
+
+
+def params_of_sweep(sweep: Sweep) -> list[Param]:
+    """What a sweep is, as its run's parameters: what it searches, what it may cost, and the base of every trial.
+
+    A searched setting stands under ``space/`` alone: the base's own value is no trial's, least of all the best's.
+    """
+    base = {f"base/{path}": value for path, value in flat_settings(sweep.base).items() if path not in sweep.space}
+    space = {f"space/{path}": domain.model_dump_json(exclude_defaults=True) for path, domain in sweep.space.items()}
+    budget = {f"budget/{name}": value for name, value in sweep.budget if value is not None}
+    search = {"sampler": sweep.sampler, "early_stopping": sweep.early_stopping, "protocol": sweep.protocol}
+    every = {**base, **space, **budget, **search, "budget/trials": sweep.trials}
+    return [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in every.items()]
 
 
 def task_metrics(

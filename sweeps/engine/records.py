@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TaskReport(BaseModel):
@@ -13,13 +13,23 @@ class TaskReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    tasks_done: int
-    tasks: int
+    tasks_done: int = Field(ge=1)
+    tasks: int = Field(ge=1)
     metrics: dict[str, float]
     accuracies: list[float]
-    seconds: float
-    time_ms: int
-    saved_s: float = 0.0
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    time_ms: int = Field(ge=0)
+    saved_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.tasks_done > self.tasks:
+            raise ValueError(f"at most all {self.tasks} tasks can be done, got {self.tasks_done}")
+        if len(self.accuracies) != self.tasks_done:
+            raise ValueError(f"accuracies must be one per task done ({self.tasks_done}), got {len(self.accuracies)}")
+        if "acc/seen" not in self.metrics:
+            raise ValueError("metrics must hold acc/seen")
+        return self
 
 
 class Outcome(StrEnum):

@@ -14,11 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from inflora.config import dump_config
 from inflora.metrics import forgetting
-from sweeps.engine.budget import gpu_hours_spent, progress
-from sweeps.engine.ledger import pareto_front, read_records
+from sweeps.engine.budget import gpu_hours_spent, progress, standing
 from sweeps.engine.metrics import direction
 from sweeps.engine.records import Outcome, TrialRecord, best_first, best_record, ranking
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import hours_so_far, pareto_front, read_records
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -31,6 +31,8 @@ summary { cursor: pointer; color: #555; } .row { display: flex; flex-wrap: wrap;
 """
 _SHOWN = 6
 """Trials whose matrices and curves are drawn: the best."""
+_ENOUGH = 10
+"""Finished trials below which importances and contours are noise that looks like knowledge."""
 _OUTCOME_COLORS = {
     Outcome.FINISHED: "#2a9d5c",
     Outcome.PRUNED: "#b8b8b8",
@@ -44,18 +46,20 @@ _MEMORY = {
 }
 
 
-def page(sweep: Sweep, study: optuna.Study) -> str:
-    """The whole report as one HTML document, with plotly's script inside."""
+def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
+    """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
     records = read_records(study)
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",
-        _paragraphs([*progress(sweep, records, study.user_attrs.get("hours", 0.0)), _setup(sweep)]),
+        _paragraphs([*progress(sweep, records, hours_so_far(study), driven=driven), _setup(sweep)]),
+        "<p>All accuracies are on validation images; the test images stay closed until final training.</p>",
         *_best(sweep, records),
         "<h2>Trials</h2>",
-        _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set()),
+        _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set(), driven=driven),
         "<h2>Pruned and failed trials</h2>",
         _endings(records),
         "<h2>Search</h2>",
+        *_too_few(study),
         *(_embed(figure) for figure in search_figures(sweep, study)),
         "<h2>Learning</h2>",
         *(_embed(figure) for figure in learning_figures(records)),
@@ -63,7 +67,8 @@ def page(sweep: Sweep, study: optuna.Study) -> str:
         "<h2>Cost</h2>",
         *(_embed(figure) for figure in cost_figures(sweep, records)),
     ]
-    head = f"<meta charset='utf-8'><title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
+    screen = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{screen}<title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}"
 
 
@@ -83,14 +88,24 @@ def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
         yield show.plot_optimization_history(study, **told)
         yield show.plot_parallel_coordinate(study, **told)
         yield show.plot_slice(study, **told)
-        if len(finished) > 3 and len({trial.values[index] for trial in finished}) > 1:
+        if len(finished) >= _ENOUGH and len({trial.values[index] for trial in finished}) > 1:
             # Of several objectives Optuna asks what makes a value low.
             low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                yield show.plot_param_importances(study, **low)
-        if len(names) > 1 and len(finished) > 3:
-            yield show.plot_contour(study, params=names[:4], **told).update_layout(height=200 * min(4, len(names)))
+                figure = show.plot_param_importances(study, **low)
+            yield figure.update_layout(title=f"Importance of settings, from {len(finished)} finished trials")
+        if len(names) > 1 and len(finished) >= _ENOUGH:
+            figure = show.plot_contour(study, params=names[:4], **told)
+            title = f"Contours, interpolated between {len(finished)} finished trials"
+            yield figure.update_layout(title=title, height=200 * min(4, len(names)))
+
+
+def _too_few(study: optuna.Study) -> Iterator[str]:
+    """Say why some plots are missing."""
+    count = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+    if count < _ENOUGH:
+        yield f"<p>Importances and contours need {_ENOUGH} finished trials to mean anything; there are {count}.</p>"
 
 
 def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
@@ -169,6 +184,7 @@ def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ())
 
 def _embed(figure: go.Figure) -> str:
     figure.update_layout(template="plotly_white", font_family="system-ui, sans-serif")
+    figure.update_xaxes(exponentformat="none").update_yaxes(exponentformat="none")  # 0.0001, not 100µ
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
 
 
@@ -208,7 +224,7 @@ def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
     yield f"<details><summary>the whole configuration</summary><pre>{html.escape(config)}</pre></details>"
 
 
-def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) -> str:
+def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int], *, driven: bool) -> str:
     best = best_record(records)
     columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "minutes"]
     rows = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
@@ -217,7 +233,8 @@ def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int]) 
         objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
         minutes = sum(report.seconds for report in record.reports) / 60
         marks = " *" if record.number in front else ""
-        cells = [f"{record.number}{marks}", record.outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
+        outcome = standing(record.outcome, driven=driven)
+        cells = [f"{record.number}{marks}", outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
         shown = (html.escape(_short(cell)) for cell in cells)
         kind = " class='best'" if record is best else ""
         rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")

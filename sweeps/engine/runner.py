@@ -3,11 +3,12 @@
 import fcntl
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ray
 from ray import tune
@@ -20,13 +21,17 @@ from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
 from sweeps.engine.driver import pick_backend, train_driver
-from sweeps.engine.ledger import STUDY_FILE, Ledger
-from sweeps.engine.mlflow_store import git_commit, make_client
+from sweeps.engine.ledger import Ledger
+from sweeps.engine.mlflow_store import git_commit
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.output import check_folder_for
 from sweeps.engine.progress import progress_on
+from sweeps.engine.reach import reachable_ray, reachable_store
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
+from sweeps.engine.snapshot import LOCK_FILE, is_driven
 from sweeps.engine.spec import SPEC_FILE, Sweep, read_sweep
+from sweeps.engine.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.study_backup import fetch_database, keep_database
 from sweeps.engine.tracking import Tracker
 from sweeps.engine.trial import inline_trial
@@ -60,14 +65,57 @@ def run_sweep(
     ``warm_start`` are settings to try first and where they come from.
 
     Raises:
-        ConfigError: Before anything is started: settings, data, backbone, folder or resources that do not fit. After
-            the first trials: all have failed for one reason.
+        ConfigError: Before anything is made or started: settings, data, backbone, folder, addresses or resources that
+            do not fit. After the first trials: all have failed for one reason.
     """
     for config in sweep.corners():
         check(config)
-    make_client(tracking_uri)
     folder = folder.absolute()
     place = trials_place(sweep, folder, cluster)
+    check_folder(sweep, folder)
+    check_tracking(tracking_uri, folder, say)
+    try:
+        at_a_time = 0 if is_over(sweep, folder) else find_room(sweep, cluster, say)
+        return _run_claimed(sweep, folder, place, tracking_uri, cluster, at_a_time, say, warm_start)
+    finally:
+        ray.shutdown()
+
+
+def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Raise ConfigError unless the tracking store answers; a sweep that has begun goes on without it, and says so."""
+    try:
+        reachable_store(uri, folder)
+    except ConfigError as error:
+        if not (folder / STUDY_FILE).exists():
+            raise
+        say(f"{error}; trials go on, and what it misses is sent when it answers")
+
+
+def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int:
+    """Connect to the cluster; how many trials it takes at a time.
+
+    Raises:
+        ConfigError: There is none, or it has no room for a single trial.
+    """
+    reachable_ray(cluster.address)
+    connect(cluster.address, say)
+    at_a_time = trials_at_a_time(sweep.resources, say)
+    if sweep.executor == "train":
+        check_state_api()
+    return cluster.at_a_time or at_a_time
+
+
+def _run_claimed(
+    sweep: Sweep,
+    folder: Path,
+    place: SharedFolder,
+    tracking_uri: str,
+    cluster: Cluster,
+    at_a_time: int,
+    say: Callable[[str], None],
+    warm_start: tuple[Sequence[Mapping[str, Any]], str] | None,
+) -> SweepResult:
+    """Run what is left, ``at_a_time`` trials side by side, as the only driver of the sweep in ``folder``."""
     with claimed(sweep, folder):
         if fetch_database(folder / STUDY_FILE, place):
             say(f"sweep {sweep.name}: the study is the one kept in {place.address}")
@@ -81,13 +129,11 @@ def run_sweep(
         commit = git_commit()
         tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
         if remaining:
-            connect(cluster.address, say)
             check_nodes(place)
         tracker = Tracker(sweep, folder, tracking_uri, tags)
         tracker.start()
         try:
             if remaining:
-                at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
                 _run_trials(sweep, folder, place, ledger, min(at_a_time, remaining), say)
         finally:
             over = ledger.why_over()
@@ -122,22 +168,41 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / LOCK_FILE).open("w")
     except OSError as error:
         raise ConfigError(f"cannot write into {folder}: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"the sweep in {folder} is being run by another process") from None
-        check_folder(sweep, folder)
+        if not _held(lock):
+            raise ConfigError(f"the sweep in {folder} is being run by another process")
+        check_spec(sweep, folder)
         for half_written in folder.glob(f".{SPEC_FILE}.*"):  # by a process that was killed
             half_written.unlink()
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
 
 
+def _held(lock: IO[str]) -> bool:
+    """Take a lock that no driver holds; one who only asks for drivers holds it for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
+
+
 def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError if ``folder`` holds another sweep, or a study that cannot be read, or cannot be written to."""
+    check_folder_for(folder)
+    if is_driven(folder):
+        raise ConfigError(f"the sweep in {folder} is being run by another process")
+    check_spec(sweep, folder)
+    check_study(sweep, folder)
+
+
+def check_spec(sweep: Sweep, folder: Path) -> None:
     """Raise ConfigError if ``folder`` holds another sweep."""
     if (folder / SPEC_FILE).exists() and read_sweep(folder).study_name != sweep.study_name:
         raise ConfigError(
@@ -160,7 +225,6 @@ def _run_trials(
             [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
         )
     else:
-        check_state_api()
         backend = pick_backend(resources)
         trainable = train_driver(resources, backend, trials, sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.

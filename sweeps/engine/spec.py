@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from inflora.config import AFTER_FIRST_TASK, ConfigError, RunConfig, Settings, config_hash, override
+from inflora.config import AFTER_FIRST_TASK, ConfigError, RunConfig, Settings, config_hash, explain, override
+from inflora.errors import one_line
 from sweeps.engine import space as search_space
 from sweeps.engine.metrics import Metric, Objective
 from sweeps.engine.space import Choice, Domain, Integer, NearOne, Real
@@ -224,11 +225,22 @@ def read_sweep(folder: Path) -> Sweep:
         ConfigError: No sweep is there, or one of another version.
     """
     path = folder / SPEC_FILE
-    try:
-        return Sweep.model_validate_json(path.read_text())
-    except OSError:
+    if not _exists(path):
         beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
-        known = f"; sweeps in {folder.parent}: {', '.join(beside)}" if beside else ""
-        raise ConfigError(f"no sweep in {folder}: {SPEC_FILE} is missing{known}") from None
+        known = f"; sweeps in {one_line(str(folder.parent), 300)}: {one_line(', '.join(beside), 300)}" if beside else ""
+        raise ConfigError(f"no sweep in {one_line(str(folder), 300)}: {SPEC_FILE} is missing{known}")
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file")
+    try:
+        return Sweep.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        raise ConfigError(f"{path} is of another version or damaged: {error.errors()[0]['msg']}") from None
+        raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error), 300)}") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False

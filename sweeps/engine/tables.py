@@ -1,16 +1,19 @@
-"""A sweep's trials as a table in the terminal."""
+"""A sweep's trials as a table: in the terminal, as CSV, for a paper."""
 
+import csv
+import io
 from collections.abc import Container
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sweeps.engine.records import TrialRecord, best_first
+from sweeps.engine.budget import standing
+from sweeps.engine.records import TrialRecord, best_first, ranking
 from sweeps.engine.spec import Sweep
 
 
-def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int] = ()) -> Table:
+def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int] = (), *, driven: bool = True) -> Table:
     """All trials, the best finished one first; those on the Pareto front are starred."""
     table = Table(title=f"{sweep.name}: {len(records)} trials, judged on validation images")
     for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds"):
@@ -20,11 +23,47 @@ def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int]
         objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)
         seconds = sum(report.seconds for report in record.reports)
         number = f"{'* ' if record.number in front else ''}{record.number}"
-        outcome = f"{record.outcome}, breaks {', '.join(record.broken)}" if record.broken else record.outcome
+        outcome = standing(record.outcome, driven=driven)
+        outcome += f", breaks {', '.join(record.broken)}" if record.broken else ""
         table.add_row(number, outcome, str(len(record.reports)), *values, *objectives, f"{seconds:.0f}")
     if front:
         table.caption = "* on the Pareto front"
     return table
+
+
+def csv_table(sweep: Sweep, records: list[TrialRecord]) -> str:
+    """All trials, the best finished one first, with every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds", "reason"])
+    for record in best_first(records):
+        settings = [record.settings.get(path, "") for path in sweep.space]
+        values: list[Any] = list(record.values) or [""] * len(sweep.objectives)
+        seconds = sum(report.seconds for report in record.reports)
+        known = [record.number, record.outcome, len(record.reports), *settings, *values, round(seconds, 3)]
+        writer.writerow([*known, record.reason])
+    return text.getvalue()
+
+
+def latex_table(sweep: Sweep, records: list[TrialRecord]) -> str:
+    """The finished trials, the best first, for a document that uses booktabs."""
+    head = ["trial", *sweep.space, *sweep.objectives]
+    rows = [
+        [str(record.number), *(_short(record.settings.get(path, "")) for path in sweep.space)]
+        + [_short(value, 4) for value in record.values]
+        for record in ranking(records)
+    ]
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in [head, *rows]]
+    note = f"% {sweep.name}: {len(rows)} finished of {len(records)} trials, judged on validation images"
+    columns = "r" * len(head)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([note, *body, r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    """As TeX prints it."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
 
 
 def _short(value: Any, decimals: int | None = None) -> str:

@@ -17,9 +17,9 @@ import torch
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
 from sweeps.engine import mlflow_database
-from sweeps.engine.ledger import read_records, study_url
 from sweeps.engine.records import TaskReport, TrialRecord
 from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.engine.study import read_records, study_url
 
 PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
 

@@ -21,9 +21,9 @@ from mlflow.entities import Run
 from ray.cluster_utils import Cluster as Nodes
 
 from sweeps.engine.checkpoints import TRIALS
-from sweeps.engine.ledger import study_url
 from sweeps.engine.records import Outcome, TrialRecord
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import study_url
 
 from .conftest import Recipe
 from .server import Server, free_port

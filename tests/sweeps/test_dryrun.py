@@ -13,14 +13,11 @@ from sweeps.engine.dryrun import (
     Timing,
     check_gpu_node,
     check_storage,
-    check_tracking,
     dry_run,
     estimate,
     time_one_task,
 )
 from sweeps.engine.spec import Resources, Sweep
-
-from .test_tracking import free_port
 
 
 def with_changes(sweep, **changes) -> Sweep:
@@ -56,13 +53,6 @@ def test_a_storage_that_cannot_be_written_is_found_out(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="does not work"):
         check_storage(tmp_path / "file" / "below")
-
-
-def test_a_tracking_server_that_is_away_is_found_out(tmp_path):
-    check_tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert list(tmp_path.iterdir()) == [], "a store is made by the sweep, not by asking"
-    with pytest.raises(ConfigError, match="does not answer"):
-        check_tracking(f"http://127.0.0.1:{free_port()}")
 
 
 @pytest.mark.cluster

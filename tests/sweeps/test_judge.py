@@ -8,9 +8,8 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError
 from inflora.runs import train_into
-from sweeps.engine.final import plan
-from sweeps.engine.judge import PAPER as PAPER_LABEL
-from sweeps.engine.judge import candidates, compare, estimate, judge, judged_orders, score, write_judgement
+from sweeps.engine.final import plan, spread
+from sweeps.engine.judge import FIRST, candidates, compare, estimate, judge, judged_orders, score, write_judgement
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.spec import Real, Sweep
 from sweeps.engine.trial import learn
@@ -41,18 +40,18 @@ def test_runs_are_compared_pair_by_pair(ours, theirs, verdict):
     assert compare(ours, theirs).verdict == verdict
 
 
-def test_the_papers_setting_is_judged_beside_the_best_trials_and_never_twice(tiny_sweep, tmp_path):
+def test_the_first_setting_is_judged_beside_the_best_trials_and_never_twice(tiny_sweep, tmp_path):
     ledger = Ledger(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path)
     for accuracy in (0.9, 0.7, 0.8):
         learn_all(ledger, ledger.propose().number, [accuracy] * 5)
-    assert list(candidates(tiny_sweep, ledger.records(), top=2)) == ["trial-2", PAPER_LABEL]
-    assert list(candidates(tiny_sweep, ledger.records(), top=3)) == ["trial-2", "trial-1", PAPER_LABEL]
+    assert list(candidates(tiny_sweep, ledger.records(), top=2)) == ["trial-2", FIRST]
+    assert list(candidates(tiny_sweep, ledger.records(), top=3)) == ["trial-2", "trial-1", FIRST]
     with pytest.raises(ConfigError, match="none to judge"):
         candidates(tiny_sweep, [], top=2)
 
 
 def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_best_mean(tiny_sweep, tmp_path):
-    configs = {"trial-1": tiny_sweep.config(PAPER | {"optim.lr": 5e-3}), PAPER_LABEL: tiny_sweep.config(PAPER)}
+    configs = {"trial-1": tiny_sweep.config(PAPER | {"optim.lr": 5e-3}), FIRST: tiny_sweep.config(PAPER)}
     runs = plan(configs, [0], tmp_path, orders=[1, 2], evaluate_on="validation")
     states = [train_into(run.folder, run.config, run.evaluate_on, resume=True) for run in runs]
     assert {state.evaluate_on for state in states} == {"validation"}
@@ -67,7 +66,7 @@ def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_be
 
 
 def test_one_run_has_no_interval_and_decides_nothing(tiny_sweep, tmp_path):
-    estimates = {"trial-1": estimate([0.5]), PAPER_LABEL: estimate([0.4])}
+    estimates = {"trial-1": estimate([0.5]), FIRST: estimate([0.4])}
     text = write_judgement(tiny_sweep, "trial-1", estimates, {"trial-1": compare([0.5], [0.4])}, [None], tmp_path)
     assert "| trial-1 | 50.0 | none | one run each: nothing can be said: +10.0 |" in text
 
@@ -118,3 +117,8 @@ def test_choosing_by_the_first_task_learns_no_other(tiny_sweep):
     (only,) = session.reports
     assert (only.tasks_done, only.tasks) == (1, 1)
     assert only.metrics["acc/final"] == only.metrics["acc/new"]
+
+
+def test_one_run_has_a_mean_and_no_spread():
+    assert spread([0.5]) == (0.5, None)
+    assert spread([0.4, 0.6]) == pytest.approx((0.5, math.sqrt(0.02)))

@@ -6,9 +6,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from inflora.config import ConfigError
-from sweeps.engine.ledger import Ledger, load_study, read_records, study_url
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome, TaskReport, best_record
 from sweeps.engine.spec import Choice, Sweep
+from sweeps.engine.study import load_study, read_records, study_url
 
 from .conftest import PAPER, learn_all, report
 

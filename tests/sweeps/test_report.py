@@ -1,5 +1,7 @@
 """A sweep's page says everything, needs nothing, and a browser draws all of it."""
 
+import csv
+import io
 import os
 import re
 import shutil
@@ -7,9 +9,13 @@ import subprocess
 
 import pytest
 
-from sweeps.engine.ledger import Ledger, load_study
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.report import page
+from sweeps.engine.runner import claimed
+from sweeps.engine.snapshot import is_driven
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import load_study, read_records
+from sweeps.engine.tables import csv_table, latex_table
 
 from .conftest import learn_all, report
 
@@ -65,6 +71,40 @@ def test_there_is_a_page_before_much_is_known(sweep, tmp_path, finished):
     for _ in range(finished):
         learn_all(ledger, ledger.propose().number, [0.9] * 5)
     assert ("No trial has finished" in page(sweep, load_study(sweep, tmp_path))) is (finished == 0)
+
+
+@pytest.mark.parametrize(("finished", "shown"), [(9, False), (10, True)])
+def test_importances_are_shown_from_ten_finished_trials_with_their_number(sweep, tmp_path, finished, shown):
+    sweep = with_changes(sweep, trials=12, early_stopping="none")
+    ledger = Ledger(sweep, tmp_path)
+    for index in range(finished):
+        learn_all(ledger, ledger.propose().number, [0.5 + index / 100] * 5)
+    text = page(sweep, load_study(sweep, tmp_path))
+    assert (f"from {finished} finished trials" in text) is shown
+    assert ("need 10 finished trials to mean anything; there are 9" in text) is not shown
+    assert "name='viewport'" in text
+    assert "on validation images" in text
+
+
+def test_a_sweep_without_a_driver_is_stopped_and_says_how_to_go_on(sweep, tmp_path):
+    text = page(sweep, some_trials(sweep, tmp_path), driven=False)
+    assert "stopped: no process runs this sweep; the command that began it goes on with it" in text
+    assert "to go at this pace" not in text
+    assert not is_driven(tmp_path)
+    with claimed(sweep, tmp_path):
+        assert is_driven(tmp_path)
+
+
+def test_the_table_is_written_with_every_digit_or_for_a_paper(sweep, tmp_path):
+    records = read_records(some_trials(sweep, tmp_path))
+    rows = list(csv.DictReader(io.StringIO(csv_table(sweep, records))))
+    assert len(rows) == len(records)
+    assert {row["trial"]: row["acc/final"] for row in rows}["4"] == repr(records[4].value)
+    assert {float(row["method.energy"]) for row in rows} == {each.settings["method.energy"] for each in records}
+    lines = latex_table(sweep, records).splitlines()
+    assert lines[3] == r"trial & method.rank & method.energy & optim.lr & acc/final \\"
+    assert len(lines) == 7 + 5, "finished trials only, the best first"
+    assert lines[5].startswith("4 & ")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path, and INFLORA_BROWSER names none")

@@ -15,11 +15,11 @@ from ray.cluster_utils import Cluster as Nodes
 
 from inflora.storage import SharedFolder
 from sweeps.engine.cluster import Cluster
-from sweeps.engine.ledger import STUDY_FILE
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.records import Outcome, best_record, trial_name
 from sweeps.engine.runner import run_sweep
 from sweeps.engine.spec import Real, Resources
+from sweeps.engine.study import STUDY_FILE
 
 from .conftest import PAPER
 

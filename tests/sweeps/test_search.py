@@ -5,9 +5,10 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError
 from sweeps.engine import space
-from sweeps.engine.ledger import Ledger, load_study, pareto_front
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.records import Outcome, best_record
 from sweeps.engine.spec import Choice, Integer, NearOne, Real, Sweep
+from sweeps.engine.study import load_study, pareto_front
 
 from .conftest import PAPER, learn_all, report
 
@@ -106,9 +107,9 @@ def test_tradeoffs_give_a_front_of_trials_that_nothing_beats(tiny_sweep, tmp_pat
     ledger = Ledger(sweep, tmp_path)
     for accuracy, forgetting, params in [(0.9, 0.2, 100), (0.8, 0.1, 100), (0.7, 0.2, 200), (0.6, 0.3, 10)]:
         number = ledger.propose().number
-        last = report(5, accuracy)
         own = {"forgetting": forgetting, "params/trainable": params}
-        ledger.report(number, last.model_copy(update={"metrics": last.metrics | own}))
+        for told in (report(done, accuracy) for done in range(1, 6)):
+            ledger.report(number, told.model_copy(update={"metrics": told.metrics | own}))
         ledger.close(number)
     assert pareto_front(load_study(sweep, tmp_path)) == {0, 1, 3}
     assert best_record(ledger.records()).number == 0, "the best is still the one with the best objective"

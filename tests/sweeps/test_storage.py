@@ -5,10 +5,11 @@ import pytest
 from inflora.config import ConfigError
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
-from sweeps.engine.ledger import STUDY_FILE, Ledger
+from sweeps.engine.ledger import Ledger
 from sweeps.engine.nodes import code_version, require_code
 from sweeps.engine.records import trial_name
 from sweeps.engine.spec import Sweep
+from sweeps.engine.study import STUDY_FILE
 from sweeps.engine.study_backup import fetch_database, keep_database
 
 from .conftest import learn_all

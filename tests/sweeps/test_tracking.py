@@ -68,6 +68,9 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
 
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["inflora.best_trial"] == "0"
+    assert parent.data.tags["best/method.rank"] == str(PAPER["method.rank"])
+    assert parent.data.params["space/method.rank"] == '{"low":1,"high":16,"log":true}'
+    assert not [name for name in parent.data.params if name.endswith("method.rank") and not name.startswith("space/")]
     assert parent.data.metrics["best/acc/final"] == 0.5
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
 
