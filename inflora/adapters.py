@@ -1,15 +1,30 @@
 """What each task has learnt, as LoRA adapters that the PEFT library loads."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from inflora.lora import LoRALinear, adapted_layers
 from inflora.state import write_atomically
+
+
+class AdapterConfig(BaseModel):
+    """PEFT's ``adapter_config.json``."""
+
+    peft_type: str = "LORA"
+    task_type: str | None = None
+    base_model_name_or_path: str
+    inference_mode: bool = True
+    r: int
+    lora_alpha: int
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    target_modules: list[str]
 
 
 def save_adapter(folder: Path, backbone: nn.Module, factors: Mapping[str, Tensor], base: str) -> None:
@@ -33,21 +48,10 @@ def save_adapter(folder: Path, backbone: nn.Module, factors: Mapping[str, Tensor
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = nn.functional.pad(lora_A, (0, 0, 0, missing))
         tensors[f"{prefix}.lora_B.weight"] = nn.functional.pad(_on_all_outputs(layer, lora_B), (0, missing))
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted(layers),
-    }
+    config = AdapterConfig(base_model_name_or_path=base, r=rank, lora_alpha=rank, target_modules=sorted(layers))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", save(tensors))
-    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    write_atomically(folder / "adapter_config.json", config.model_dump_json(indent=2).encode())
 
 
 def _on_all_outputs(layer: LoRALinear, lora_B: Tensor) -> Tensor:

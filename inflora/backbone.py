@@ -1,23 +1,23 @@
 """Vision transformers from timm: build, load weights, identify, and watch what their ``qkv`` layers read."""
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
-from pathlib import Path
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from inflora.config import BackboneSettings, ConfigError
+from inflora.config import BackboneSettings, ConfigError, cut, shown
 from inflora.lora import adapted_layers
 from inflora.precision import products
+from inflora.pretrained import from_cache, load_weights, reason_of, require_finite, require_hub, unavailable
 
 GLYPH_VIT: dict[str, Any] = {
     "img_size": 32,
@@ -28,9 +28,6 @@ GLYPH_VIT: dict[str, Any] = {
     "num_heads": 4,
 }
 """The shipped backbone, pre-trained on rendered letters by ``python -m inflora.glyphs``."""
-
-
-WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 
 
 class BackboneShape(NamedTuple):
@@ -48,14 +45,16 @@ def build_backbone(settings: BackboneSettings) -> VisionTransformer:
     Raises:
         ConfigError: An unknown name, a model of another kind, or weights that are missing or do not fit.
     """
+    if settings.options:
+        meta_backbone(settings)
     if settings.weights is not None:
-        return _loaded(_random(settings), settings.weights)
+        return load_weights(_random(settings), settings.weights)
     if not settings.pretrained:
         return _random(settings)
     if settings.name == "glyph_vit":
         with as_file(files("inflora") / "weights" / "glyph_vit.safetensors") as path:
-            return _loaded(_random(settings), path)
-    return _create(settings, pretrained=True)
+            return load_weights(_random(settings), path)
+    return _from_hub(settings)
 
 
 def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
@@ -64,8 +63,63 @@ def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
     Raises:
         ConfigError: As ``build_backbone``, but for the weights.
     """
-    with torch.device("meta"):
-        return _create(settings, pretrained=False)
+    _require_known_options(settings)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers without numbers: those are refused
+        vit = _create(settings)
+        numbers = sum(tensor.numel() for tensor in vit.state_dict().values())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 4 * numbers > memory:
+            raise ConfigError(
+                f"the weights of {cut(repr(settings.name))} with backbone.options {shown(settings.options)} need "
+                f"{4 * numbers:.3g} bytes, this machine has {memory:.3g}"
+            )
+        if settings.options:
+            _require_usable(vit, settings)
+    return vit
+
+
+_OPTIONS = sorted(signature(VisionTransformer).parameters.keys() - {"num_classes", "device", "dtype"})
+_LARGEST = {"depth": 200} | {name: 1 for name in _OPTIONS if name.endswith("_rate")}
+"""More than any model's; of all other numbers, 16,384 is."""
+
+
+def _require_known_options(settings: BackboneSettings) -> None:
+    for name, value in settings.options.items():
+        if name not in _OPTIONS:
+            raise ConfigError(f"unknown backbone.options {cut(repr(name))}; known: {', '.join(_OPTIONS)}")
+        largest = _LARGEST.get(name, 16_384)
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        if any(not 0 <= number <= largest for number in numbers):
+            raise ConfigError(f"backbone.options {name} must be from 0 to {largest}, got {shown(value)}")
+
+
+def _require_usable(vit: VisionTransformer, settings: BackboneSettings) -> None:
+    """Raise ConfigError unless the model computes, and is one that the named weights fit; nothing is computed."""
+    shape = shape_of(vit)
+    try:
+        features = vit.eval()(torch.empty(1, shape.channels, shape.image_size, shape.image_size))
+    except Exception as error:  # whatever layers make of options that they do not take
+        raise _unfit(settings, reason_of(error)) from None
+    if features.shape != (1, shape.width):
+        raise _unfit(settings, f"it gives features of shape {tuple(features.shape)}")
+    if settings.pretrained and settings.weights is None:
+        plain = _tensors_of(_create(settings.model_copy(update={"options": {}})))
+        changed = sorted(plain ^ _tensors_of(vit))
+        if changed:
+            names = ", ".join(dict.fromkeys(name for name, _ in changed))
+            raise _unfit(settings, f"they must leave the weights' names and shapes as they are, and change {names}")
+
+
+def _tensors_of(vit: VisionTransformer) -> set[tuple[str, torch.Size]]:
+    """Names and shapes; the shape of position embeddings, which are resized, does not count."""
+    return {(name, tensor.shape if name != "pos_embed" else torch.Size()) for name, tensor in vit.state_dict().items()}
+
+
+def _unfit(settings: BackboneSettings, reason: str) -> ConfigError:
+    return ConfigError(
+        f"backbone.options {shown(settings.options)} do not fit {cut(repr(settings.name))}: {cut(reason, 250)}"
+    )
 
 
 def shape_of(vit: VisionTransformer) -> BackboneShape:
@@ -97,100 +151,49 @@ def _random(settings: BackboneSettings) -> VisionTransformer:
     """The same random weights at every call, whatever the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _create(settings, pretrained=False)
+        return _create(settings)
 
 
-def _create(settings: BackboneSettings, *, pretrained: bool) -> VisionTransformer:
+def _create(settings: BackboneSettings) -> VisionTransformer:
+    """The model without the weights that its name means."""
     name, options = settings.name, cast(dict[str, Any], settings.options)
+    if name != "glyph_vit" and not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0][:12]}*") or timm.list_models("vit_base*")
+        raise ConfigError(
+            f"unknown backbone.name {cut(repr(name))}; known: glyph_vit and timm's, e.g. {', '.join(close[:5])}"
+        )
     try:
         if name == "glyph_vit":
             return VisionTransformer(num_classes=0, **(GLYPH_VIT | options))
-        if not timm.is_model(name):
-            close = timm.list_models(f"*{name.split('.')[0][:12]}*") or timm.list_models("vit_base*")
+        model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except Exception as error:  # whatever timm makes of options that it does not take
+        raise _unfit(settings, reason_of(error)) from None
+    return _vision_transformer(name, model)
+
+
+def _from_hub(settings: BackboneSettings) -> VisionTransformer:
+    """The model with the weights that its name means."""
+    name, options = settings.name, cast(dict[str, Any], settings.options)
+    meta_backbone(settings)
+    overlay = from_cache(name)
+    if overlay is None:
+        require_hub(name)
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **options)
+        require_finite(model)
+    except Exception as error:  # of the network, the hub, the files that it gave
+        if cached := overlay or from_cache(name):
             raise ConfigError(
-                f"unknown backbone.name {name!r}; known: glyph_vit and timm's, e.g. {', '.join(close[:5])}"
-            )
-        overlay = _from_cache(name) if pretrained else None
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, AssertionError, ArithmeticError, OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if not pretrained:
-            raise ConfigError(f"backbone.options {options} do not fit {name!r}: {reason}") from None
-        if overlay := _from_cache(name):
-            raise ConfigError(
-                f"cannot read the cached {overlay['file']} ({reason}); delete it, or download it again"
+                f"cannot read the cached {cached['file']} ({reason_of(error)}); delete it, or download it again"
             ) from None
-        raise ConfigError(
-            f"cannot load the weights of backbone.name {name!r}: they are not in the hub's cache and cannot be had "
-            f"from here ({reason}); {_where_to_get(name)}"
-        ) from error
+        raise unavailable(name, error) from None
+    return _vision_transformer(name, model)
+
+
+def _vision_transformer(name: str, model: nn.Module) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"backbone.name {name!r} is a {type(model).__name__}; only a VisionTransformer is adapted")
     return model
-
-
-def _from_cache(name: str) -> dict[str, str] | None:
-    """What tells timm to read the hub's cached file, without asking the hub whether there is a newer one."""
-    source = timm.get_pretrained_cfg(name)
-    path = source and source.hf_hub_id and try_to_load_from_cache(source.hf_hub_id, "model.safetensors")
-    return {"file": path} if isinstance(path, str) else None
-
-
-def _where_to_get(name: str) -> str:
-    """What to download and where to put it."""
-    source = timm.get_pretrained_cfg(name)
-    hub_id = source.hf_hub_id if source else None
-    ways = "load the model once where there is a network and take its cache along ($HF_HOME)"
-    if hub_id:
-        ways = f"download model.safetensors of {hub_id} where there is a network"
-    return f"{ways} and set backbone.weights=PATH ({', '.join(WEIGHT_SUFFIXES)})"
-
-
-def _loaded(vit: VisionTransformer, path: Path) -> VisionTransformer:
-    """Load a local file; position embeddings are resized where the input's size differs, classifiers are left out."""
-    if path.suffix not in WEIGHT_SUFFIXES:
-        raise ConfigError(f"backbone.weights must be one of {', '.join(WEIGHT_SUFFIXES)}, got {path.name}")
-    if not path.is_file():
-        raise ConfigError(f"backbone.weights {path} does not exist")
-    try:
-        if path.suffix == ".npz":  # the original JAX release
-            vit.load_pretrained(str(path))
-            return vit
-        tensors = _backbone_tensors(load_file(path) if path.suffix == ".safetensors" else _load_pickled(path))
-        fitted = checkpoint_filter_fn({name: tensor.float() for name, tensor in tensors.items()}, vit)
-        foreign = [name for name in fitted if name.split(".")[0] in ("head", "head_dist")]
-        vit.load_state_dict({name: tensor for name, tensor in fitted.items() if name not in foreign})
-    except Exception as error:  # damaged files of four formats raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"cannot load backbone.weights {path}: {reason}") from None
-    return vit
-
-
-def _load_pickled(path: Path) -> dict[str, Any]:
-    """A PyTorch checkpoint; tensors and plain values only, nothing that could run code."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict):
-        raise TypeError(f"it holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
-    return checkpoint
-
-
-def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The backbone's tensors in a checkpoint of a training run: the (teacher's) model, without what wraps it.
-
-    Self-supervised releases (DINO, iBOT) keep the weights under "teacher" or "state_dict", with "module.backbone."
-    before every name and a projection head beside them.
-    """
-    for key in ("teacher", "state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            return _backbone_tensors(checkpoint[key])
-    tensors = {name.removeprefix("module."): value for name, value in checkpoint.items() if torch.is_tensor(value)}
-    if any(name.startswith("backbone.") for name in tensors):
-        tensors = {name[9:]: value for name, value in tensors.items() if name.startswith("backbone.")}
-    if "masked_embed" in tensors:  # iBOT's mask token, used in its pre-training only
-        del tensors["masked_embed"]
-    return tensors
 
 
 class InputCovariance:

@@ -5,7 +5,6 @@ The library is imported where a command needs it: help, and a line about a misty
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from inflora.config import (
     override,
     parse_assignments,
 )
+from inflora.config.listing import lines_of_settings
 from inflora.console import OneLineGroup, path
 from inflora.metrics import Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
@@ -90,10 +90,10 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
     from inflora.data.store import read_manifest
 
     experiment = find_preset(preset)
-    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
-        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if config.backbone.weights:
         return [f"not compared with the published {preset}: the backbone is {config.backbone.weights}"]
+    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
+        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
     if not read_manifest(ensure_store(config.data.dataset, config.data.root)).whole:
         return [f"not compared with the published {preset}: {config.data.dataset} here is not the whole dataset"]
     if not experiment.published:
@@ -105,19 +105,35 @@ def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: 
 @app.command("predict")
 def predict_command(
     model: Annotated[Path, typer.Argument(help="A run's folder: what train --out has written.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="So many of the most probable classes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="Read negatives: for dark ink on white paper.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help='An object a line: "file", "classes" or "error".')] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A table: file,class,probability.")] = False,
 ) -> None:
-    """Say what images show: a line per image with its file, and classes with their probabilities."""
+    """Say what images show: a line per image with its file, and classes with their probabilities.
+
+    Images must look like those that the model was trained on: one trained on light digits on a dark ground (as all
+    common sets of digits have them) is wrong of dark ink on white paper without --invert. An image that seems to be a
+    negative is warned of. What cannot be read is said, the other images are answered, and the exit code is 2.
+    """
+    if as_json and as_csv:
+        raise ConfigError("choose --json or --csv")
+    from inflora.predictions import images_in, print_predictions
     from inflora.serving import load, predict
 
-    for file, classes in predict(load(model), images, top):
-        if as_json:
-            said = [{"class": name, "probability": chance} for name, chance in classes]
-            print(json.dumps({"file": str(file), "classes": said}))
-        else:
-            print(file, *(f"{name} {chance:.4f}" for name, chance in classes), sep="\t")
+    answers = predict(load(model), images_in(images), top, invert=invert)
+    if not print_predictions(answers, "json" if as_json else "csv" if as_csv else "text", inverted=invert):
+        raise typer.Exit(2)
+
+
+@app.command()
+def settings(
+    method: Annotated[str | None, typer.Argument(help="Only the settings of this method.")] = None,
+) -> None:
+    """List every setting: its dotted path, type, default, what is allowed and what it does."""
+    for line in lines_of_settings(method):
+        print(line)
 
 
 @data_app.command()

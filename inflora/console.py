@@ -71,6 +71,9 @@ class _EndsInOneLine:
             return super().main(*args, **extra) or 0  # type: ignore[misc]
         except TyperException as error:
             return _usage(error)
+        except BrokenPipeError:  # who reads the output has seen enough; what is left of it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (UserError, FloatingPointError, OSError) as error:
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             return MENDABLE

@@ -18,12 +18,13 @@ from inflora.data.order import Given, given_head, ordered_rows
 from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, make_stream, task_sizes
 from inflora.drift import Probes, drift
+from inflora.integrity import check_state, facts_of
 from inflora.methods import Method, TaskData, make_method
 from inflora.metrics import accuracy_row
 from inflora.model import ContinualModel
 from inflora.precision import BITS, pick_precision
 from inflora.shared import Shared, keys_of
-from inflora.state import DataFacts, RunState, StateError
+from inflora.state import RunState, StateError
 from inflora.training import EpochDone, evaluate, train_task
 
 
@@ -68,7 +69,7 @@ def run(
 
     Raises:
         ConfigError: Settings that do not fit each other, the data or the backbone.
-        StateError: ``state`` belongs to another run.
+        StateError: ``state`` belongs to another run, or does not hold what it must.
     """
     check(config)
     device = pick_device(config.device)
@@ -76,14 +77,12 @@ def run(
     stream = method.arrange(make_stream(config.data, evaluate_on)).resident_on(device)
     backbone = build_backbone(config.backbone)
     fresh = RunState(
-        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=_facts_of(stream)
+        config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=facts_of(stream)
     )
-    state = state or fresh
-    if state[:3] != fresh[:3]:
-        raise StateError(
-            f"the saved state belongs to run {state.config_hash} on {state.evaluate_on}, this is {fresh.config_hash} "
-            f"on {evaluate_on} (backbones {state.backbone_hash} and {fresh.backbone_hash}); start in an empty folder"
-        )
+    if state is None:
+        state = fresh
+    else:
+        _check_goes_on(config, state, fresh)
     shape = shape_of(backbone)
     given = Given.of(config)
     given.check(config, stream, shape.width, method.passes)
@@ -129,15 +128,18 @@ def run(
         )
 
 
-def _facts_of(stream: Stream) -> DataFacts:
-    names = [name for task in stream.tasks for name in task.classes]
-    class_of = stream.class_of.tolist()
-    return DataFacts(
-        classes=tuple(names[class_of.index(label)] for label in range(max(class_of) + 1)),
-        class_of=tuple(class_of),
-        channels=stream.manifest.channels,
-        raw=stream.manifest.form == "raw",
-    )
+def _check_goes_on(config: RunConfig, state: RunState, fresh: RunState) -> None:
+    """Raise StateError unless ``state`` is a whole one of the run that would begin with ``fresh``."""
+    if state[:3] != fresh[:3]:
+        raise StateError(
+            f"the saved state belongs to run {state.config_hash} on {state.evaluate_on}, this is {fresh.config_hash} "
+            f"on {fresh.evaluate_on} (backbones {state.backbone_hash} and {fresh.backbone_hash}); "
+            "start in an empty folder"
+        )
+    check_state(config, state)
+    said, is_now = ((facts.classes, facts.channels, facts.raw) for facts in (state.data, fresh.data) if facts)
+    if said != is_now:
+        raise StateError(f"the saved state is of another {config.data.dataset} than is here; start in an empty folder")
 
 
 class _Setup(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor
 from inflora import distributed
 from inflora.data.stream import Task
 
-_IMAGES = 64
+PROBES = 64
+"""So many images of a task are remembered by their features, at most."""
 
 
 class Probes:
@@ -23,7 +24,7 @@ class Probes:
     def __init__(self, tasks: Sequence[Task], width: int, device: torch.device) -> None:
         self.tasks = tasks
         images = [len(task.eval_rows) for task in tasks]
-        self.counts = [min(_IMAGES, number) for number in images]
+        self.counts = [min(PROBES, number) for number in images]
         # Where an image's features are kept: all that are no probes share one last row, which nobody reads.
         self._row_of = torch.full((sum(images),), sum(self.counts), device=device)
         starts = [sum(images[:index]) for index in range(len(tasks))]

@@ -27,8 +27,9 @@ from inflora.data.source import Options
 from inflora.data.store import open_split, read_manifest
 from inflora.data.stream import make_stream
 from inflora.isolated import Bench, Check, Failed, NotTried, called, preload
+from inflora.predictions import Prediction
 from inflora.runs import train_into
-from inflora.serving import Prediction, load, predict
+from inflora.serving import load, predict
 from inflora.state import RunState, load_state, save_state
 
 TOLERANCE = 5e-5

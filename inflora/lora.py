@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from inflora.config import ConfigError, Target
-
-_OF_QKV: dict[Target, int] = {"q": 0, "k": 1, "v": 2}
-
 
 class _AdaptedLinear(torch.autograd.Function):
     """``x (W + P B A)^T + b`` with W and b frozen and P placing B's rows at ``rows``, with as few passes over the
@@ -105,7 +101,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (ALL,)) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight, self.bias, self.training = plain.weight, plain.bias, plain.training
         self.rows = tuple(slice(*part.indices(plain.out_features)) for part in rows)
         self.sizes = [part.stop - part.start for part in self.rows]
         self.register_parameter("lora_A", None)
@@ -190,55 +186,6 @@ class LoRALinear(nn.Linear):
         """Add ``B A`` to the adapted rows of ``weight``, in place."""
         for rows, part in zip(self.rows, lora_B.split(self.sizes), strict=True):
             weight[rows] += part @ lora_A
-
-
-def inject(
-    vit: nn.Module,
-    blocks: int | None = None,
-    targets: Sequence[Target] = ("k", "v"),
-    layer_type: type[LoRALinear] = LoRALinear,
-) -> None:
-    """Make ``targets`` of the first ``blocks`` blocks (None: all) adaptable, in place.
-
-    q, k and v read the same input and share one adapter's A; every other target has an adapter of its own.
-
-    Raises:
-        ConfigError: The model has no blocks, fewer than ``blocks``, or a block lacks the linear layer of a target.
-    """
-    layers = getattr(vit, "blocks", None)
-    kind = type(vit).__name__
-    if not isinstance(layers, nn.Sequential | nn.ModuleList) or not len(layers):
-        raise ConfigError(f"{kind} cannot be adapted: it has no list of transformer blocks named 'blocks'")
-    if blocks is not None and blocks > len(layers):
-        raise ConfigError(f"method.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
-    paths = dict.fromkeys("attn.qkv" if target in _OF_QKV else target for target in targets)
-    for index, block in enumerate(layers[:blocks]):
-        for path in paths:
-            *parents, name = path.split(".")
-            parent = _descend(block, parents)
-            plain = getattr(parent, name, None)
-            if not isinstance(plain, nn.Linear) or (name == "qkv" and plain.out_features % 3):
-                what = "fused linear" if name == "qkv" else "linear"
-                raise ConfigError(
-                    f"{kind} cannot be adapted: blocks.{index}.{'.'.join(parents)} has no {what} '{name}'"
-                )
-            rows = _qkv_rows(plain.out_features // 3, targets) if name == "qkv" else (slice(None),)
-            setattr(parent, name, layer_type(plain, rows))
-
-
-def _descend(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    found: nn.Module | None = module
-    for name in names:
-        found = getattr(found, name, None)
-    return found
-
-
-def _qkv_rows(width: int, targets: Sequence[Target]) -> tuple[slice, ...]:
-    """Where the chosen ones of queries, keys and values are in the fused output; neighbours are one slice."""
-    parts = sorted(_OF_QKV[target] for target in targets if target in _OF_QKV)
-    starts = [part for part in parts if part - 1 not in parts]
-    ends = [part + 1 for part in parts if part + 1 not in parts]
-    return tuple(slice(start * width, end * width) for start, end in zip(starts, ends, strict=True))
 
 
 def make_plain(model: nn.Module) -> None:

@@ -6,18 +6,24 @@ with no task identity given. Other libraries mean other things by the same words
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 
 class TaskCounts(BaseModel):
     """Right answers on the images of one task, by a model that has learnt some tasks."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    images: int
-    correct: int  # the right class among all classes seen
-    correct_in_task: int  # the right class among the classes of the image's own task
-    right_task: int  # the predicted class lies in the image's own task
+    images: PositiveInt
+    correct: NonNegativeInt  # the right class among all classes seen
+    correct_in_task: NonNegativeInt  # the right class among the classes of the image's own task
+    right_task: NonNegativeInt  # the predicted class lies in the image's own task
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "TaskCounts":
+        if max(self.correct, self.correct_in_task, self.right_task) > self.images:
+            raise ValueError(f"no more than all {self.images} images can be right")
+        return self
 
 
 Evaluation = tuple[TaskCounts, ...]

@@ -1,10 +1,15 @@
 """The continual learner's network: a backbone and one linear classifier per task."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.class_token import hold_weights, read_class_token_only
 from inflora.config import Precision
+from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers
 from inflora.precision import products
 from inflora.prompts import Prompted, Prompts
@@ -83,6 +88,15 @@ class ContinualModel(nn.Module):
         state = self.state_dict()
         learnt = [name for name in state if name in merged or name not in self._pretrained]
         return {name: state[name].detach().cpu().clone() for name in learnt}
+
+    def learnt_layout(self, sizes: Sequence[int]) -> Layout:
+        """What ``learnt_state`` is after tasks of so many classes each, but for what adapters keep besides weights."""
+        layout = {f"{name}.weight": Spec(tuple(layer.weight.shape)) for name, layer in adapted_layers(self)}
+        for task, classes in enumerate(sizes):
+            layout |= {f"heads.{task}.weight": Spec((classes, self.width)), f"heads.{task}.bias": Spec((classes,))}
+            shapes = {} if self.prompts is None else self.prompts.shapes(cast(VisionTransformer, self.backbone), task)
+            layout |= {f"prompts.{name}": Spec(shape) for name, shape in shapes.items()}
+        return layout
 
     def load_learnt_state(self, state: dict[str, Tensor]) -> None:
         """Restore ``learnt_state`` onto a freshly built and prepared model; what learning has added is made anew."""

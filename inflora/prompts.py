@@ -28,6 +28,10 @@ class Prompts(nn.Module, ABC):
     """What a prompt method learns besides classifiers: parameters of its own, some of them new with every task."""
 
     @abstractmethod
+    def shapes(self, vit: VisionTransformer, task: int) -> dict[str, tuple[int, ...]]:
+        """The parameters that ``task`` adds, by name, with their shapes."""
+
+    @abstractmethod
     def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
         """Add what ``task`` brings, and leave gradients to what it trains."""
 

@@ -1,16 +1,18 @@
 """A run on disk: its config, its state after every task, and its result."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from pydantic import BaseModel
 
 from inflora.adapters import save_adapter
 from inflora.config import ConfigError, RunConfig, dump_config
 from inflora.continual import TaskResult, identity, run
 from inflora.data.stream import EvaluateOn
 from inflora.metrics import accuracy_matrix
-from inflora.state import RunState, has_state, load_state, save_state, write_atomically
+from inflora.state import RunState, has_state, load_state, of_folder, save_state, write_atomically
 from inflora.training import EpochDone
 
 
@@ -34,42 +36,70 @@ def train_into(
     """
     folder = out / "state"
     state = _claim(out, resume=resume)
-    for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
-        if result.factors:
-            name = config.backbone.name
-            save_adapter(out / "adapters" / f"task-{result.task + 1}", result.model.backbone, result.factors, name)
-        save_state(result.state, folder)
-        write_atomically(out / "config.yaml", dump_config(config).encode())
-        on_task(result)
-        state = result.state
+    with of_folder(folder):
+        for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
+            if result.factors:
+                name = config.backbone.name
+                save_adapter(out / "adapters" / f"task-{result.task + 1}", result.model.backbone, result.factors, name)
+            save_state(result.state, folder)
+            write_atomically(out / "config.yaml", dump_config(config).encode())
+            on_task(result)
+            state = result.state
     assert state is not None and state.is_complete
     write_atomically(out / "config.yaml", dump_config(config).encode())
-    write_atomically(out / "result.json", json.dumps(summary(config, state), indent=2).encode())
+    write_atomically(out / "result.json", result_of(config, state).model_dump_json(indent=2).encode())
     return state
 
 
 def _claim(out: Path, *, resume: bool) -> RunState | None:
     """The state to go on from; refuses a folder with a run that is not to be resumed, or with somebody else's files."""
-    folder = out / "state"
-    if has_state(folder):
+    try:
+        _check_writable(out)
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
+    except OSError as error:
+        raise ConfigError(f"cannot write into {str(out)[:200]}: {error.strerror}") from None
+    if has_state(out / "state"):
         if not resume:
-            raise ConfigError(f"{out} already holds a run; go on with --resume or choose another --out")
-        return load_state(folder)
-    for name in ("config.yaml", "result.json"):
-        if (out / name).exists():
-            raise ConfigError(f"{out / name} exists and is of no run that could be resumed; choose another --out")
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"cannot write into {out}: {there} is not a folder that may be written to")
+            raise ConfigError(f"{out} already holds a run; choose another folder with --out, or go on with --resume")
+        return load_state(out / "state")
+    if foreign := sorted(name for name in names - set(_FOLDERS) if not name.startswith(".")):
+        raise ConfigError(f"{out} holds {foreign[0]} and no run; choose a new or an empty folder with --out")
     return None
 
 
-def summary(config: RunConfig, state: RunState) -> dict[str, object]:
-    """A finished run as plain values: metrics, accuracy matrix, settings and what the numbers depend on."""
-    return {
-        "evaluated_on": state.evaluate_on,
-        "metrics": state.metrics(state.tasks_done),
-        "accuracy_matrix": accuracy_matrix(state.evaluations),
-        "identity": identity(config),
-        "config": config.model_dump(mode="json"),
-    }
+_FOLDERS = ("state", "adapters")
+_FILES = ("config.yaml", "result.json")
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ConfigError or OSError where what a run keeps could not be written later; leaves nothing behind."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    for folder in (there, *(out / name for name in _FOLDERS if os.path.lexists(out / name))):
+        if not folder.is_dir():
+            raise ConfigError(f"cannot write into {out}: {folder} is not a folder")
+        with TemporaryFile(dir=folder):  # rights alone do not tell of file systems that are read-only or full
+            pass
+    for file in (out / name for name in _FILES if os.path.lexists(out / name)):
+        if not file.is_file():
+            raise ConfigError(f"cannot write into {out}: {file} is not a file")
+
+
+class Result(BaseModel):
+    """A finished run: metrics, accuracy matrix, settings and what the numbers depend on."""
+
+    evaluated_on: str
+    metrics: dict[str, float]
+    accuracy_matrix: list[list[float]]
+    identity: dict[str, str]
+    config: RunConfig
+
+
+def result_of(config: RunConfig, state: RunState) -> Result:
+    """What there is to know of a finished run."""
+    return Result(
+        evaluated_on=state.evaluate_on,
+        metrics=state.metrics(state.tasks_done),
+        accuracy_matrix=accuracy_matrix(state.evaluations),
+        identity=identity(config),
+        config=config,
+    )

@@ -3,26 +3,29 @@
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, ImageStat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.backbone import backbone_hash, build_backbone, shape_of
-from inflora.config import load_config
+from inflora.config import RunConfig, load_config
 from inflora.continual import pick_device
+from inflora.data.errors import DataError
 from inflora.data.images import as_rgb, read_image
 from inflora.data.loader import Input, evaluation_batches
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
 from inflora.data.store import Images
+from inflora.integrity import check_state
 from inflora.lora import make_plain
 from inflora.methods import make_method
 from inflora.model import ContinualModel, joined
-from inflora.state import DataFacts, StateError, load_state
+from inflora.predictions import Prediction
+from inflora.state import DataFacts, RunState, StateError, load_state, of_folder
 
 _BATCH = 64
 
@@ -47,6 +50,16 @@ class EvaluationView:
             return RawPixels(torch.from_numpy(array).view(1, *array.shape[:2], self._facts.channels))
         content = pa.array([image.tobytes()], pa.large_binary())
         return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, store="")
+
+    def doubt(self, image: Image.Image) -> str:
+        """What is to be said of an image that is as bright as a training image's negative; mostly nothing."""
+        if self._facts.brightness is None:
+            return ""
+        (low, high), mean = self._facts.brightness, ImageStat.Stat(image.convert("L")).mean[0] / 255
+        away, negatives = (max(low - pixel, pixel - high) for pixel in (mean, 1 - mean))
+        if away <= 0 or negatives > away / 2:
+            return ""
+        return f"mean pixel {mean:.2f} of 1, the training images' {low:.2f} to {high:.2f}"
 
 
 class Served(Protocol):
@@ -83,12 +96,11 @@ def load(path: str | PathLike[str]) -> nn.Module:
     - ``transform``: from a PIL image or a file to the model's input (C, S, S).
 
     Raises:
-        ConfigError, StateError: No run is there, it has learnt no task, or its backbone's weights are not at hand.
+        ConfigError, StateError: No run is there, it is damaged, or its backbone's weights are not at hand.
     """
     folder = Path(path)
-    state, config = load_state(folder / "state"), load_config(folder / "config.yaml")
-    if state.data is None:
-        raise StateError(f"{folder / 'state'} is of an older version, without the names of its classes; train it again")
+    config, state = _load_run(folder)
+    assert state.data is not None  # or it would have been refused
     backbone = build_backbone(config.backbone)
     if backbone_hash(backbone) != state.backbone_hash:
         raise StateError(
@@ -112,6 +124,19 @@ def load(path: str | PathLike[str]) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def _load_run(folder: Path) -> tuple[RunConfig, RunState]:
+    """A run's config and state, which hold what each says of the other."""
+    state, file = load_state(folder / "state"), folder / "config.yaml"
+    if not file.is_file():
+        raise StateError(f"{file} is missing, or not a file")
+    config = load_config(file)
+    with of_folder(folder):
+        if not state.tasks_done:
+            raise StateError("the run has learnt no task")
+        check_state(config, state)
+    return config, state
+
+
 def _plain(learnt: ContinualModel) -> VisionTransformer:
     """The backbone alone, with everything learnt in it."""
     vit = cast(VisionTransformer, learnt.backbone)
@@ -122,23 +147,19 @@ def _plain(learnt: ContinualModel) -> VisionTransformer:
     return vit
 
 
-class Prediction(NamedTuple):
-    """One image's most probable classes, the best first."""
-
-    file: Path
-    classes: tuple[tuple[str, float], ...]
-
-
 @torch.no_grad()
-def predict(model: nn.Module, files: Iterable[Path], top: int = 1, *, device: str = "auto") -> Iterator[Prediction]:
-    """What a model that ``load`` gave says of some images, on the ``device`` of that setting.
+def predict(
+    model: nn.Module, files: Iterable[Path], top: int = 1, *, device: str = "auto", invert: bool = False
+) -> Iterator[Prediction]:
+    """What a model that ``load`` gave says of some images, on the ``device`` of that setting, in their order.
+
+    With ``invert`` of their negatives: dark ink on white paper is light on dark then, as in most sets of digits.
 
     Of several outputs that mean the same class the largest counts, so that the best class is that of the run's own
     evaluation; probabilities are the softmax over classes.
 
     Raises:
         ConfigError: CUDA is asked for and there is none.
-        DataError: A file cannot be read as an image; those before its batch have been answered.
     """
     there = pick_device(device)
     served = cast(Served, model.to(there))
@@ -146,10 +167,28 @@ def predict(model: nn.Module, files: Iterable[Path], top: int = 1, *, device: st
     names = dict(zip(served.class_of, served.class_names, strict=True))
     waiting = list(files)
     for start in range(0, len(waiting), _BATCH):
-        batch = waiting[start : start + _BATCH]
-        logits = served(torch.stack([served.transform(file) for file in batch]).to(there))
-        classes = logits.new_full((len(batch), len(names)), -torch.inf)
-        classes.scatter_reduce_(1, class_of.expand(len(batch), -1), logits, "amax")
-        chances, labels = classes.softmax(1).topk(min(top, len(names)))
-        for file, chance, label in zip(batch, chances.tolist(), labels.tolist(), strict=True):
-            yield Prediction(file, tuple((names[i], p) for i, p in zip(label, chance, strict=True)))
+        seen = [_seen(served.transform, file, invert) for file in waiting[start : start + _BATCH]]
+        views = [view for view, _ in seen if view is not None]
+        answers: Iterator[tuple[list[float], list[int]]] = iter(())
+        if views:
+            logits = served(torch.stack(views).to(there))
+            classes = logits.new_full((len(views), len(names)), -torch.inf)
+            classes.scatter_reduce_(1, class_of.expand(len(views), -1), logits, "amax")
+            chances, labels = classes.softmax(1).topk(min(top, len(names)))
+            answers = zip(chances.tolist(), labels.tolist(), strict=True)
+        for view, said in seen:
+            if view is not None:
+                pairs = zip(*next(answers), strict=True)
+                said = said._replace(classes=tuple((names[label], chance) for chance, label in pairs))
+            yield said
+
+
+def _seen(transform: EvaluationView, file: Path, invert: bool) -> tuple[Tensor | None, Prediction]:
+    """A file as the model sees it, and what can be said of it without the model; None where it is no image."""
+    try:
+        image = read_image(file)
+        if invert:
+            image = ImageOps.invert(image)
+        return transform(image), Prediction(file, doubt=transform.doubt(image))
+    except DataError as error:
+        return None, Prediction(file, error=str(error))

@@ -24,6 +24,8 @@ from inflora.storage import SharedFolder
 _SECONDS = "computed in seconds"
 """The tensor beside the others that says how long they took."""
 
+_DIGEST = 32  # bytes of a SHA-256
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +77,7 @@ class Shared:
         """What ``compute`` gives, on the CPU if it was found; all workers find it or none does."""
         if self.place is None:
             return compute()
-        name = f"{key}.safetensors"
+        name = f"{key}.sealed"
         found = _read(self.place, name)
         if distributed.everywhere(found is not None) and found is not None:
             self.saved_s += found.pop(_SECONDS).item()
@@ -91,8 +93,8 @@ def _read(place: SharedFolder, name: str) -> dict[str, Tensor] | None:
     """What is there, with how long it took; None where nothing is, or not all of it."""
     try:
         content = place.read(name)
-        found = {} if content is None else load(content)
-    except (OSError, SafetensorError) as error:
+        found = {} if content is None else load(_unsealed(content))
+    except (OSError, SafetensorError, ValueError) as error:
         logger.warning("%s in %s cannot be read and is computed again: %s", name, place.address, error)
         return None
     # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
@@ -102,6 +104,15 @@ def _read(place: SharedFolder, name: str) -> dict[str, Tensor] | None:
 def _write(place: SharedFolder, name: str, tensors: dict[str, Tensor], seconds: float) -> None:
     kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        place.write(name, save(kept | {_SECONDS: torch.tensor(seconds, dtype=torch.float64)}))
+        content = save(kept | {_SECONDS: torch.tensor(seconds, dtype=torch.float64)})
+        place.write(name, hashlib.sha256(content).digest() + content)
     except OSError as error:
         logger.warning("%s could not be kept in %s: %s", name, place.address, error)
+
+
+def _unsealed(content: bytes) -> bytes:
+    """What follows a file's hash: a flipped bit would be another number, and another run."""
+    digest, rest = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.sha256(rest).digest() != digest:
+        raise ValueError("its content does not match its hash")
+    return rest

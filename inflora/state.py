@@ -1,13 +1,18 @@
 """A run's state as a value: what is saved, restored and compared."""
 
+import contextlib
 import hashlib
+import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -21,19 +26,30 @@ class StateError(UserError):
     """A saved state is missing, damaged, or belongs to another run."""
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class DataFacts(BaseModel):
     """What of the data a model needs where its dataset is not: the meaning of its outputs, how images were read.
 
     ``class_of`` has an entry for every output of the whole stream: the class, a place in ``classes``, that it means.
-    ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB.
+    ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB. ``brightness``: the
+    least and the greatest mean pixel (0 black, 1 white) of some training images.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     classes: tuple[str, ...]
     class_of: tuple[int, ...]
     channels: int
     raw: bool
+    brightness: tuple[_Share, _Share] | None = None
+
+    @model_validator(mode="after")
+    def _grey_or_rgb(self) -> "DataFacts":
+        if self.channels not in ((1, 3) if self.raw else (3,)):
+            raise ValueError(f"channels must be 3, or 1 of images that were stored as arrays, got {self.channels}")
+        return self
 
 
 class RunState(NamedTuple):
@@ -73,15 +89,25 @@ class RunState(NamedTuple):
 class _Facts(BaseModel):
     """What a state says besides its tensors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     config_hash: str
     backbone_hash: str
     evaluate_on: str
-    tasks: int
+    tasks: PositiveInt
     evaluations: tuple[Evaluation, ...]
-    diagnostics: tuple[dict[str, float], ...]
+    diagnostics: tuple[dict[str, FiniteFloat], ...]
     data: DataFacts | None
+
+    @model_validator(mode="after")
+    def _one_of_each_task(self) -> "_Facts":
+        """After every task there is an evaluation on all tasks so far, and there are diagnostics."""
+        seen = [len(evaluation) for evaluation in self.evaluations]
+        if seen != [task + 1 for task in range(len(seen))] or len(self.diagnostics) != len(seen):
+            raise ValueError(f"evaluations on {seen} tasks and {len(self.diagnostics)} diagnostics are of no run")
+        if len(seen) > self.tasks:
+            raise ValueError(f"{len(seen)} of {self.tasks} tasks cannot have been learnt")
+        return self
 
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -93,7 +119,7 @@ class _Manifest(BaseModel):
     ``sha256`` is the hash of the manifest's own content.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     facts: _Facts
     tensors: tuple[_Sha256, ...]
@@ -105,7 +131,11 @@ def save_state(state: RunState, folder: Path) -> None:
 
     The tensors go to files named by their content, then one rename makes the manifest point to them. Those that the
     state before has as well are not written again.
+
+    Raises:
+        FloatingPointError: The run has gone astray: there is nothing worth keeping.
     """
+    facts = _finite_facts(state)
     folder.mkdir(parents=True, exist_ok=True)
     there, tensors = _tensors_in(folder), []
     for part in _parts(state):
@@ -113,9 +143,8 @@ def save_state(state: RunState, folder: Path) -> None:
         tensors.append(_sha256(content))
         if tensors[-1] not in there:
             write_atomically(_tensors_file(folder, tensors[-1]), content)
-    facts = _Facts.model_validate(state._asdict(), extra="ignore")
     manifest = _Manifest(facts=facts, tensors=tuple(tensors), sha256=_sealed(facts, tensors))
-    write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2).encode())
+    write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2, exclude_unset=True).encode())
     for old in set(folder.glob("tensors-*.safetensors")) - {_tensors_file(folder, sha256) for sha256 in tensors}:
         old.unlink(missing_ok=True)
 
@@ -130,19 +159,43 @@ def load_state(folder: Path) -> RunState:
     tensors: dict[str, Tensor] = {}
     for sha256 in manifest.tensors:
         file = _tensors_file(folder, sha256)
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise StateError(f"cannot read {file}: {error.strerror}") from None
+        content = _read_regular(file)
         if _sha256(content) != sha256:
             raise StateError(f"{file} is damaged: its content does not match its hash")
-        # Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
-        tensors |= {name: tensor.clone() for name, tensor in load(content).items()}
+        tensors |= _unpacked(file, content)
     model, method, probes = (
         {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
         for group in ("model/", "method/", "probes/")
     )
     return RunState(**dict(manifest.facts), model=model, method=method, probes=probes)
+
+
+def _finite_facts(state: RunState) -> _Facts:
+    """What there is to say of a state whose numbers are all finite."""
+    groups = {"model": state.model, "method": state.method, "probes": state.probes}
+    strange = [f"{group}/{name}" for group, tensors in groups.items() for name in tensors if not _finite(tensors[name])]
+    strange += [name for known in state.diagnostics for name, value in known.items() if not math.isfinite(value)]
+    if strange:
+        raise FloatingPointError(
+            f"{strange[0]} is not finite after task {state.tasks_done - 1}, so nothing is kept of it; "
+            "try a smaller optim.lr"
+        )
+    return _Facts.model_validate(state._asdict(), extra="ignore")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _unpacked(file: Path, content: bytes) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Copies lie in memory as computed tensors do: products round otherwise where they are not aligned.
+    """
+    try:
+        return {name: tensor.clone() for name, tensor in load(content).items()}
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the header may say anything
+        raise StateError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _parts(state: RunState) -> Iterator[dict[str, Tensor]]:
@@ -161,13 +214,16 @@ def _parts(state: RunState) -> Iterator[dict[str, Tensor]]:
 def _read_manifest(folder: Path) -> _Manifest:
     """Raises StateError where there is none, or none that is whole."""
     path = folder / _MANIFEST
+    if not has_state(folder):
+        raise StateError(f"no saved state in {folder}")
     try:
-        manifest = _Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise StateError(f"no saved state in {folder}: {error.strerror}") from None
+        manifest = _Manifest.model_validate_json(_read_regular(path))
+        seal = _sealed(manifest.facts, manifest.tensors)
     except ValidationError as error:
-        raise StateError(f"{path} is damaged or of another version: {error.errors()[0]['msg']}") from None
-    if manifest.sha256 != _sealed(manifest.facts, manifest.tensors):
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:80] or "content"
+        raise StateError(f"{path} is damaged or of another version: {where}: {first['msg'][:200]}") from None
+    if manifest.sha256 != seal:
         raise StateError(f"{path} is damaged: its content does not match its hash")
     return manifest
 
@@ -186,23 +242,48 @@ def _tensors_file(folder: Path, sha256: str) -> Path:
 
 
 def _sealed(facts: _Facts, tensors: Iterable[str]) -> str:
-    return _sha256("\n".join((facts.model_dump_json(), *tensors)).encode())
+    # Fields that an older version did not write do not count.
+    return _sha256("\n".join((facts.model_dump_json(exclude_unset=True), *tensors)).encode())
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@contextmanager
+def of_folder(folder: Path) -> Iterator[None]:
+    """Say of what is wrong with a state where it lies."""
+    try:
+        yield
+    except StateError as error:
+        raise StateError(f"{folder}: {error}") from None
+
+
 def has_state(folder: Path) -> bool:
     """Whether a state has been saved in ``folder``."""
-    return (folder / _MANIFEST).exists()
+    return os.path.lexists(folder / _MANIFEST)
+
+
+def _read_regular(path: Path) -> bytes:
+    """A file's content; StateError where it is none (a pipe would be waited for), or cannot be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StateError(f"{path} is not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise StateError(f"cannot read {path}: {error.strerror}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash."""
+    """Write a file so that it is there whole or not at all, also after a crash or on a full disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None

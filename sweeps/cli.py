@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from inflora.config import ConfigError, dump_config, explain, load_config, override, parse_assignments
+from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments
 from inflora.console import OneLineCommand, OneLineGroup
 from inflora.errors import one_line
 from sweeps.engine.records import Outcome, TrialRecord, best_record, describe, ranking
@@ -164,10 +163,7 @@ def quiet_libraries() -> None:
 
 def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
     """The sweep with some fields replaced, checked again."""
-    try:
-        return Sweep.model_validate({**dict(sweep), **changes})
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+    return checked(Sweep, {**dict(sweep), **changes})
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -363,7 +359,7 @@ def final(
     named = find_sweep(str(configs[0]), storage)
     swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
     folder = (out or (swept or storage_root(storage)) / "final").absolute()
-    resources = Resources(cpus_per_worker=cpus, gpus_per_worker=gpus)
+    resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
     trained = Trained(parse_seeds(seeds), numbers, resources, address)
     uri = tracking_uri or default_tracking_uri(swept or folder)

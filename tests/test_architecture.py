@@ -17,19 +17,29 @@ FLOORS = {
     2: (
         "inflora.subspace",
         "inflora.data",
+        "inflora.layout",
         "inflora.lora",
         "inflora.precision",
+        "inflora.pretrained",
         "inflora.state",
         "inflora.storage",
         "inflora.presets",
         "inflora.cuda",
         "inflora.isolated",
     ),
-    3: ("inflora.backbone", "inflora.class_token", "inflora.shared", "inflora.adapters"),
+    3: (
+        "inflora.backbone",
+        "inflora.class_token",
+        "inflora.injection",
+        "inflora.shared",
+        "inflora.adapters",
+        "inflora.drift",
+        "inflora.predictions",
+    ),
     4: ("inflora.prompts",),
     5: ("inflora.model",),
     6: ("inflora.methods",),
-    7: ("inflora.training", "inflora.drift"),
+    7: ("inflora.training", "inflora.integrity"),
     8: ("inflora.continual",),
     9: ("inflora.runs", "inflora.serving"),
     10: ("inflora", "inflora.cli", "inflora.gpu_check"),
@@ -67,7 +77,7 @@ FLOORS = {
     22: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-PACKAGES = ("inflora.data", "inflora.methods")
+PACKAGES = ("inflora.config", "inflora.data", "inflora.methods")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
 RECIPES_FLOOR = 23
 

@@ -1,5 +1,7 @@
 """timm's vision transformers: which are built and adapted, which are refused, and the covariance of what they read."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,8 @@ from inflora.backbone import (
 )
 from inflora.config import BackboneSettings, ConfigError, parse_config
 from inflora.continual import check
-from inflora.lora import adapted_layers, inject
+from inflora.injection import inject
+from inflora.lora import adapted_layers
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
 VARIANTS = pytest.mark.parametrize(
@@ -252,6 +255,14 @@ def test_a_vision_transformer_without_fused_qkv_is_refused_in_one_line():
         {"class_token": False},
         {"global_pool": ""},
         {"img_size": [32, 64]},
+        {"norm_layer": "nix"},
+        {"act_layer": "nix"},
+        {"in_chans": 0},
+        {"depth": 10**9},
+        {"img_size": 16384, "patch_size": 1},
+        {"norm_layer": "batchnorm2d"},
+        {"drop_path_rate": 5},
+        {"checkpoint_path": "x"},
     ],
     ids=str,
 )
@@ -378,3 +389,69 @@ def test_weights_of_another_model_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"wide\.safetensors") as error:
         build_backbone(settings_for(tmp_path / "wide.safetensors"))
     assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qkv_bias": False},
+        {"depth": 3},
+        {"in_chans": 3},
+        {"init_values": 0.1},
+        {"pos_embed": "none"},
+        {"patch_size": 4},
+    ],
+    ids=str,
+)
+def test_options_leave_the_named_weights_as_they_are(options):
+    with pytest.raises(ConfigError, match=r"must leave the weights' names and shapes as they are, and change") as error:
+        meta_backbone(BackboneSettings(options=options))
+    assert one_line(error)
+    shape_of(meta_backbone(BackboneSettings(options={"img_size": 64, "act_layer": "relu"})))
+
+
+@pytest.mark.parametrize("name", ["plain.safetensors", "jax.npz", "plain.pth"])
+def test_weights_that_are_no_numbers_are_refused_when_they_are_read(name, tmp_path):
+    vit = vit_of({})
+    torch.nn.init.constant_(vit.blocks[1].norm2.bias, torch.nan)
+    WRITERS[name](vit, tmp_path / name)
+    with pytest.raises(ConfigError, match=r"blocks\.1\.norm2\.bias is not given, or holds numbers that are not finite"):
+        build_backbone(settings_for(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["plain.safetensors", "jax.npz", "plain.pth"])
+def test_weights_of_another_depth_or_patch_size_are_refused(name, tmp_path):
+    WRITERS[name](vit_of({"depth": 3}), tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot load"):
+        build_backbone(settings_for(tmp_path / name))
+    WRITERS[name](vit_of({"patch_size": 4}), tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot load"):
+        build_backbone(settings_for(tmp_path / name))
+
+
+def test_weights_from_a_pipe_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ConfigError, match="no regular file"):
+        build_backbone(settings_for(tmp_path / "pipe.safetensors"))
+
+
+def test_a_refused_pickle_comes_without_advice_to_run_it(tmp_path):
+    torch.save({"model": Malicious()}, tmp_path / "bad.pth")
+    with pytest.raises(ConfigError, match="other things than tensors") as error:
+        build_backbone(settings_for(tmp_path / "bad.pth"))
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def away(url, **options):
+        asked.append(options["timeout"])
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr("inflora.pretrained.get_hf_file_metadata", away)
+    monkeypatch.setattr("inflora.backbone.from_cache", lambda name: None)
+    with pytest.raises(ConfigError, match=r"cannot be had .*no route to host.*backbone\.weights=PATH") as error:
+        build_backbone(BackboneSettings(name="vit_tiny_patch16_224"))
+    assert one_line(error)
+    assert asked == [5.0]

@@ -12,7 +12,8 @@ from torch import Tensor
 from inflora.backbone import gather_covariance
 from inflora.class_token import ClassTokenBlock, hold_weights, read_class_token_only
 from inflora.config import Target
-from inflora.lora import adapted_layers, adapter_parameters, inject
+from inflora.injection import inject
+from inflora.lora import adapted_layers, adapter_parameters
 
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
 KINDS = {

@@ -20,12 +20,15 @@ from inflora.config import (
     parse_assignments,
     parse_config,
 )
+from inflora.config.listing import all_settings, lines_of_settings
+from inflora.presets import PRESETS
 
 GROUPS = ("data", "backbone", "method", "optim")
 
-positive = st.floats(min_value=1e-9, max_value=1e9)
+positive = st.floats(min_value=1e-9, max_value=1e6)
 shares = st.floats(min_value=0, max_value=1, exclude_min=True)
-bounds = st.tuples(shares, shares).map(lambda pair: tuple(sorted(pair)))
+scales = st.floats(min_value=1e-6, max_value=1)
+bounds = st.tuples(scales, scales).map(lambda pair: tuple(sorted(pair)))
 energies = st.tuples(shares, shares).map(sorted).map(lambda pair: {"energy": pair[0], "energy_end": pair[1]})
 ranks = st.fixed_dictionaries({"rank": st.integers(1, 999), "blocks": st.none() | st.integers(1, 99)})
 methods = st.one_of(
@@ -101,8 +104,13 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(settings, u
 
 
 def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ConfigError, match=r"method: .*'ewc'.*'inflora', 'sequential', 'frozen', 'joint', 'ncm'"):
+    with pytest.raises(ConfigError, match=r"unknown method\.name .ewc.; known: inflora, sequential, frozen"):
         parse_config({"method": {"name": "ewc"}})
+
+
+def test_a_method_without_a_name_is_asked_for_it():
+    with pytest.raises(ConfigError, match=r"^method\.name is missing; known: inflora, sequential, .*, codaprompt$"):
+        parse_config({"method": {"rank": 5}})
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,34 @@ def test_an_unknown_method_is_refused_and_the_known_ones_are_listed():
         ("data.mean", [0.5, 0.5]),
         ("data.std", [1, 1, 0]),
         ("seed", -1),
+        ("seed", 2**63),
+        ("seed", True),
+        ("seed", 1.0),
+        ("data.tasks", True),
+        ("data.tasks", [5, True]),
+        ("data.order_seed", 10**30),
+        ("data.split_seed", 2**64),
+        ("data.eval_resize", 2**63),
+        ("data.dataset", "x" * 5000),
+        ("data.root", "a\0b"),
+        ("data.std", 1e-320),
+        ("data.mean", 1e308),
+        ("data.augment.scale", [1e-320, 1]),
+        ("data.augment.flip", 1),
+        ("backbone.name", "\ud800"),
+        ("backbone.weights", "a\0b"),
+        ("method.rank", 10**9),
+        ("method.classifier_alignment.samples", 10**9),
+        ("optim.batch_size", 10**30),
+        ("optim.epochs", 10**30),
+        ("optim.lr", 1e308),
+        ("optim.lr", 1e-320),
+        ("optim.weight_decay", 1e308),
+        ("optim.first_task.weight_decay", 1e308),
+        ("provenance", {"changed": 5}),
+        ("provenance", {"changed": [{"a": 1}]}),
+        ("provenance", {"changed": ["a", 1]}),
+        ("provenance", 5),
         ("seed", "one"),
         ("device", "tpu"),
     ],
@@ -333,6 +369,25 @@ def test_every_other_setting_is_part_of_a_runs_identity(path):
     assert config_hash(override(RunConfig(), changes)) != config_hash(RunConfig())
 
 
+@pytest.mark.parametrize(
+    "path", ["data.order", "optim.head_init", "method.classifier_alignment.draws", "backbone.weights"]
+)
+def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
+    here, there = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    here.write_bytes(b"one")
+    there.write_bytes(b"one")
+    first = config_hash(override(RunConfig(), {path: here}))
+    assert config_hash(override(RunConfig(), {path: there})) == first
+    assert first != config_hash(RunConfig())
+    here.write_bytes(b"another")
+    assert config_hash(override(RunConfig(), {path: here})) != first
+
+
+def test_the_hashes_of_studies_without_given_files_are_those_of_earlier_versions():
+    assert config_hash(RunConfig()) == "710fd8ccc54b10a5"
+    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "6375d60538bb6a9c"
+
+
 def test_no_setting_is_forgotten_in_the_two_lists_above():
     elsewhere = {"data.root", "device", "provenance", "backbone.weights"}
     assert set(leaves(RunConfig().model_dump())) == set(CHANGES) | elsewhere
@@ -342,3 +397,33 @@ def test_the_first_task_takes_its_own_values_and_the_others_the_common_ones():
     optim = OptimSettings(lr=0.1, epochs=5, first_task=FirstTaskSettings(lr=0.2))
     assert (optim.of_task(0).lr, optim.of_task(0).epochs) == (0.2, 5)
     assert optim.of_task(1) == optim
+
+
+def test_long_names_and_values_are_cut_and_many_mistakes_are_counted():
+    for settings in ({"x" * 5000: 1}, {"seed": "x" * 5000}, {f"k{i}": 1 for i in range(5000)}, {"\x1b[31m\n": 1}):
+        with pytest.raises(ConfigError) as error:
+            parse_config(settings)
+        assert len(str(error.value)) < 1000
+        assert str(error.value).isprintable()
+
+
+# The list of all settings.
+
+
+def test_the_list_names_every_setting_with_what_it_does():
+    listed = {setting.path: setting for setting in all_settings()}
+    assert set(leaves(RunConfig().model_dump())) <= set(listed)
+    assert {"method.penalty", "method.pool", "method.orthogonality"} <= set(listed)
+    assert [path for path, setting in listed.items() if not setting.description and path != "method.name"] == []
+
+
+def test_the_list_of_one_method_has_its_settings_and_no_others():
+    assert {setting.path for setting in all_settings("olora")} == {
+        "method.rank",
+        "method.blocks",
+        "method.targets",
+        "method.penalty",
+    }
+    assert any(line.startswith("method.penalty") and "0 to 1e+06" in line for line in lines_of_settings("olora"))
+    with pytest.raises(ConfigError, match="unknown method 'nix'; known: inflora"):
+        all_settings("nix")

@@ -1,5 +1,6 @@
 """``inflora`` as a user types it."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -114,6 +115,58 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_trained(config_file
     assert refused(result), repr(result.exception)
     assert "task 1" not in result.stdout
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_out_without_a_name_is_refused_and_not_the_working_folder(name, config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = files_under(tmp_path)
+    assert refused(inflora("train", config_file, "--out", name))
+    assert files_under(tmp_path) == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = inflora("train", config_file, "--out", ".")
+    assert refused(done)
+    assert "tiny.yaml" in done.stderr
+    assert list(tmp_path.iterdir()) == [config_file]
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "n" * 5000], ids=["proc", "below a file", "long"])
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_trained(place, config_file):
+    done = inflora("train", config_file, "--out", place)
+    assert refused(done)
+    assert "task 1" not in done.stdout
+    assert len(done.stderr) < 300
+
+
+@pytest.mark.parametrize("name", ["state", "adapters", "result.json"])
+def test_what_stands_in_the_way_of_a_runs_files_is_found_before_anything_is_trained(name, config_file, tmp_path):
+    out = tmp_path / "out"
+    first = next(run(load_config(config_file), evaluate_on="test"))
+    if name == "state":
+        out.mkdir()
+    else:
+        save_state(first.state, out / "state")
+    (out / name).mkdir() if "." in name else (out / name).write_text("mine")
+    done = inflora("train", config_file, "--out", out, "--resume")
+    assert refused(done)
+    assert "task" not in done.stdout
+
+
+def test_a_full_disk_is_one_line_and_the_last_state_stays_whole(config_file, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first = next(run(load_config(config_file), evaluate_on="test"))
+    save_state(first.state, tmp_path / "out" / "state")
+    before = files_under(tmp_path / "out")
+    monkeypatch.setattr("inflora.state.os.fsync", full)
+    done = inflora("train", config_file, "--out", tmp_path / "out", "--resume")
+    assert refused(done)
+    assert "No space left on device" in done.stderr
+    assert files_under(tmp_path / "out") == before
 
 
 def test_a_run_that_diverges_ends_in_one_line_that_names_the_task(tiny, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from inflora.config import ConfigError
-from inflora.lora import LoRALinear, adapted_layers, inject, merge_all
+from inflora.injection import inject
+from inflora.lora import LoRALinear, adapted_layers, merge_all
 
 WIDTH, RANK = 8, 3
 LAYERS = pytest.mark.parametrize("plain", [(WIDTH, True), (WIDTH, False), (12, True)], indirect=True, ids=str)

@@ -1,6 +1,8 @@
 """A run's folder as a model: the run's own answers, from the folder alone."""
 
+import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -26,8 +29,8 @@ from inflora.data.stream import make_stream
 from inflora.lora import LoRALinear
 from inflora.methods import METHODS
 from inflora.runs import train_into
-from inflora.serving import predict
-from inflora.state import StateError, save_state
+from inflora.serving import load, predict
+from inflora.state import DataFacts, StateError, load_state, save_state
 from tests.conftest import method_of
 from tests.test_inflora_cli import inflora as command
 from tests.test_inflora_cli import refused
@@ -170,10 +173,87 @@ def test_what_cannot_be_used_is_refused_in_one_line(trained, tmp_path):
         assert refused(command("predict", *arguments))
 
 
+def test_a_bad_file_does_not_silence_the_good_ones(trained, tmp_path):
+    first, second, *_ = trained.files(tmp_path)
+    (tmp_path / "text.png").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    files = [first, tmp_path / "text.png", tmp_path / "pipe.png", tmp_path / "none.png", second]
+    done = command("predict", trained.folder, *files, "--json")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 2
+    assert [line["file"] for line in said] == list(map(str, files))
+    assert ["classes" in line for line in said] == [True, False, False, False, True]
+    assert done.stderr.splitlines() == [f"error: {line['error']}" for line in said[1:4]]
+
+
+def test_a_folder_is_all_its_images_and_csv_a_table_of_them(trained, tmp_path):
+    files = trained.files(tmp_path)[:3]
+    (tmp_path / "deeper").mkdir()
+    files = [file.replace(tmp_path / "deeper" / f"{9 - place}, so.png") for place, file in enumerate(files)]
+    (tmp_path / "deeper" / "notes.txt").write_text("no image")
+    for file in set(tmp_path.glob("*.png")):
+        file.unlink()
+    done = command("predict", trained.folder, tmp_path, "--csv", "--top", 2)
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert done.exit_code == 0
+    assert [row["file"] for row in rows] == [str(file) for file in sorted(files) for _ in range(2)]
+    assert [row["class"] for row in rows[::2]] == [
+        p.classes[0][0] for p in predict(load(trained.folder), sorted(files))
+    ]
+    assert all(0 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_negative_is_warned_of_in_one_line_and_invert_reads_it(trained, tmp_path):
+    files = trained.files(tmp_path)[:3]
+    negatives = [tmp_path / f"negative-{file.name}" for file in files]
+    for file, negative in zip(files, negatives, strict=True):
+        ImageOps.invert(Image.open(file)).save(negative)
+    plain, warned, read = (
+        command("predict", trained.folder, *given) for given in (files, negatives, [*negatives, "--invert"])
+    )
+    answers = [[line.split("\t")[1] for line in done.stdout.splitlines()] for done in (plain, read)]
+    assert answers[0] == answers[1]
+    assert plain.stderr == read.stderr == ""
+    assert "3 of 3 images look like negatives" in warned.stderr
+    assert warned.stderr.strip().endswith("try --invert")
+    assert len(warned.stderr.splitlines()) == 1
+
+
+def test_an_empty_folder_and_two_forms_at_once_are_refused(trained, tmp_path):
+    (file,) = trained.files(tmp_path)[:1]
+    (tmp_path / "empty").mkdir()
+    assert refused(command("predict", trained.folder, tmp_path / "empty"))
+    assert refused(command("predict", trained.folder, file, "--json", "--csv"))
+
+
+def test_an_edited_config_is_refused(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("mean: 0.0", "mean: 0.3"))
+    with pytest.raises(StateError, match=r"config\.yaml has .*: edited"):
+        load(tmp_path / "run")
+
+
+def test_a_state_saved_before_brightness_was_noted_is_still_read(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    state = load_state(tmp_path / "run" / "state")
+    facts = {name: getattr(state.data, name) for name in ("classes", "class_of", "channels", "raw")}
+    save_state(state._replace(data=DataFacts(**facts)), tmp_path / "run" / "state")
+    assert "brightness" not in (tmp_path / "run" / "state" / "state.json").read_text()
+    assert [said.doubt for said in predict(load(tmp_path / "run"), trained.files(tmp_path)[:2], invert=True)] == [
+        "",
+        "",
+    ]
+
+
 def test_other_weights_than_the_run_was_trained_from_are_refused(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "run")
+    weights = {name: 2 * tensor for name, tensor in build_backbone(trained.config.backbone).state_dict().items()}
+    save_file(weights, tmp_path / "other.safetensors")
     config = (tmp_path / "run" / "config.yaml").read_text()
-    (tmp_path / "run" / "config.yaml").write_text(config.replace("num_heads: 2", "num_heads: 2\n    init_values: 1.0"))
+    (tmp_path / "run" / "config.yaml").write_text(
+        config.replace("weights: null", f"weights: {tmp_path}/other.safetensors")
+    )
     with pytest.raises(StateError, match="trained from other weights"):
         inflora.load(tmp_path / "run")
 

@@ -120,13 +120,17 @@ def test_many_at_a_time_find_all_or_nothing(tmp_path):
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}, "no half-written file stays"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".sealed"}, "no half-written file stays"
 
 
-def test_a_damaged_file_is_computed_again(tmp_path):
+DAMAGES = {"cut": lambda whole: whole[:-1], "flipped": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_computed_again(damage, tmp_path):
     at(tmp_path).once("key", lambda: {"a": torch.ones(3)})
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(damage(file.read_bytes()))
     shared = at(tmp_path)
     assert torch.equal(shared.once("key", lambda: {"a": torch.zeros(3)})["a"], torch.zeros(3))
     assert shared.saved_s == 0.0

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 
+from inflora.config import YamlError, read_yaml
 from inflora.data.archives import Tree, by_path, file_origin, open_tree, text
-from inflora.data.errors import DataError, brief
+from inflora.data.errors import DataError
 from inflora.data.files import read_file
 from inflora.data.source import Files, Options, Source, images_in_class_folders, labelled, read_list, seeded_split
 
@@ -66,9 +66,9 @@ def _listed(path: Path) -> set[str]:
     content = text(read_file(path), str(path))
     if path.suffix in (".yaml", ".yml"):
         try:
-            loaded: Any = yaml.load(content, yaml.BaseLoader)  # makes nothing but strings, lists, dicts
-        except (yaml.YAMLError, RecursionError) as error:
-            raise DataError(f"--test-list {path} is no YAML: {brief(error)}") from None
+            loaded: Any = read_yaml(content)
+        except YamlError as error:
+            raise DataError(f"--test-list {path} is not plain YAML: {error}") from None
         names = loaded.get("data") if isinstance(loaded, dict) else None
         if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"--test-list {path} has no list `data` of file names")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inflora.config import AlignmentSettings, ConfigError, RunConfig
+from inflora.config import AlignmentSettings, ConfigError, RunConfig, cut, require_regular
 from inflora.data.stream import Stream
 
 
@@ -58,14 +58,19 @@ def _read(path: Path | None, setting: str) -> dict[str, Tensor] | None:
     """The tensors in the file that ``setting`` names, if it names one.
 
     Raises:
-        ConfigError: It is missing or no safetensors file.
+        ConfigError: It is missing, no safetensors file, or holds numbers that are not finite.
     """
     if path is None:
         return None
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot read {setting} {path}: {' '.join(str(error).split())[:200]}") from None
+        require_regular(path)
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError) as error:  # a KeyError: of a type that PyTorch does not have
+        raise ConfigError(f"cannot read {setting} {cut(path, 200)}: {cut(error, 200)}") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(f"{setting} {cut(path, 200)} holds numbers that are not finite in {cut(name)}")
+    return tensors
 
 
 def ordered_rows(orders: dict[str, Tensor], task: int, purpose: str, rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Zhang et al., "SLCA" (ICCV 2023, arXiv 2303.05118), as InfLoRA's authors combine
 Shapes: C classes of T tasks, S features drawn for each of them, N = C S in an epoch, D width, B batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from inflora import distributed
 from inflora.config import AlignmentSettings
 from inflora.data.loader import seeded
 from inflora.data.order import drawn_features
+from inflora.layout import Spec
 from inflora.methods.base import TaskData
 from inflora.methods.gaussians import Gaussians, draw
 from inflora.methods.statistics import class_gaussians
@@ -71,6 +72,13 @@ class Alignment:
         """Take back what ``state`` gave."""
         tasks = range(len(state) // 2)
         self.tasks = [Gaussians(state[f"means/{task}"], state[f"factors/{task}"]) for task in tasks]
+
+    def layout(self, sizes: Sequence[int], width: int) -> dict[str, Spec]:
+        """What ``state`` is after tasks of so many classes each."""
+        tasks = dict(enumerate(sizes if self.settings.epochs else ()))
+        means = {f"means/{task}": Spec((classes, width)) for task, classes in tasks.items()}
+        shape = width * (width + 1) // 2
+        return means | {f"factors/{task}": Spec((classes, shape), torch.half) for task, classes in tasks.items()}
 
 
 def align(heads: nn.ModuleList, epochs: Iterable[Iterable[Drawn]], settings: AlignmentSettings) -> None:

@@ -1,6 +1,6 @@
 """What every method is: three moments of a task, and a state that can be saved."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from inflora.config import Settings
 from inflora.data.loader import Batch
 from inflora.data.stream import Stream, Task
+from inflora.layout import Layout
 from inflora.lora import adapter_parameters
 from inflora.model import ContinualModel
 
@@ -63,17 +64,18 @@ class Method(Generic[S]):
     """A continual learning method: before a task, the loss of a batch, after a task.
 
     The defaults train the new task's classifier, and adapters where there are any. ``passes`` are the augmented passes
-    that it makes over a task's images besides the epochs of its training.
+    that it makes over a task's images besides the epochs of its training; ``joins_tasks``: it learns all tasks as one.
     """
 
     passes: ClassVar[tuple[str, ...]] = ()
+    joins_tasks: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
 
     def arrange(self, stream: Stream) -> Stream:
         """The stream as this method is given it."""
-        return stream
+        return stream.merged() if self.joins_tasks else stream
 
     def prepare(self, model: ContinualModel) -> None:
         """Make the freshly built model adaptable, once, before any task or restored state.
@@ -114,6 +116,14 @@ class Method(Generic[S]):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state`` gave."""
         assert not state, f"{type(self).__name__} keeps no state, got {', '.join(state)}"
+
+    def model_layout(self, model: ContinualModel, sizes: Sequence[int]) -> Layout:
+        """What the prepared model's ``learnt_state`` is after tasks of so many classes each."""
+        return model.learnt_layout(sizes)
+
+    def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
+        """What ``state`` is then; ``names`` are those of the state in question, where several would do."""
+        return {}
 
 
 def task_loss(model: ContinualModel, features: Tensor, batch: Batch, task: Task) -> Tensor:

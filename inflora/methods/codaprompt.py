@@ -21,23 +21,28 @@ class ComponentPrompts(Prompts):
         super().__init__()
         self.settings = settings
 
-    def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
+    def shapes(self, vit: VisionTransformer, task: int) -> dict[str, tuple[int, ...]]:
         widths = {
             "components": self.settings.length * attention(vit, 0).attn_dim,
             "keys": vit.embed_dim,
             "attentions": vit.embed_dim,
         }
-        for name, width in widths.items():
+        rows = self.settings.blocks, self.settings.components
+        return {f"{name}_{task}": (*rows, width) for name, width in widths.items()}
+
+    def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
+        for new, (block_count, count, width) in self.shapes(vit, task).items():
+            name = new.rpartition("_")[0]
             old = self.of_tasks(name)
             blocks = [
                 orthogonal_rows(
-                    self.settings.components,
+                    count,
                     torch.cat([part[block] for part in old]).detach().cpu() if old else torch.zeros(0, width),
                     seeded(seed, task, "prompts", name, block),
                 )
-                for block in range(self.settings.blocks)
+                for block in range(block_count)
             ]
-            self.learn(f"{name}_{task}", torch.stack(blocks), next(vit.parameters()))
+            self.learn(new, torch.stack(blocks), next(vit.parameters()))
 
     def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
         """Also the paper's equation 8: ``orthogonality`` times the squared overlaps of P, K and A among themselves."""

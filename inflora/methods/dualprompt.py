@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from inflora.config import DualPromptSettings
-from inflora.methods.prompting import PromptMethod, initial, similarity
+from inflora.methods.prompting import PromptMethod, begin_at_random, similarity
 from inflora.model import ContinualModel
 from inflora.prompts import Prompted, Prompts, attention, make_promptable, prefixed, query
 
@@ -20,16 +20,16 @@ class DualPrompts(Prompts):
         super().__init__()
         self.settings = settings
 
+    def shapes(self, vit: VisionTransformer, task: int) -> dict[str, tuple[int, ...]]:
+        settings, width = self.settings, attention(vit, 0).attn_dim
+        general = (settings.general_blocks, 2, settings.general_length, width)
+        expert = (settings.expert_blocks, 2, settings.expert_length, width)
+        own: dict[str, tuple[int, ...]] = {f"expert_{task}": expert, f"key_{task}": (vit.embed_dim,)}
+        return {"general_G2LW": general} | own if task == 0 and settings.general_blocks else own
+
     def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
-        general, expert = self.settings.general_blocks, self.settings.expert_blocks
-        width, like = attention(vit, 0).attn_dim, next(vit.parameters())
-        if task == 0 and general:
-            shape = (general, 2, self.settings.general_length, width)
-            self.learn("general_G2LW", initial(shape, seed, task, "general"), like)
-        shape = (expert, 2, self.settings.expert_length, width)
-        self.learn(f"expert_{task}", initial(shape, seed, task, "expert"), like)
-        self.learn(f"key_{task}", initial((vit.embed_dim,), seed, task, "key"), like)
-        if general:
+        begin_at_random(self, vit, task, seed)
+        if self.settings.general_blocks:
             self.get_parameter("general_G2LW").requires_grad_(True)
 
     def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:

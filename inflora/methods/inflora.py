@@ -2,13 +2,16 @@
 
 import re
 import warnings
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from inflora.config import InfLoRASettings
 from inflora.distributed import from_first
-from inflora.lora import adapted_layers, inject, merge_all
+from inflora.injection import inject
+from inflora.layout import Layout, Spec
+from inflora.lora import adapted_layers, merge_all
 from inflora.methods.alignment import Alignment
 from inflora.methods.base import Method, TaskData
 from inflora.methods.statistics import input_covariances
@@ -83,6 +86,13 @@ class InfLoRA(Method[InfLoRASettings]):
         classes = {key.removeprefix("classes/"): t for key, t in state.items() if key.startswith("classes/")}
         self.alignment.load_state(classes)
         self.memory = memory_of({key: t for key, t in state.items() if not key.startswith("classes/")})
+
+    def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
+        layout = {f"classes/{name}": spec for name, spec in self.alignment.layout(sizes, model.width).items()}
+        for name, layer in adapted_layers(model):
+            kind = "retain" if f"{name}.retain" in names else "remove"
+            layout[f"{name}.{kind}"] = Spec((layer.in_features, range(layer.in_features + 1)))
+        return layout
 
 
 def memory_of(state: dict[str, Tensor]) -> dict[str, Memory]:

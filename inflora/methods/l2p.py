@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from inflora.config import L2PSettings
-from inflora.methods.prompting import PromptMethod, initial, similarity
+from inflora.methods.prompting import PromptMethod, begin_at_random, similarity
 from inflora.model import ContinualModel
 from inflora.prompts import Prompted, Prompts, prepended_features, query
 
@@ -19,11 +19,12 @@ class PromptPool(Prompts):
         super().__init__()
         self.settings = settings
 
+    def shapes(self, vit: VisionTransformer, task: int) -> dict[str, tuple[int, ...]]:
+        size, width = self.settings.pool, vit.embed_dim
+        return {"pool_PLD": (size, self.settings.length, width), "keys_PD": (size, width)} if task == 0 else {}
+
     def begin(self, vit: VisionTransformer, task: int, seed: int) -> None:
-        if task == 0:
-            size, width, like = self.settings.pool, vit.embed_dim, next(vit.parameters())
-            self.learn("pool_PLD", initial((size, self.settings.length, width), seed, task, "pool"), like)
-            self.learn("keys_PD", initial((size, width), seed, task, "keys"), like)
+        begin_at_random(self, vit, task, seed)
         self.requires_grad_(True)
 
     def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:

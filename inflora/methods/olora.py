@@ -1,11 +1,14 @@
 """O-LoRA: each task learns in a subspace pulled away from the old tasks' (Wang et al., EMNLP 2023)."""
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
 from inflora.config import OLoRASettings
 from inflora.data.loader import Batch
 from inflora.data.stream import Task
+from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers
 from inflora.methods.base import TaskData
 from inflora.methods.sequential import PlainLoRA
@@ -45,3 +48,7 @@ class OLoRA(PlainLoRA[OLoRASettings]):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.old_A = dict(state)
+
+    def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
+        rows = len(sizes) * self.settings.rank
+        return {name: Spec((rows, layer.in_features)) for name, layer in adapted_layers(model)}

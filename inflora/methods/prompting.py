@@ -11,6 +11,7 @@ from inflora.data.loader import Batch, seeded
 from inflora.data.stream import Task
 from inflora.methods.base import Method, TaskData, Trainable, task_loss
 from inflora.model import ContinualModel
+from inflora.prompts import Prompts
 
 S = TypeVar("S", bound=Settings)
 
@@ -34,9 +35,11 @@ class PromptMethod(Method[S]):
         return task_loss(model, features, batch, task) + penalty
 
 
-def initial(shape: tuple[int, ...], seed: int, task: int, name: str) -> Tensor:
-    """Where prompts and keys start: normal, standard deviation 0.02, as a vision transformer's own tokens."""
-    return 0.02 * torch.randn(shape, generator=seeded(seed, task, "prompts", name))
+def begin_at_random(prompts: Prompts, vit: VisionTransformer, task: int, seed: int) -> None:
+    """Add a task's parameters: normal, standard deviation 0.02, as a vision transformer's own tokens."""
+    for name, shape in prompts.shapes(vit, task).items():
+        generator = seeded(seed, task, "prompts", name.rpartition("_")[0])
+        prompts.learn(name, 0.02 * torch.randn(shape, generator=generator), next(vit.parameters()))
 
 
 def similarity(query_BD: Tensor, keys_KD: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from inflora.config import SDLoRASettings
-from inflora.lora import LoRALinear, inject
+from inflora.injection import inject
+from inflora.layout import Layout, Spec
+from inflora.lora import LoRALinear
 from inflora.methods.base import TaskData, Trainable
 from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
@@ -84,3 +86,11 @@ class SDLoRA(PlainLoRA[SDLoRASettings]):
         for _, layer in decoupled_layers(model):
             layer.keep()
         return {}  # nothing is merged: the layers keep the factors, and go on changing how much each counts
+
+    def model_layout(self, model: ContinualModel, sizes: Sequence[int]) -> Layout:
+        tasks, rank, layout = len(sizes), self.settings.rank, dict(super().model_layout(model, sizes))
+        for name, layer in decoupled_layers(model):
+            layout[f"{name}.old_A"] = Spec((tasks, rank, layer.in_features))
+            layout[f"{name}.old_B"] = Spec((tasks, sum(layer.sizes), rank))
+            layout[f"{name}.magnitudes"] = Spec((tasks,))
+        return layout

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from inflora.config import LoRASettings, SequentialSettings
 from inflora.data.loader import seeded
-from inflora.lora import adapted_layers, inject, merge_all
+from inflora.injection import inject
+from inflora.lora import adapted_layers, merge_all
 from inflora.methods.base import Method, TaskData
 from inflora.model import ContinualModel
 

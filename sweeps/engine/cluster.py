@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray
+import torch
 from ray.util.state import list_actors
 
 from inflora.config import ConfigError
@@ -76,6 +77,16 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at address {chosen!r}: {' '.join(str(error).split())[:200]}") from None
     say(f"Ray: {'started on this machine' if chosen == _OWN else f'joined {_address()}'} ({_room()})")
+
+
+def require_gpus(resources: Resources, address: str | None) -> None:
+    """Raise ConfigError where trials need GPUs and a Ray that starts here would have none; takes hold of no GPU."""
+    told = address or os.environ.get(_ADDRESS) or ray.is_initialized()
+    if resources.gpus and not told and not torch.cuda.is_available():
+        raise ConfigError(
+            f"a trial needs {resources.gpus:g} GPUs and this machine has none: --gpus 0 trains on the CPU, --address "
+            "or RAY_ADDRESS names a cluster"
+        )
 
 
 def _know_the_address() -> Callable[[], None]:

@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -27,10 +28,10 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
 
     def trial(settings: dict[str, Any]) -> None:
         name = trial_name(study_name, settings["number"])
-        forget_if_torn(SharedFolder(storage), name)
+        notice = forget_if_torn(SharedFolder(storage), name)
         DataParallelTrainer(
             _train_worker,
-            train_loop_config={**settings, "threads": resources.cpus_per_worker},
+            train_loop_config={**settings, "threads": resources.cpus_per_worker, "notice": notice},
             backend_config=meeting(resources, backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
@@ -51,19 +52,30 @@ def train_driver(resources: Resources, backend: str, storage: str, study_name: s
     return trial
 
 
-def forget_if_torn(trials: SharedFolder, name: str) -> None:
-    """Discard what Train has kept of a trial if its list of checkpoints is not whole: the trial begins anew.
+def forget_if_torn(trials: SharedFolder, name: str) -> str:
+    """Discard what Train has kept of a trial if its list of checkpoints is not whole, and say why.
 
     Train writes that list in place; a driver that is killed just then, or a machine that loses power, leaves a part of
-    it, with which every further try would fail.
+    it. With that, as with a list that names what is gone, every further try would fail: the trial begins anew.
     """
-    content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
-    if content is None:
-        return
     try:
-        json.loads(content)
-    except ValueError:
-        trials.discard(name)
+        content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
+        if content is None:
+            return ""
+        kept = _CheckpointManagerState.model_validate(json.loads(content))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and not trials.is_local:
+            raise  # a bucket that cannot be reached now is no damage
+        problem = "cannot be read"
+    else:
+        named = [result.checkpoint_dir_name for result in kept.checkpoint_results]
+        latest = kept.latest_checkpoint_result
+        whole = len(named) == len(kept.checkpoint_report_indices) and set(named) <= trials.folders(name)
+        if whole and (latest is None or latest.checkpoint_dir_name in named):
+            return ""
+        problem = "names some that are gone"
+    trials.discard(name)
+    return f"the list of its checkpoints {problem}"
 
 
 def pick_backend(resources: Resources) -> str:

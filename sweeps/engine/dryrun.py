@@ -14,7 +14,7 @@ from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import check, run
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
-from sweeps.engine.cluster import Cluster, check_state_api, connect, trials_at_a_time
+from sweeps.engine.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.reach import reachable_ray, reachable_store
 from sweeps.engine.runner import check_folder, trials_place
@@ -46,6 +46,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     Raises:
         ConfigError: The first thing that does not work.
     """
+    require_gpus(sweep.resources, cluster.address)
     corners = sweep.corners()
     for config in corners:
         check(config)

@@ -1,5 +1,6 @@
 """How a sweep is going, while it goes: one live table on a terminal, plain lines elsewhere."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,8 +33,11 @@ class ProgressLines(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        number = trial.config["number"]
+        if "notice" in result:
+            # On stderr, so that it is seen above a live table too.
+            print(f"trial {number:3d} begins again: {result['notice']}", file=sys.stderr, flush=True)
         if "tasks_done" in result:
-            number = trial.config["number"]
             self.say(f"trial {number:3d} task {result['tasks_done']}  acc/seen {100 * result['acc/seen']:.1f} %")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

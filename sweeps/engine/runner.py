@@ -19,7 +19,15 @@ from inflora.continual import check, identity
 from inflora.state import write_atomically
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
-from sweeps.engine.cluster import DRIVER, THIS_MACHINE, Cluster, check_state_api, connect, trials_at_a_time
+from sweeps.engine.cluster import (
+    DRIVER,
+    THIS_MACHINE,
+    Cluster,
+    check_state_api,
+    connect,
+    require_gpus,
+    trials_at_a_time,
+)
 from sweeps.engine.driver import pick_backend, train_driver
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mlflow_store import git_commit
@@ -68,15 +76,17 @@ def run_sweep(
         ConfigError: Before anything is made or started: settings, data, backbone, folder, addresses or resources that
             do not fit. After the first trials: all have failed for one reason.
     """
+    require_gpus(sweep.resources, cluster.address)
     for config in sweep.corners():
         check(config)
+    known = identity(sweep.base)  # reads the weights, which may have to be fetched: before anything is written
     folder = folder.absolute()
     place = trials_place(sweep, folder, cluster)
     check_folder(sweep, folder)
     check_tracking(tracking_uri, folder, say)
     try:
         at_a_time = 0 if is_over(sweep, folder) else find_room(sweep, cluster, say)
-        return _run_claimed(sweep, folder, place, tracking_uri, cluster, at_a_time, say, warm_start)
+        return _run_claimed(sweep, folder, place, tracking_uri, cluster, at_a_time, known, say, warm_start)
     finally:
         ray.shutdown()
 
@@ -112,6 +122,7 @@ def _run_claimed(
     tracking_uri: str,
     cluster: Cluster,
     at_a_time: int,
+    known: Mapping[str, str],
     say: Callable[[str], None],
     warm_start: tuple[Sequence[Mapping[str, Any]], str] | None,
 ) -> SweepResult:
@@ -127,7 +138,7 @@ def _run_claimed(
         done = sweep.trials - ledger.remaining()
         say(f"sweep {sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
         commit = git_commit()
-        tags = identity(sweep.base) | ({"mlflow.source.git.commit": commit} if commit else {})
+        tags = dict(known) | ({"mlflow.source.git.commit": commit} if commit else {})
         if remaining:
             check_nodes(place)
         tracker = Tracker(sweep, folder, tracking_uri, tags)

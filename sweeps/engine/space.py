@@ -1,5 +1,6 @@
 """What is searched: domains of settings, some of which exist only where another setting was chosen so."""
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ import numpy as np
 import optuna
 from pydantic import Field
 
-from inflora.config import ConfigError, Settings
+from inflora.config import ConfigError, Flag, Number, Settings, Whole
 
 Scalar = int | float | str | bool | None
 
@@ -34,8 +35,8 @@ class Searched(Settings):
 class _Bounded(Searched):
     """Everything between two bounds, both possible."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
 
     def ends(self) -> tuple[Scalar, ...]:
         """The extreme values: what a run must accept."""
@@ -49,19 +50,23 @@ class _Bounded(Searched):
 class _Range(_Bounded):
     """Everything between two bounds, on a linear scale or a logarithmic one."""
 
-    log: bool = False
+    log: Flag = False
 
     def _spaced(self, count: int) -> list[float]:
         space = np.geomspace if self.log else np.linspace
         return [float(value) for value in np.clip(space(self.low, self.high, count), self.low, self.high)]
 
 
+Place = Annotated[Whole, Field(ge=-(2**53), le=2**53)]
+"""Whole numbers that samplers, which calculate with float64, tell apart."""
+
+
 class Integer(_Range):
     """A whole number between two bounds, both possible."""
 
     kind: Literal["integer"] = "integer"
-    low: int
-    high: int
+    low: Place
+    high: Place
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -76,6 +81,8 @@ class Real(_Range):
     """A number between two bounds."""
 
     kind: Literal["real"] = "real"
+    low: Annotated[Number, Field(ge=-1e30, le=1e30)]
+    high: Annotated[Number, Field(ge=-1e30, le=1e30)]
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -93,8 +100,8 @@ class NearOne(_Bounded):
     """
 
     kind: Literal["near_one"] = "near_one"
-    low: float = Field(ge=0, lt=1)
-    high: float = Field(gt=0, lt=1)
+    low: Annotated[Number, Field(ge=0, le=1 - 1e-10)]
+    high: Annotated[Number, Field(ge=1e-10, le=1 - 1e-10)]
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -180,6 +187,11 @@ def grid(space: Space, points: int) -> list[dict[str, Scalar]]:
             for value in (domain.points(points) if domain.is_asked(row) else [None])
         ]
     return rows
+
+
+def grid_size(space: Space, points: int) -> int:
+    """How many rows ``grid`` has at most: conditions only make them fewer."""
+    return math.prod(len(domain.points(points)) for domain in space.values())
 
 
 def is_conditional(space: Space) -> bool:

@@ -4,11 +4,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from inflora.config import AFTER_FIRST_TASK, ConfigError, RunConfig, Settings, config_hash, explain, override
+from inflora.config import (
+    AFTER_FIRST_TASK,
+    ConfigError,
+    Count,
+    Flag,
+    Number,
+    RunConfig,
+    Seed,
+    Settings,
+    ShortSeed,
+    Whole,
+    config_hash,
+    explain,
+    override,
+)
 from inflora.errors import one_line
 from sweeps.engine import space as search_space
 from sweeps.engine.metrics import Metric, Objective
@@ -30,6 +44,9 @@ __all__ = [
 SPEC_FILE = "sweep.json"
 """A sweep as it was run, in its folder."""
 
+MOST_ROWS = 100_000
+"""Of a grid, whose rows are all kept in memory."""
+
 Protocol = Literal["end-of-training", "first-task", "two-phase", "current-task"]
 """How settings are chosen, recorded with every result.
 
@@ -40,12 +57,21 @@ Protocol = Literal["end-of-training", "first-task", "two-phase", "current-task"]
 """
 
 
+Machines = Annotated[Whole, Field(ge=1, le=10_000)]
+"""Workers, or a worker's CPUs: more than any cluster's."""
+Tries = Annotated[Whole, Field(ge=0, le=1_000)]
+Limit = Annotated[Number, Field(gt=0, le=1e6)]
+"""Of hours, or gigabytes: a million hours are a century."""
+Bound = Annotated[Number, Field(ge=-1e30, le=1e30)]
+"""Of a metric."""
+
+
 class Resources(Settings):
     """What one trial asks the cluster for."""
 
-    workers: int = Field(default=1, ge=1)
-    cpus_per_worker: int = Field(default=1, ge=1)
-    gpus_per_worker: float = Field(default=0, ge=0)
+    workers: Machines = 1
+    cpus_per_worker: Machines = 1
+    gpus_per_worker: Annotated[Number, Field(ge=0, le=1_000)] = 0
 
     @model_validator(mode="after")
     def _whole_gpus_for_many_workers(self) -> Self:
@@ -65,8 +91,8 @@ class Constraint(Settings):
     """A bound that a trial's metric must keep; a trial that breaks it is never the best."""
 
     metric: Metric
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: Bound | None = None
+    at_least: Bound | None = None
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Self:
@@ -92,11 +118,11 @@ class Budget(Settings):
     A sweep that ends by its budget interrupts what runs; with a larger budget the same command goes on with it.
     """
 
-    hours: float | None = Field(default=None, gt=0, description="wall-clock time, over all starts")
-    gpu_hours: float | None = Field(default=None, gt=0, description="training time of all trials x their GPUs")
-    target: float | None = Field(default=None, description="a finished trial whose objective is at least this")
-    patience: int | None = Field(default=None, ge=1, description="trials ended in a row without a new best")
-    storage_gb: float | None = Field(default=None, gt=0, description="checkpoints and shared results on the storage")
+    hours: Limit | None = Field(default=None, description="wall-clock time, over all starts")
+    gpu_hours: Limit | None = Field(default=None, description="training time of all trials x their GPUs")
+    target: Bound | None = Field(default=None, description="a finished trial whose objective is at least this")
+    patience: Count | None = Field(default=None, description="trials ended in a row without a new best")
+    storage_gb: Limit | None = Field(default=None, description="checkpoints and shared results on the storage")
 
 
 class Sweep(Settings):
@@ -106,7 +132,7 @@ class Sweep(Settings):
     looks for the Pareto front of the objective and these; the best trial is still the one with the best objective.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     base: RunConfig
     space: dict[str, Domain] = Field(min_length=1)
     first: tuple[dict[str, JsonValue], ...] = ()
@@ -114,18 +140,24 @@ class Sweep(Settings):
     tradeoffs: tuple[Metric, ...] = ()
     constraints: tuple[Constraint, ...] = ()
     protocol: Protocol = "end-of-training"
-    judge_orders: tuple[int, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
-    trials: int = Field(default=16, ge=1)
+    judge_orders: tuple[Seed, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
+    trials: Count = 16
     budget: Budget = Budget()
     sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = "tpe"
-    sampler_seed: int = Field(default=0, ge=0)
-    grid_points: int = Field(default=3, ge=1, description="values per setting that the grid sampler tries")
+    sampler_seed: ShortSeed = 0
+    grid_points: Annotated[Whole, Field(ge=1, le=1_000)] = Field(
+        default=3, description="values per setting that the grid sampler tries"
+    )
     early_stopping: Literal["asha", "median", "hyperband", "none"] = "asha"
-    grace_tasks: int = Field(default=2, ge=1, description="tasks that every trial may learn before it can be stopped")
-    reduction: int = Field(default=2, ge=2, description="1/reduction of the trials pass each rung (asha, hyperband)")
-    retries: int = Field(default=2, ge=0, description="how often a trial is tried again where that can help")
-    give_up_after: int = Field(default=3, ge=1, description="first trials that all fail alike end the sweep")
-    share: bool = Field(default=True, description="trials share what their first tasks have in common")
+    grace_tasks: Count = Field(default=2, description="tasks that every trial may learn before it can be stopped")
+    reduction: Annotated[Whole, Field(ge=2, le=1_000)] = Field(
+        default=2, description="1/reduction of the trials pass each rung (asha, hyperband)"
+    )
+    retries: Tries = Field(default=2, description="how often a trial is tried again where that can help")
+    give_up_after: Annotated[Tries, Field(ge=1)] = Field(
+        default=3, description="first trials that all fail alike end the sweep"
+    )
+    share: Flag = Field(default=True, description="trials share what their first tasks have in common")
     executor: Literal["train", "inline"] = Field(
         default="train", description="train: Ray Train workers; inline: one worker inside the Tune trial, starts faster"
     )
@@ -146,6 +178,8 @@ class Sweep(Settings):
             )
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objective and tradeoffs must differ, got {', '.join(self.objectives)}")
+        if self.sampler == "grid" and (rows := search_space.grid_size(self.space, self.grid_points)) > MOST_ROWS:
+            raise ValueError(f"the grid must have at most {MOST_ROWS} rows, got {rows}: lower grid_points")
         if self.sampler == "cmaes" and self.tradeoffs:
             raise ValueError("sampler cmaes has one objective; tpe, gp, random and grid take tradeoffs")
         measured = {*self.objectives, *(constraint.metric for constraint in self.constraints)}

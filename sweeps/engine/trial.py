@@ -4,6 +4,7 @@ In a worker of Ray Train (``train_worker``) or inside the Tune trial itself (``i
 what differs is the ``Session``, where a state comes from and where results go.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ import torch
 from ray.train import Checkpoint
 
 from inflora import distributed
-from inflora.config import parse_config
+from inflora.config import RunConfig, parse_config
 from inflora.continual import run
+from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
 from inflora.shared import Shared
-from inflora.state import RunState, has_state, load_state, save_state
+from inflora.state import RunState, StateError, has_state, load_state, save_state
 from inflora.storage import SharedFolder
 from sweeps.engine.nodes import require_code
 from sweeps.engine.records import TaskReport, now_ms, trial_name
@@ -32,7 +34,14 @@ class Session(Protocol):
     """Where a trial's state is kept and who hears of its results."""
 
     def restore(self) -> RunState | None:
-        """The state after the last finished task, if the trial was interrupted."""
+        """The state after the last finished task, if the trial was interrupted.
+
+        Raises:
+            StateError, OSError: What was kept of it is damaged.
+        """
+
+    def forget(self) -> None:
+        """Make room for a trial that begins again."""
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         """Keep ``state`` and pass ``metrics`` on."""
@@ -41,23 +50,45 @@ class Session(Protocol):
 def learn(settings: dict[str, Any], session: Session) -> None:
     """Learn the stream, or its first ``tasks`` tasks, on train and validation images: a report per task.
 
-    A trial that went on after the ledger last heard of it reports those tasks first. What no retry can help (a loss
-    that is not a number, no memory left) is reported as the trial's failure.
+    A trial that went on after the ledger last heard of it reports those tasks first. One whose state is damaged begins
+    again, and says so. What no retry can help (a loss that is not a number, no memory left) is reported as the trial's
+    failure.
     """
-    state, tasks = session.restore(), settings["tasks"]
+    config, tasks = parse_config(settings["config"]), settings["tasks"]
+    state, damage = restored(session, config)
+    if notice := damage or settings.get("notice", ""):
+        session.report({"acc/seen": 0.0, "notice": notice}, None)  # Tune refuses reports without its metric
     if state is not None:
         for tasks_done in range(settings["tasks_done"] + 1, state.tasks_done + 1):
             session.report(_metrics(state, tasks_done, tasks), state)
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
         shared = Shared(SharedFolder(settings["shared"]) if settings["shared"] else None)
-        for result in islice(run(parse_config(settings["config"]), state, shared=shared), left):
+        for result in islice(run(config, state, shared=shared), left):
             times = {"seconds": result.seconds, "saved_s": result.saved_s}
             session.report(_metrics(result.state, result.state.tasks_done, tasks, **times), result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(error).__name__}: {error}"}, None)
+
+
+def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]:
+    """The state to go on from; None where the trial begins, with what is damaged where it has to begin again.
+
+    All workers go on from it, or none does.
+    """
+    state, damage = None, ""
+    try:
+        state = session.restore()
+        if state is not None:
+            check_state(config, state)
+    except (StateError, OSError) as error:
+        damage = " ".join(str(error).split())[:300]
+    if distributed.everywhere(not damage):
+        return state, ""
+    session.forget()
+    return None, damage or "another worker cannot read its state"
 
 
 def _metrics(
@@ -87,6 +118,9 @@ class TrainSession:
         with checkpoint.as_directory() as folder:
             return load_state(Path(folder))
 
+    def forget(self) -> None:
+        """Nothing: Train gives every checkpoint a folder of its own."""
+
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         with _checkpoint(state if distributed.rank() == 0 else None) as checkpoint:
             ray.train.report(metrics, checkpoint=checkpoint)
@@ -110,6 +144,9 @@ class InlineSession:
 
     def restore(self) -> RunState | None:
         return load_state(self.folder) if has_state(self.folder) else None
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         if state is not None:

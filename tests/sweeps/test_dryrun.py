@@ -17,6 +17,7 @@ from sweeps.engine.dryrun import (
     estimate,
     time_one_task,
 )
+from sweeps.engine.runner import run_sweep
 from sweeps.engine.spec import Resources, Sweep
 
 
@@ -103,3 +104,17 @@ def test_a_gpu_node_whose_gpu_does_not_work_is_named_before_a_trial_runs(tiny_sw
     (line,) = str(refused.value).splitlines()
     assert line.startswith("GPU check 'device' failed on node ") and "PyTorch finds no CUDA device here" in line
     assert not any(line.startswith("a tiny trial") for line in lines)
+
+
+def test_a_sweep_without_the_gpus_it_needs_says_so_before_it_asks_for_weights_or_writes(
+    tiny_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sweeps.engine.cluster.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sweeps.engine.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("sweeps.engine.runner.identity", lambda config: pytest.fail("read the weights"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    sweep = with_changes(tiny_sweep, resources=Resources(gpus_per_worker=1))
+    for start in (run_sweep, dry_run):
+        with pytest.raises(ConfigError, match="a trial needs 1 GPUs and this machine has none"):
+            start(sweep, tmp_path / "sweep", f"sqlite:///{tmp_path}/mlflow.db", cluster=Cluster(), say=print)
+    assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,13 @@ import json
 import pytest
 
 from inflora.config import override
+from inflora.continual import run
+from inflora.state import load_state, save_state
 from inflora.storage import SharedFolder
 from sweeps.engine.driver import forget_if_torn
 from sweeps.engine.records import TaskReport
-from sweeps.engine.trial import learn
+from sweeps.engine.trial import InlineSession, learn
+from tests.conftest import same_state
 
 
 class MemorySession:
@@ -19,6 +22,9 @@ class MemorySession:
 
     def restore(self):
         return self.state
+
+    def forget(self):
+        self.state = None
 
     def report(self, metrics, state):
         self.heard.append(metrics)
@@ -98,13 +104,76 @@ def test_no_setting_of_a_trial_names_the_test_split(tiny_sweep):
     assert "test" not in json.dumps(settings_of(tiny_sweep.base))
 
 
-@pytest.mark.parametrize(
-    ("snapshot", "kept"), [('{"checkpoint_results": []}', True), ('{"checkpoint_re', False), ("", False)]
-)
-def test_a_trial_whose_list_of_checkpoints_was_written_in_part_begins_anew(tmp_path, snapshot, kept):
-    run = tmp_path / "tiny-0000"
-    run.mkdir()
-    (run / "checkpoint_manager_snapshot.json").write_text(snapshot)
-    forget_if_torn(SharedFolder(str(tmp_path)), run.name)
-    assert run.exists() == kept
-    forget_if_torn(SharedFolder(str(tmp_path)), "tiny-0001")  # has kept nothing yet
+# What is kept of a trial is damaged.
+
+
+def flip(folder, file):
+    (path,) = folder.glob(file)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def put_a_folder(folder, file):
+    (path,) = folder.glob(file)
+    path.unlink()
+    path.mkdir()
+
+
+def drop_a_tensor(folder, _):
+    state = load_state(folder)
+    save_state(state._replace(model={name: t for name, t in state.model.items() if name != "heads.0.bias"}), folder)
+
+
+DAMAGES = [(damage, file) for damage in (flip, put_a_folder) for file in ("state.json", "tensors-*")]
+
+
+@pytest.mark.parametrize(("damage", "file"), [*DAMAGES, (drop_a_tensor, "")])
+def test_a_trial_whose_state_is_damaged_begins_again_says_so_and_ends_with_the_same_numbers(
+    damage, file, tiny_sweep, tmp_path, monkeypatch
+):
+    config = override(tiny_sweep.base, {"data.tasks": 2, "method": {"name": "frozen"}})
+    save_state(next(run(config)).state, tmp_path)
+    damage(tmp_path, file)
+    whole, heard = MemorySession(), []
+    learn(settings_of(config), whole)
+    monkeypatch.setattr("ray.tune.report", heard.append)
+    learn(settings_of(config, tasks_done=1), InlineSession(tmp_path))
+    notice, *reports = heard
+    assert str(tmp_path) in notice["notice"] or "heads.0.bias is missing" in notice["notice"]
+    ended = [TaskReport.model_validate_json(metrics["report"]) for metrics in reports]
+    assert [without_times(r) for r in ended] == [without_times(r) for r in whole.reports]
+    assert same_state(load_state(tmp_path), whole.state)
+
+
+def listed(*names, latest=None, **changes):
+    """Train's list of these checkpoints."""
+    empty = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names")
+    empty += ("timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")
+    kept = {"checkpoint_results": [{"checkpoint_dir_name": name, "metrics": {}} for name in names]}
+    kept |= {"checkpoint_report_indices": list(range(len(names))), "latest_checkpoint_result": latest}
+    return json.dumps({**dict.fromkeys(empty, ()), "current_report_index": 1, **kept, **changes})
+
+
+LISTS = {
+    "whole": (listed("first"), True),
+    "empty": (listed(), True),
+    "torn": (listed("first")[:40], False),
+    "nothing": ("", False),
+    "of another shape": ("[]", False),
+    "other fields": ('{"checkpoint_results": []}', False),
+    "of what is gone": (listed("first", "second"), False),
+    "places missing": (listed("first", checkpoint_report_indices=[]), False),
+    "latest elsewhere": (listed("first", latest={"checkpoint_dir_name": "../x", "metrics": {}}), False),
+    "deep": ("[" * 100_000, False),
+}
+
+
+@pytest.mark.parametrize(("snapshot", "kept"), LISTS.values(), ids=LISTS)
+def test_a_trial_whose_list_of_checkpoints_is_not_whole_begins_anew(tmp_path, snapshot, kept):
+    folder = tmp_path / "tiny-0000"
+    (folder / "first").mkdir(parents=True)
+    (folder / "checkpoint_manager_snapshot.json").write_text(snapshot)
+    assert (forget_if_torn(SharedFolder(str(tmp_path)), folder.name) == "") == kept
+    assert folder.exists() == kept
+    assert forget_if_torn(SharedFolder(str(tmp_path)), "tiny-0001") == ""  # has kept nothing yet

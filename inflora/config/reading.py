@@ -1,0 +1,105 @@
+"""From plain values, YAML and ``key=value`` to a checked config, and back."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from inflora.config.base import ConfigError, Settings
+from inflora.config.messages import cut, explain, listing, shown
+from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
+from inflora.config.run import RunConfig
+
+S = TypeVar("S", bound=Settings)
+
+
+def checked(model: type[S], settings: Mapping[str, Any]) -> S:
+    """Settings from plain values.
+
+    Raises:
+        ConfigError: One line that names every setting that breaks a rule.
+    """
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model)) from None
+
+
+def parse_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A checked config from plain values.
+
+    Raises:
+        ConfigError: One line that names every setting that breaks a rule.
+    """
+    return checked(RunConfig, settings)
+
+
+def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """``config`` with dotted settings replaced, e.g. ``{"method.rank": 8}``; everything is checked again.
+
+    A path may name a whole group: ``{"method": {"name": "frozen"}}``. Another ``method.name`` starts from that method's
+    own defaults. A config that came from elsewhere remembers what was changed in it.
+
+    Raises:
+        ConfigError: An unknown path or a value that breaks a rule.
+    """
+    settings = config.model_dump()
+    provenance = settings["provenance"]
+    changed = set(provenance.get("changed", []))
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        node = settings
+        for group in groups:
+            if not isinstance(node.get(group), dict):
+                raise ConfigError(f"unknown setting {cut(path)}; known here: {listing(node)}")
+            node = node[group]
+        if path == "method.name" and value != node.get("name"):
+            node.clear()
+        changed |= {path} if node.get(name) != value else set()
+        node[name] = value
+    if changed and provenance and settings["provenance"] is provenance:
+        provenance["changed"] = sorted(changed)
+    return parse_config(settings)
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["method.rank=8"]`` as ``{"method.rank": 8}``; values are read as YAML.
+
+    Raises:
+        ConfigError: What is no assignment, or of no plain value.
+    """
+    changes = {}
+    for assignment in assignments:
+        path, separator, value = assignment.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"a setting is given as key=value, got {shown(assignment)}")
+        try:
+            changes[path] = read_yaml(value)
+        except YamlError as error:
+            raise ConfigError(f"{cut(path)}: not a plain YAML value, {shown(value)}: {error}") from None
+    return changes
+
+
+def load_config(path: Path) -> RunConfig:
+    """The config in a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or breaks a rule.
+    """
+    try:
+        settings = read_yaml_file(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {cut(path, 200)}: {error.strerror}") from None
+    except YamlError as error:
+        raise ConfigError(f"{cut(path, 200)} is not plain YAML: {error}") from None
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{cut(path, 200)} must hold a mapping of settings, got {type(settings).__name__}")
+    return parse_config(settings)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that ``load_config`` reads back to an equal value."""
+    return dump_yaml(config.model_dump(mode="json", exclude_defaults=False))

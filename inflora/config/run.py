@@ -1,0 +1,193 @@
+"""Every setting of a run, as frozen models that check themselves: data, backbone, method, optimiser."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from inflora.config.base import (
+    Count,
+    Epochs,
+    File,
+    Flag,
+    Images,
+    Name,
+    Number,
+    Rate,
+    Scale,
+    Seed,
+    Settings,
+    Share,
+    Text,
+    Weight,
+    Width,
+)
+from inflora.config.methods import InfLoRASettings, MethodSettings
+
+Level = Annotated[Number, Field(ge=-1e6, le=1e6)]
+
+
+class AugmentSettings(Settings):
+    """Per-sample training augmentation (torchvision's RandomResizedCrop and RandomHorizontalFlip)."""
+
+    scale: tuple[Scale, Scale] = Field(default=(0.08, 1.0), description="shares of the image that a crop may have")
+    ratio: tuple[Scale, Scale] = Field(default=(3 / 4, 4 / 3), description="widths / heights that a crop may have")
+    flip: Flag = Field(default=True, description="mirror half of the images")
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        low, high = bounds
+        if not low <= high:
+            raise ValueError("must be two numbers with low <= high")
+        return bounds
+
+    @field_validator("scale")
+    @classmethod
+    def _inside_the_image(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[1] > 1:
+            raise ValueError("must not exceed 1, the whole image")
+        return scale
+
+
+class DataSettings(Settings):
+    """Which images, cut into which tasks, seen through which augmentation."""
+
+    dataset: Name = Field(default="digits", description="inflora data info NAME tells of it")
+    root: Text | None = Field(
+        default=None, description="folder or URI (s3://...) of the stores; default: $INFLORA_DATA or ~/.cache"
+    )
+    scenario: Literal["class", "domain"] = Field(
+        default="class", description="what arrives: new classes, or new domains"
+    )
+    tasks: Count | Annotated[tuple[Count, ...], Field(max_length=100_000)] = Field(
+        default=5, description="how many tasks of equal size, or the number of classes of each"
+    )
+    order_seed: Seed | None = Field(default=None, description="None keeps the natural order of classes or domains")
+    validation: Annotated[Share, Field(lt=1)] = Field(
+        default=0.1, description="share of the training images held out, per class"
+    )
+    split_seed: Seed = Field(default=0, description="draws the validation images")
+    train_on: Literal["train", "train+validation"] = Field(
+        default="train", description="train+validation is for final training, judged on test images"
+    )
+    augment: AugmentSettings | Literal["none"] = Field(
+        default=AugmentSettings(), description="crops and flips, or none"
+    )
+    order: File | None = Field(
+        default=None, description="a .safetensors file with every pass's images, in place of shuffling"
+    )
+    eval_resize: Width | None = Field(
+        default=None, description="shorter side before the central crop of evaluation; None: the input's side"
+    )
+    mean: Level | tuple[Level, Level, Level] = Field(default=0.0, description="subtracted, of pixels in [0, 1]")
+    std: Scale | tuple[Scale, Scale, Scale] = Field(default=1.0, description="then divided by")
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _plain_text(cls, root: Any) -> Any:
+        return str(root) if isinstance(root, Path) else root
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_tasks(cls, tasks: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if not tasks:
+            raise ValueError("must list at least one task")
+        return tasks
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks the stream has."""
+        return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
+
+
+class BackboneSettings(Settings):
+    """The frozen vision transformer: ``glyph_vit`` (shipped), or any timm ``VisionTransformer`` by its name."""
+
+    name: Name = Field(default="glyph_vit", description="or one of timm, e.g. vit_base_patch16_224.augreg_in21k")
+    weights: File | None = Field(
+        default=None, description="a local file (.safetensors, .npz, .pth) instead of the named weights"
+    )
+    pretrained: Flag = Field(default=True, description="False: seeded random weights, for tests and timings")
+    options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's VisionTransformer")
+
+
+Precision = Literal["fp32", "tf32", "bf16"]
+"""How matrix products are taken: in float32; of float32 with 10 bits of each factor, on GPUs; in bfloat16."""
+
+
+class FirstTaskSettings(Settings):
+    """What the first task does differently; None keeps the value of the other tasks."""
+
+    lr: Rate | None = Field(default=None, description="of the first task only")
+    epochs: Epochs | None = Field(default=None, description="of the first task only")
+    weight_decay: Weight | None = Field(default=None, description="of the first task only")
+
+
+class OptimSettings(Settings):
+    """The optimiser of every task; each task starts with a fresh one."""
+
+    name: Literal["adam", "sgd"] = Field(default="adam", description="sgd has momentum 0.9")
+    lr: Rate = Field(default=5e-4, description="of the adapters, and of the classifier unless head_lr is set")
+    head_lr: Rate | None = Field(default=None, description="of the classifier; None: as lr")
+    head_init: Literal["uniform", "zero"] | File = Field(
+        default="uniform", description="nn.Linear's own, zeros, or a .safetensors file (docs/fidelity.md)"
+    )
+    epochs: Epochs = Field(default=20, description="passes over a task's training images")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        default="cosine", description="of the learning rate over a task's epochs"
+    )
+    milestones: Annotated[tuple[Epochs, ...], Field(max_length=1_000)] = Field(
+        default=(), description="step: the epochs (from 0) that lower the rate"
+    )
+    decay: Share = Field(default=0.1, description="step: by this factor")
+    batch_size: Images = Field(default=128, description="images per update, over all workers together")
+    weight_decay: Weight = Field(default=0.0, description="of all that is trained")
+    first_task: FirstTaskSettings = FirstTaskSettings()
+
+    @field_validator("head_init")
+    @classmethod
+    def _known_start(cls, start: str | Path) -> str | Path:
+        if isinstance(start, Path) and start.suffix != ".safetensors":
+            raise ValueError("must be 'uniform', 'zero' or a .safetensors file")
+        return start
+
+    @model_validator(mode="after")
+    def _milestones_for_steps(self) -> Self:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones belong to schedule step, and it needs some; got schedule {self.schedule}, "
+                f"milestones {list(self.milestones)}"
+            )
+        return self
+
+    def of_task(self, index: int) -> "OptimSettings":
+        """The settings that task ``index`` (from 0) trains with."""
+        return self.model_copy(update=self.first_task.model_dump(exclude_none=True)) if index == 0 else self
+
+
+class RunConfig(Settings):
+    """One run: a stream of tasks, a backbone, a method and an optimiser."""
+
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    method: MethodSettings = InfLoRASettings()
+    optim: OptimSettings = OptimSettings()
+    seed: Seed = Field(default=0, description="draws beginnings, orders of images and augmentation")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one")
+    precision: Literal["auto", Precision] = Field(
+        default="auto",
+        description="of the backbone's products; auto: bf16 where the device is faster in it; tf32: on GPUs",
+    )
+    compile: Flag = Field(default=False, description="compile the backbone: a minute or more before the first step")
+    provenance: dict[str, JsonValue] = Field(
+        default={}, description="where an exported config comes from; not a setting"
+    )
+
+    @field_validator("provenance")
+    @classmethod
+    def _names_what_was_changed(cls, provenance: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        changed = provenance.get("changed", [])
+        if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
+            raise ValueError("must have a list of names of settings as changed")
+        return provenance
