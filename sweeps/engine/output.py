@@ -7,7 +7,6 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
-from inflora.state import write_atomically
 
 STDOUT = Path("-")
 
@@ -53,6 +52,8 @@ def deliver(path: Path, content: str, said: str) -> None:
         sys.stdout.write(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    from inflora.state import write_atomically  # brings torch along, which what asks for a folder has no use for
+
     write_atomically(path, content.encode())
     print(said)
 
