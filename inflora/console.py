@@ -1,8 +1,8 @@
 """How a command ends: done, one line about what a user can mend, or one line about what only we can."""
 
-import _thread
 import os
 import platform
+import signal
 import sys
 import tempfile
 import threading
@@ -43,7 +43,8 @@ def _interrupted_outside(kind: type[BaseException], error: BaseException, trace:
 def _interrupted_unheard(unraisable: "sys.UnraisableHookArgs") -> None:
     """Ctrl-C in a callback of Python's own, which may not raise (import locks have one): it comes again."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.1, _thread.interrupt_main).start()
+        main = threading.main_thread().ident or 0
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         _unraisablehook(unraisable)
 
