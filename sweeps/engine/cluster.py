@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray
-import torch
 from ray.util.state import list_actors
 
 from inflora.config import ConfigError
@@ -81,6 +80,8 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
 
 def require_gpus(resources: Resources, address: str | None) -> None:
     """Raise ConfigError where trials need GPUs and a Ray that starts here would have none; takes hold of no GPU."""
+    import torch  # not in the processes that only drive trials
+
     told = address or os.environ.get(_ADDRESS) or ray.is_initialized()
     if resources.gpus and not told and not torch.cuda.is_available():
         raise ConfigError(

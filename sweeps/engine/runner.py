@@ -79,14 +79,14 @@ def run_sweep(
     require_gpus(sweep.resources, cluster.address)
     for config in sweep.corners():
         check(config)
-    known = identity(sweep.base)  # reads the weights, which may have to be fetched: before anything is written
     folder = folder.absolute()
     place = trials_place(sweep, folder, cluster)
     check_folder(sweep, folder)
     check_tracking(tracking_uri, folder, say)
+    known = identity(sweep.base)  # reads the weights, which may have to be fetched: before anything is made
     try:
         at_a_time = 0 if is_over(sweep, folder) else find_room(sweep, cluster, say)
-        return _run_claimed(sweep, folder, place, tracking_uri, cluster, at_a_time, known, say, warm_start)
+        return _run_claimed(sweep, folder, place, tracking_uri, cluster, at_a_time, say, warm_start, known)
     finally:
         ray.shutdown()
 
@@ -122,11 +122,14 @@ def _run_claimed(
     tracking_uri: str,
     cluster: Cluster,
     at_a_time: int,
-    known: Mapping[str, str],
     say: Callable[[str], None],
     warm_start: tuple[Sequence[Mapping[str, Any]], str] | None,
+    known: Mapping[str, str],
 ) -> SweepResult:
-    """Run what is left, ``at_a_time`` trials side by side, as the only driver of the sweep in ``folder``."""
+    """Run what is left, ``at_a_time`` trials side by side, as the only driver of the sweep in ``folder``.
+
+    ``known`` is the base's identity, recorded with every trial.
+    """
     with claimed(sweep, folder):
         if fetch_database(folder / STUDY_FILE, place):
             say(f"sweep {sweep.name}: the study is the one kept in {place.address}")
@@ -186,8 +189,6 @@ def claimed(sweep: Sweep, folder: Path) -> Iterator[None]:
         if not _held(lock):
             raise ConfigError(f"the sweep in {folder} is being run by another process")
         check_spec(sweep, folder)
-        for half_written in folder.glob(f".{SPEC_FILE}.*"):  # by a process that was killed
-            half_written.unlink()
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
 

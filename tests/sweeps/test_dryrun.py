@@ -109,7 +109,7 @@ def test_a_gpu_node_whose_gpu_does_not_work_is_named_before_a_trial_runs(tiny_sw
 def test_a_sweep_without_the_gpus_it_needs_says_so_before_it_asks_for_weights_or_writes(
     tiny_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sweeps.engine.cluster.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("sweeps.engine.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setattr("sweeps.engine.runner.identity", lambda config: pytest.fail("read the weights"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
