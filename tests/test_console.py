@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,29 @@ def test_the_status_of_a_sweep_waits_for_no_library(tmp_path):
     Ledger(digits.frozen, folder).propose()
     (folder / SPEC_FILE).write_text(digits.frozen.model_dump_json())
     assert started(tmp_path, "sweeps", "status", "digits-frozen") == (0, set())
+
+
+INTERRUPTED = {
+    "in a command": "app()",
+    "outside of any": "raise KeyboardInterrupt",
+    "in a callback, which Python cannot stop": "kept = weakref.ref(Thing(), lambda _: interrupt()); time.sleep(9)",
+}
+HEAD = """
+import time, weakref, typer
+from inflora.console import OneLineGroup
+app = typer.Typer(cls=OneLineGroup)
+
+class Thing: pass
+
+@app.callback(invoke_without_command=True)
+def interrupt():
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_ctrl_c_is_one_line_wherever_it_falls(where):
+    script = HEAD + INTERRUPTED[where]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "interrupted\n"
+    assert done.returncode in (130, -signal.SIGINT)

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
-
 from inflora.config import ConfigError
+from sweeps.engine.reach import sqlite_file
 
 _ARTIFACTS = "./mlruns"
 """Where MLflow, left alone, keeps the artifacts of its experiment called Default, which nothing here uses."""
@@ -29,9 +26,10 @@ def make_whole(uri: str) -> None:
     Raises:
         ConfigError: The file cannot be read or written.
     """
-    file = _file_of(uri)
-    if file is None:
+    named = sqlite_file(uri)
+    if named is None:
         return
+    file = named.resolve()  # a link stays one
     try:
         if not (file.exists() and _is_known_whole(file)):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,15 +39,6 @@ def make_whole(uri: str) -> None:
                     draft.rename(file)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"cannot use the MLflow database {file}: {error}") from None
-
-
-def _file_of(uri: str) -> Path | None:
-    """The file of a ``sqlite:///`` URI."""
-    with suppress(ArgumentError):
-        url = make_url(uri)
-        if url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":", "file:")):
-            return Path(url.database).resolve()
-    return None
 
 
 @contextmanager
@@ -78,6 +67,8 @@ def _draft_of(file: Path) -> Iterator[Path]:
 
 def create(file: Path) -> None:
     """Make a new database."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # brings torch along
+
     SqlAlchemyStore(f"sqlite:///{file}", _ARTIFACTS).engine.dispose()
     with closing(sqlite3.connect(file)) as database:
         database.execute(f"PRAGMA user_version = {_WHOLE}")

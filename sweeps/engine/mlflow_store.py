@@ -11,14 +11,17 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from inflora.config import ConfigError, RunConfig
 from inflora.errors import one_line
 from sweeps.engine import plots
 from sweeps.engine.mlflow_database import make_whole
-from sweeps.engine.reach import reachable_store, sqlite_file
+from sweeps.engine.reach import reachable_store, sqlite_file, without_password
 from sweeps.engine.snapshot import snapshot
 from sweeps.engine.spec import Sweep
 
@@ -44,14 +47,20 @@ def make_client(uri: str) -> MlflowClient:
     """A client that fails fast when the server is away.
 
     Raises:
-        ConfigError: Not a store that MLflow knows.
+        ConfigError: Not a store that MLflow knows, or a database that it cannot use.
     """
     for name, value in _HTTP.items():
         os.environ.setdefault(name, value)
     if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
         raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
     make_whole(uri)
-    return MlflowClient(uri)
+    try:
+        return MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError, CommandError) as error:
+        raise ConfigError(
+            f"MLflow cannot use {one_line(without_password(uri), 300)}: {one_line(str(error), 400)}; where `mlflow db "
+            "upgrade` does not help, move it away or choose another --tracking-uri: the study has everything"
+        ) from None
 
 
 def experiment_name(dataset: str) -> str:

@@ -41,7 +41,7 @@ def reachable_store(uri: str, own: Path | None = None) -> None:
     Raises:
         ConfigError: No tracking URI, or nothing answers there.
     """
-    shown = one_line(_without_password(uri), 300)
+    shown = one_line(without_password(uri), 300)
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in _STORES:
         known = ", ".join(f"{each}://" for each in _STORES[1:])
@@ -208,7 +208,8 @@ def _ask_head(address: str) -> None:
             raise Unreachable(f"cannot be joined: {error}") from None
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """The URI as it may be shown."""
     try:
         return make_url(uri).render_as_string(hide_password=True) if "@" in uri else uri
     except (ArgumentError, ValueError):

@@ -2,6 +2,8 @@
 
 import optuna
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from inflora.config import ConfigError
 from sweeps.engine.ledger import Ledger
@@ -15,6 +17,30 @@ from .conftest import PAPER, learn_all, report
 @pytest.fixture
 def ledger(tiny_sweep, tmp_path) -> Ledger:
     return Ledger(tiny_sweep, tmp_path)
+
+
+class Stopped(BaseException):
+    """What ends a process, here only a call."""
+
+
+@pytest.mark.parametrize("statements", range(1, 60, 7))
+def test_a_study_that_was_stopped_while_it_was_made_is_made_to_its_end(tiny_sweep, tmp_path, statements):
+    """A transaction that nobody ends is undone, as after a kill; 60 statements make a study with its first trial."""
+    left = iter(range(statements))
+
+    def stop(*_):
+        if next(left, None) is None:
+            raise Stopped
+
+    event.listen(Engine, "before_cursor_execute", stop)
+    try:
+        with pytest.raises(Stopped):
+            Ledger(tiny_sweep, tmp_path)
+    finally:
+        event.remove(Engine, "before_cursor_execute", stop)
+    ledger = Ledger(tiny_sweep, tmp_path)
+    learn_all(ledger, ledger.propose().number, [0.9, 0.8, 0.7, 0.6, 0.5])
+    assert [record.outcome for record in ledger.records()] == [Outcome.FINISHED]
 
 
 def test_the_papers_settings_are_the_first_trial(ledger):

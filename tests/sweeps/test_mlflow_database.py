@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from inflora.config import ConfigError
 from sweeps.engine.mlflow_database import make_whole
+from sweeps.engine.mlflow_store import make_client
 
 
 def uri(file: Path) -> str:
@@ -62,12 +63,14 @@ def test_one_that_was_stopped_in_its_making_is_made_anew(file, more):
     assert [each.name for each in MlflowClient(uri(file)).search_experiments()] == ["Default"]
 
 
-def test_one_that_holds_anything_is_never_replaced(file):
-    MlflowClient(uri(file)).create_experiment("mine")
-    change(file, *HALF)
+def test_one_that_holds_anything_is_never_replaced_but_refused_in_one_line(file):
+    change(file, *HALF, "INSERT INTO registered_models (name) VALUES ('mine')")
     before = file.read_bytes()
     make_whole(uri(file))
     assert file.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"MLflow cannot use .*move it away or choose another") as refused:
+        make_client(uri(file))
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_no_database_is_named_and_kept(tmp_path):
