@@ -61,9 +61,16 @@ class Start:
 
     def left(self) -> list[str]:
         """What still runs of it."""
-        _, alive = psutil.wait_procs([*self.family], timeout=30)
-        lines = [" ".join(process.cmdline()) for process in alive if process.is_running()]
-        return [line for line in lines if line and not OUTLIVES.search(line)]
+        _, alive = psutil.wait_procs([each for each in self.family if not OUTLIVES.search(line_of(each))], timeout=30)
+        return [line_of(each) for each in alive if line_of(each)]
+
+
+def line_of(process: psutil.Process) -> str:
+    """Its command line; empty once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.fixture
