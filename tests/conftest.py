@@ -15,7 +15,15 @@ from inflora.config import RunConfig, parse_config
 from inflora.data import ensure_store
 from inflora.state import RunState
 
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
+# No deadline, and none of hypothesis's own: a loaded machine is no failure.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
 
 

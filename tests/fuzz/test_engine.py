@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inflora.config import ConfigError
 from sweeps.cli import app
 from sweeps.engine.ledger import Ledger
 from sweeps.engine.mirror import Mirror
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.spec import SPEC_FILE, Choice, Constraint, Sweep, read_sweep
 from sweeps.engine.study import STUDY_FILE, load_study, read_records
+from tests.fuzz.answers import answered
 from tests.sweeps.conftest import learn_all, report, tiny_sweep
 
 pytestmark = pytest.mark.fuzz
@@ -64,13 +64,8 @@ def content(folder: Path) -> dict[str, bytes | None]:
 def read(folder: Path) -> list[TrialRecord] | str:
     """The sweep's trials, or the one line in their place; the folder stays as it is."""
     before = content(folder)
-    told: list[TrialRecord] | str
-    try:
-        told = read_records(load_study(read_sweep(folder), folder))
-    except ConfigError as error:
-        told = str(error)
+    told = answered(lambda: read_records(load_study(read_sweep(folder), folder)))
     assert content(folder) == before, "who reads does not write"
-    assert isinstance(told, list) or (len(told.splitlines()) == 1 and len(told) < 1500)
     return told
 
 
