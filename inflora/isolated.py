@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from inflora.config import ConfigError
+from inflora.errors import one_line
 
 Device = Literal["cuda", "cpu"]
 LIMIT_S = 240.0
@@ -143,7 +144,7 @@ def _call(function: Callable[..., Any], arguments: tuple[object, ...], output: P
 def reason(error: Exception) -> str:
     """An error in one line, with its kind where the message was not written to stand alone."""
     kind = "" if isinstance(error, Failed | ConfigError) else f"{type(error).__name__}: "
-    return kind + (" ".join(str(error).split())[:300] or "no message")
+    return kind + (one_line(str(error), 300) or "no message")
 
 
 def _cause(exitcode: int | None) -> str:

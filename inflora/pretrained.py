@@ -34,7 +34,7 @@ def load_weights(vit: VisionTransformer, path: Path) -> VisionTransformer:
     """
     shown = cut(path, 200)
     if path.suffix not in WEIGHT_SUFFIXES:
-        raise ConfigError(f"backbone.weights must be one of {', '.join(WEIGHT_SUFFIXES)}, got {cut(path.name)}")
+        raise ConfigError(f"backbone.weights must be one of {', '.join(WEIGHT_SUFFIXES)}, got {shown}")
     try:
         require_regular(path)
     except FileNotFoundError:

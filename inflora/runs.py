@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -53,18 +54,19 @@ def train_into(
 
 
 def _claim(out: Path, *, resume: bool) -> RunState | None:
-    """The state to go on from; refuses a folder with a run that is not to be resumed, or with somebody else's files."""
+    """The state to go on from; refuses a folder with a run that is not to be resumed, or files in its way."""
     try:
+        with suppress(FileNotFoundError):
+            out.stat()  # a name that no folder can have
         _check_writable(out)
-        names = {path.name for path in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise ConfigError(f"cannot write into {str(out)[:200]}: {error.strerror}") from None
     if has_state(out / "state"):
         if not resume:
             raise ConfigError(f"{out} already holds a run; choose another folder with --out, or go on with --resume")
         return load_state(out / "state")
-    if foreign := sorted(name for name in names - set(_FOLDERS) if not name.startswith(".")):
-        raise ConfigError(f"{out} holds {foreign[0]} and no run; choose a new or an empty folder with --out")
+    if foreign := [name for name in _FILES if os.path.lexists(out / name)]:
+        raise ConfigError(f"{out} holds {foreign[0]} and no run; choose another folder with --out")
     return None
 
 

@@ -173,7 +173,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 def parse_duration_s(text: str) -> float:
     """``"90"``, ``"90s"``, ``"30m"`` or ``"8h"`` in seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", text)
     if match is None or not float(match[1]):
         raise ConfigError(f"a time is given as 90 (seconds), 30m or 8h, got {text!r}")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

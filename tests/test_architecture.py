@@ -12,7 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from floors below its own; modules of one package may share a floor and import each other.
 FLOORS = {
-    0: ("inflora.errors", "inflora.files", "inflora.distributed", "inflora.eigen", "inflora.metrics"),
+    0: (
+        "inflora.errors",
+        "inflora.files",
+        "inflora.patience",
+        "inflora.distributed",
+        "inflora.eigen",
+        "inflora.metrics",
+    ),
     1: ("inflora.config", "inflora.console"),
     2: (
         "inflora.subspace",

@@ -369,9 +369,7 @@ def test_every_other_setting_is_part_of_a_runs_identity(path):
     assert config_hash(override(RunConfig(), changes)) != config_hash(RunConfig())
 
 
-@pytest.mark.parametrize(
-    "path", ["data.order", "optim.head_init", "method.classifier_alignment.draws", "backbone.weights"]
-)
+@pytest.mark.parametrize("path", ["data.order", "optim.head_init", "method.classifier_alignment.draws"])
 def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
     here, there = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     here.write_bytes(b"one")
@@ -427,3 +425,10 @@ def test_the_list_of_one_method_has_its_settings_and_no_others():
     assert any(line.startswith("method.penalty") and "0 to 1e+06" in line for line in lines_of_settings("olora"))
     with pytest.raises(ConfigError, match="unknown method 'nix'; known: inflora"):
         all_settings("nix")
+
+
+def test_a_root_in_somebody_s_home_is_found_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/you")
+    assert override(RunConfig(), {"data.root": "~/stores"}).data.root == "/home/you/stores"
+    with pytest.raises(ConfigError, match=r"data\.root: names nobody's home folder, got '~nobody-of-that-name/x'"):
+        override(RunConfig(), {"data.root": "~nobody-of-that-name/x"})

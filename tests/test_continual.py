@@ -425,6 +425,7 @@ def test_in_bf16_a_run_learns_what_it_learns_in_float32_and_says_so(tiny, result
     assert same_state(again.state, in_bf16[0].state)
 
 
+@pytest.mark.e2e
 def test_a_compiled_backbone_is_not_compiled_again_for_later_tasks(tiny, results, monkeypatch):
     graphs = []
 

@@ -275,6 +275,7 @@ def work(rank: int, folder: Path, config: RunConfig) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.cluster
 def test_two_workers_exchange_tensors_of_the_device_only_and_agree(tiny, root, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["inflora.continual"])

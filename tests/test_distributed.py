@@ -29,6 +29,8 @@ from inflora.state import RunState, load_state, save_state
 from inflora.subspace import Memory, design, update
 from tests.conftest import same_state
 
+pytestmark = pytest.mark.cluster
+
 TASKS, BATCH = 2, 40
 RUNS = {
     "inflora": {},

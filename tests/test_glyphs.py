@@ -5,6 +5,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,6 +40,7 @@ def test_some_fonts_are_never_trained_on():
     assert set(HELD_OUT_FONTS) < set(font_paths())
 
 
+@pytest.mark.e2e
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path):
     first, second = by_command(tmp_path / "a.safetensors"), here(tmp_path / "b.safetensors")
     assert first.keys() == second.keys()

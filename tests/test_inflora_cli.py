@@ -125,12 +125,13 @@ def test_an_out_without_a_name_is_refused_and_not_the_working_folder(name, confi
     assert files_under(tmp_path) == before
 
 
-def test_a_folder_with_something_else_in_it_is_refused(config_file, tmp_path, monkeypatch):
+def test_a_folder_with_a_file_that_the_run_would_write_is_refused(config_file, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("mine")
     monkeypatch.chdir(tmp_path)
     done = inflora("train", config_file, "--out", ".")
     assert refused(done)
-    assert "tiny.yaml" in done.stderr
-    assert list(tmp_path.iterdir()) == [config_file]
+    assert "config.yaml" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", config_file.name}
 
 
 @pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "n" * 5000], ids=["proc", "below a file", "long"])

@@ -203,6 +203,7 @@ def two_workers(tiny, digits, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.cluster
 @EVERY_METHOD
 def test_two_workers_learn_what_one_learns(method, two_workers, uninterrupted):
     states: list[RunState] = [load_state(two_workers / f"{method}-{rank}") for rank in range(2)]

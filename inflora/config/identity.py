@@ -16,6 +16,7 @@ _NOT_IDENTITY = {"data": {"root"}, "device": True, "provenance": True, "backbone
 def config_hash(config: RunConfig) -> str:
     """A hash of a run's settings; places, device and provenance do not count, given files do by their contents.
 
+    The backbone's weights have a hash of their own, of their tensors, wherever they come from.
     The files are read, unless they are as they were when they were last read. One that cannot be read counts by its
     name, and the run that needs it is refused.
     """
@@ -28,8 +29,9 @@ def config_hash(config: RunConfig) -> str:
 
 
 def given_contents(config: RunConfig) -> dict[str, str]:
-    """Dotted setting -> hash of the content, of every file that the config names and that is there."""
-    found = {path: _content(file) for path, file in _files(config.model_dump()).items()}
+    """Dotted setting -> hash of the content, of the files that the config names, where they are there."""
+    named = {path: file for path, file in _files(config.model_dump()).items() if path != "backbone.weights"}
+    found = {path: _content(file) for path, file in named.items()}
     return {path: content for path, content in found.items() if content is not None}
 
 

@@ -86,7 +86,12 @@ class DataSettings(Settings):
     @field_validator("root", mode="before")
     @classmethod
     def _plain_text(cls, root: Any) -> Any:
-        return str(root) if isinstance(root, Path) else root
+        if not str(root).startswith("~"):
+            return str(root) if isinstance(root, Path) else root
+        try:
+            return str(Path(root).expanduser())
+        except RuntimeError:
+            raise ValueError("names nobody's home folder") from None
 
     @field_validator("tasks")
     @classmethod

@@ -67,7 +67,9 @@ def _read(path: Path | None, setting: str) -> dict[str, Tensor] | None:
         require_regular(path)
         tensors = load_file(path)
     except (OSError, SafetensorError, KeyError) as error:  # a KeyError: of a type that PyTorch does not have
-        raise ConfigError(f"cannot read {setting} {cut(path, 200)}: {cut(error, 200)}") from None
+        raise ConfigError(
+            f"cannot read {setting} {cut(path, 200)}: {cut(getattr(error, 'strerror', None) or error, 200)}"
+        ) from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{setting} {cut(path, 200)} holds numbers that are not finite in {cut(name)}")

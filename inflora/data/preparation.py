@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,8 @@ def prepare(
         raise DataError(f"--shorter-side must be between 1 and {_MOST_SHORTER_SIDE}, got {str(shorter_side)[:20]}")
     try:
         there = next(path for path in folder.absolute().parents if path.is_dir())
+        with TemporaryFile(dir=there):  # a lock would be waited for for ever where no file can be made
+            pass
         content = dataset.read(source, options, there)
         plan = _Plan(content, name, _form(content, shorter_side), shorter_side, _check(content, name, subset=subset))
         with _only_if_it_succeeds(folder.parent), FileLock(lock_of(folder), timeout=_WAIT_S):

@@ -13,6 +13,10 @@ from inflora.data.errors import DataError, brief
 from inflora.data.manifest import parse_manifest
 from inflora.data.preparation import lock_of
 from inflora.data.store import default_root, verify_split
+from inflora.patience import NoAnswerError, within
+
+_PATIENCE_S = 20.0
+"""How long the first answer of a bucket may take."""
 
 
 def is_remote(root: str) -> bool:
@@ -90,13 +94,19 @@ def stored_at(root: str, dataset: str) -> bytes | None:
         ConfigError: A URI that names no file system that is known here.
         DataError: What it names cannot be read.
     """
-    system, path = _resolve(root)
-    folder = f"{path}/{dataset}"
-    try:
-        if system.get_file_info(f"{folder}/manifest.json").type != fs.FileType.File:
+
+    def manifest() -> bytes | None:
+        system, path = _resolve(root)
+        file = f"{path}/{dataset}/manifest.json"
+        if system.get_file_info(file).type != fs.FileType.File:
             return None
-        with system.open_input_stream(f"{folder}/manifest.json") as stream:
-            return stream.read()
+        with system.open_input_stream(file) as stream:
+            return bytes(stream.read())
+
+    try:
+        return within(_PATIENCE_S, manifest)
+    except NoAnswerError as error:
+        raise DataError(f"data.root {root} {error}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {root}: {brief(error)}") from None
 

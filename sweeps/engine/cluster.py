@@ -10,6 +10,7 @@ import ray
 from ray.util.state import list_actors
 
 from inflora.config import ConfigError
+from inflora.errors import one_line
 from sweeps.engine.spec import Resources
 
 # Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
@@ -119,7 +120,7 @@ def check_state_api() -> None:
         with _in_environment(_ADDRESS, _address()):  # an argument would not do: what stands there goes before it
             list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(str(error), 200)
         raise ConfigError(
             f"Ray's state API does not answer ({reason}); start Ray with its dashboard, or use --executor inline"
         ) from None

@@ -82,7 +82,10 @@ def _remove(database: Path) -> None:
 
 def _is_known_whole(file: Path) -> bool:
     with closing(sqlite3.connect(file)) as database:
-        return database.execute("PRAGMA user_version").fetchone() == (_WHOLE,) or _rows(file).get("runs", 0) > 0
+        if database.execute("PRAGMA user_version").fetchone() == (_WHOLE,):
+            return True
+        made = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone()
+        return bool(made and database.execute("SELECT 1 FROM runs LIMIT 1").fetchone())
 
 
 def _is_unfinished(file: Path, whole: Path) -> bool:

@@ -21,7 +21,7 @@ from inflora.config import ConfigError, RunConfig
 from inflora.errors import one_line
 from sweeps.engine import plots
 from sweeps.engine.mlflow_database import make_whole
-from sweeps.engine.reach import reachable_store, sqlite_file, without_password
+from sweeps.engine.reach import reachable_store, sqlite_file, store_scheme, without_password
 from sweeps.engine.snapshot import snapshot
 from sweeps.engine.spec import Sweep
 
@@ -51,8 +51,7 @@ def make_client(uri: str) -> MlflowClient:
     """
     for name, value in _HTTP.items():
         os.environ.setdefault(name, value)
-    if not uri.startswith(("http://", "https://", "sqlite:///", "postgresql://", "mysql://", "databricks")):
-        raise ConfigError(f"a tracking URI starts with http://, https://, sqlite:/// or postgresql://, got {uri!r}")
+    store_scheme(uri)
     make_whole(uri)
     try:
         return MlflowClient(uri)

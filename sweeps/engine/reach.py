@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import sqlite3
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,13 +19,17 @@ from sqlalchemy.pool import NullPool
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
+from inflora.patience import NoAnswerError, within
 from sweeps.engine.output import check_folder_for
 from sweeps.engine.snapshot import snapshot
 
 PATIENCE_S = 10.0
 """How long an answer may take."""
 
-_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_CLIENT_PORT = 10001
+"""Where Ray's client server listens unless told otherwise."""
+
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
 class Unreachable(Exception):
@@ -42,11 +45,7 @@ def reachable_store(uri: str, own: Path | None = None) -> None:
         ConfigError: No tracking URI, or nothing answers there.
     """
     shown = one_line(without_password(uri), 300)
-    scheme = uri.partition(":")[0].partition("+")[0]
-    if scheme not in _STORES:
-        known = ", ".join(f"{each}://" for each in _STORES[1:])
-        raise ConfigError(f"a tracking URI starts with http://, {known}, got {shown!r}")
-    match scheme:
+    match store_scheme(uri):
         case "http" | "https":
             ask: Callable[[], object] = lambda: _ask_server(uri)  # noqa: E731
         case "sqlite":
@@ -58,6 +57,20 @@ def reachable_store(uri: str, own: Path | None = None) -> None:
     _within(PATIENCE_S, f"the tracking store {shown}", ask)
 
 
+def store_scheme(uri: str) -> str:
+    """The kind of tracking store that a URI names, whatever driver it asks for (``mysql+pymysql://``).
+
+    Raises:
+        ConfigError: None that MLflow knows.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in STORES:
+        known = ", ".join(f"{each}://" for each in STORES[1:])
+        shown = one_line(without_password(uri), 300)
+        raise ConfigError(f"a tracking URI starts with http://, {known}, got {shown!r}")
+    return scheme
+
+
 def reachable_ray(address: str | None) -> None:
     """Check that a Ray cluster answers at the address that was given, here or as ``RAY_ADDRESS``, and lets us in.
 
@@ -67,7 +80,10 @@ def reachable_ray(address: str | None) -> None:
     given = address or os.environ.get("RAY_ADDRESS")
     if given in (None, "", "auto", "local"):
         return  # Ray knows what runs on this machine
-    host, _, port = given.removeprefix("ray://").rpartition(":")
+    named = given.removeprefix("ray://")
+    if named != given and ":" not in named:
+        named += f":{_CLIENT_PORT}"
+    host, _, port = named.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
         raise ConfigError(f"a Ray address is host:port, ray://host:port, auto or local, got {one_line(given, 100)!r}")
     ask = _ask_port if given.startswith("ray://") else _ask_head
@@ -75,29 +91,15 @@ def reachable_ray(address: str | None) -> None:
 
 
 def _within(seconds: float, what: str, ask: Callable[[], object]) -> None:
-    """Wait for ``ask`` to return; it is left to itself, in a thread that ends with the program, when it takes longer.
-
-    Raises:
-        ConfigError: It has not returned in time, or why it has failed.
-    """
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            ask()
-        except Exception as error:  # whatever a driver raises, it is why there is no answer
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ConfigError(f"{what} does not answer within {seconds:.0f} seconds")
-    for error in failures:
-        if isinstance(error, ConfigError):
-            raise error
-        reason = str(error) if isinstance(error, Unreachable) else f"does not answer: {error or type(error).__name__}"
-        raise ConfigError(f"{what} {one_line(reason, 300)}") from None
+    """Raise ConfigError unless ``ask`` returns in time: ``what`` does not answer, or why it has failed."""
+    try:
+        within(seconds, ask)
+    except ConfigError:
+        raise
+    except (NoAnswerError, Unreachable) as error:
+        raise ConfigError(f"{what} {one_line(str(error), 300)}") from None
+    except Exception as error:  # whatever a driver raises, it is why there is no answer
+        raise ConfigError(f"{what} {one_line(f'does not answer: {error or type(error).__name__}', 300)}") from None
 
 
 def _ask_server(uri: str) -> None:

@@ -1,9 +1,11 @@
 """Databases of a sweep's folder, read without leaving a trace: a copy in memory, checked, of what is there now."""
 
+import contextlib
 import fcntl
 import shutil
 import sqlite3
 import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +13,7 @@ LOCK_FILE = ".lock"
 """What a driver holds, in its sweep's folder, as long as it lives."""
 
 _SIDECARS = ("-wal", "-journal")
+_TRIES = 20
 
 
 def is_driven(folder: Path) -> bool:
@@ -42,13 +45,7 @@ def snapshot(file: Path) -> sqlite3.Connection:
             _copy(f"{file.absolute().as_uri()}?mode=ro", memory)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / "database"
-                shutil.copyfile(file, copy)
-                for sidecar in _SIDECARS:
-                    beside = file.with_name(file.name + sidecar)
-                    if beside.is_file():
-                        shutil.copyfile(beside, f"{copy}{sidecar}")
-                _copy(copy.as_uri(), memory)
+                _copy(_at_rest(file, Path(folder)).as_uri(), memory)
         (found,) = memory.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
@@ -56,6 +53,35 @@ def snapshot(file: Path) -> sqlite3.Connection:
         memory.close()
         raise
     return memory
+
+
+def _at_rest(file: Path, folder: Path) -> Path:
+    """A copy of a database and its journals in ``folder``, taken between two changes where somebody is at it."""
+    copy = folder / "database"
+    for _ in range(_TRIES):
+        before = _looks(file)
+        for suffix in ("", *_SIDECARS):
+            beside = file.with_name(file.name + suffix)
+            copied = copy.with_name(copy.name + suffix)
+            copied.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(beside, copied)
+        if _looks(file) == before:
+            break
+        time.sleep(0.05)
+    return copy
+
+
+def _looks(file: Path) -> list[tuple[int, int] | None]:
+    """Size and time of a database and its journals."""
+    found: list[tuple[int, int] | None] = []
+    for suffix in ("", *_SIDECARS):
+        try:
+            facts = file.with_name(file.name + suffix).stat()
+            found.append((facts.st_size, facts.st_mtime_ns))
+        except FileNotFoundError:
+            found.append(None)
+    return found
 
 
 def _would_be_written_to(file: Path) -> bool:

@@ -6,6 +6,8 @@ that no search reads back carry a checksum, and what follows from others must fo
 
 import json
 import math
+import sqlite3
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -153,9 +155,19 @@ def _open(sweep: Sweep, file: Path) -> tuple[set[str], optuna.Study | None]:
         names = {str(name) for name in optuna.get_all_study_names(storage)}
         if sweep.study_name not in names:
             return names, None
+        if not _are_numbered(memory, sweep.study_name):
+            raise ValueError("its trials are not numbered one after another")
         study = optuna.load_study(study_name=sweep.study_name, storage=storage)
         _check(sweep, study)
         return names, study
+
+
+def _are_numbered(database: sqlite3.Connection, study_name: str) -> bool:
+    """Of trials of the same number Optuna shows one."""
+    of_study = "SELECT study_id FROM studies WHERE study_name = ?"
+    trials = f"SELECT number FROM trials WHERE study_id = ({of_study}) ORDER BY trial_id"
+    numbers = [number for (number,) in database.execute(trials, (study_name,))]
+    return numbers == list(range(len(numbers)))
 
 
 @cache
@@ -168,7 +180,8 @@ def _known_schema() -> str:
 def _readable(file: Path) -> Iterator[None]:
     """Say in one line why a study cannot be read: its bytes are foreign, and whatever reads them may raise anything."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # what they warn of is refused, or was when it was written
+            yield
     except ConfigError:
         raise
     except Exception as error:
@@ -258,8 +271,6 @@ def _check(sweep: Sweep, study: optuna.Study) -> None:
     if not (math.isfinite(hours_so_far(study)) and hours_so_far(study) >= 0):
         raise ValueError(f"its hours are {hours_so_far(study)}")
     trials = study.get_trials(deepcopy=False)
-    if [trial.number for trial in trials] != list(range(len(trials))):
-        raise ValueError("its trials are not numbered one after another")
     by_number = {trial.number: trial for trial in trials}
     for record in read_records(study):
         _check_settings(sweep, by_number[record.number], record)

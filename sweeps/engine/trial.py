@@ -20,6 +20,7 @@ from ray.train import Checkpoint
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
 from inflora.continual import run
+from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
 from inflora.shared import Shared
@@ -83,8 +84,8 @@ def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]
         state = session.restore()
         if state is not None:
             check_state(config, state)
-    except (StateError, OSError) as error:
-        damage = " ".join(str(error).split())[:300]
+    except StateError as error:  # what cannot be reached now is no damage: that is tried again
+        damage = one_line(str(error), 300)
     if distributed.everywhere(not damage):
         return state, ""
     session.forget()

@@ -129,6 +129,14 @@ def test_a_value_of_the_study_is_another(kept, known, tmp_path_factory, where, r
     assert isinstance(told, str) or without_dates(told) == known
 
 
+def test_trials_of_the_same_number_are_no_study(kept, tmp_path):
+    folder = copy_of(kept, tmp_path / "numbers")
+    with closing(sqlite3.connect(folder / STUDY_FILE)) as database:
+        database.execute("UPDATE trials SET number = 0")
+        database.commit()
+    assert "not numbered one after another" in read(folder)
+
+
 SHAPES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

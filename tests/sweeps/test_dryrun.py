@@ -66,6 +66,7 @@ def test_a_dry_run_checks_all_and_leaves_nothing(tiny_sweep, tmp_path, monkeypat
         "settings",
         "storage",
         "tracking",
+        "Ray",
         "cluster",
         "a tiny trial",
         "estimate",
