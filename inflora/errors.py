@@ -3,10 +3,6 @@
 LONGEST_LINE = 2000
 
 
-class UserError(ValueError):
-    """A mistake that a user can mend: the message is one line with the rule, the value and what is allowed."""
-
-
 def one_line(text: str, longest: int = LONGEST_LINE) -> str:
     """The text on one line, its middle left out where it is very long; nothing in it that a terminal obeys.
 
@@ -16,3 +12,10 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} [...] {line[-half:]}"
+
+
+class UserError(ValueError):
+    """A mistake that a user can mend: the message is one line with the rule, the value and what is allowed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))

@@ -106,6 +106,7 @@ def started(folder: Path, program: str, *arguments: str) -> tuple[int, set[str]]
 RECIPE = str(Path(__file__).parents[1] / "sweeps" / "digits.py")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("line", "code"),
     [
@@ -123,6 +124,7 @@ def test_help_and_a_mistyped_word_wait_for_no_library(line, code, tmp_path):
     assert started(tmp_path, *line) == (code, set())
 
 
+@pytest.mark.e2e
 def test_the_status_of_a_sweep_waits_for_no_library(tmp_path):
     folder = tmp_path / "results" / "digits-frozen"
     Ledger(digits.frozen, folder).propose()

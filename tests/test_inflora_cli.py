@@ -42,6 +42,7 @@ def refused(result) -> bool:
     )
 
 
+@pytest.mark.e2e
 def test_the_command_learns_every_task_prints_the_accuracies_and_keeps_the_run(tiny, tmp_path):
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny))
     command = [Path(sys.executable).with_name("inflora"), "train", "tiny.yaml", "method.rank=3", "optim.lr=5e-4"]

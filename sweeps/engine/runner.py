@@ -17,6 +17,7 @@ from rich.console import Console
 from inflora.config import ConfigError
 from inflora.continual import check, identity
 from inflora.files import write_atomically
+from inflora.patience import NoAnswerError, within
 from inflora.storage import SharedFolder
 from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
 from sweeps.engine.cluster import (
@@ -34,7 +35,7 @@ from sweeps.engine.mlflow_store import git_commit
 from sweeps.engine.nodes import check_nodes
 from sweeps.engine.output import check_folder_for
 from sweeps.engine.progress import progress_on
-from sweeps.engine.reach import reachable_ray, reachable_store
+from sweeps.engine.reach import PATIENCE_S, reachable_ray, reachable_store
 from sweeps.engine.records import TrialRecord
 from sweeps.engine.search import StudyScheduler, StudySearcher
 from sweeps.engine.snapshot import LOCK_FILE, is_driven
@@ -165,11 +166,16 @@ def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
     """Where the trials of a sweep in ``folder`` are kept.
 
     Raises:
-        ConfigError: Not a place that the sweep's executor can keep them in.
+        ConfigError: Not a place that the sweep's executor can keep them in, or one that does not answer.
     """
     place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
     if sweep.executor == "inline" and not place.is_local:
         raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
+    if not place.is_local:
+        try:
+            within(2 * PATIENCE_S, lambda: place.read(STUDY_FILE))
+        except NoAnswerError as error:
+            raise ConfigError(f"--shared {place.address} {error}") from None
     return place
 
 

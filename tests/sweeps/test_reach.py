@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from inflora.config import ConfigError
+from inflora.storage import SharedFolder
 from sweeps.cli import parse_seeds
 from sweeps.engine import reach
+from sweeps.engine.cluster import Cluster
 from sweeps.engine.output import check_output
 from sweeps.engine.reach import reachable_ray, reachable_store
+from sweeps.engine.runner import trials_place
 
 from .server import free_port
 
@@ -128,3 +131,12 @@ def test_seeds_are_different_whole_numbers_that_every_generator_takes(text):
     with pytest.raises(ConfigError, match="--seeds must be different whole numbers") as refused:
         parse_seeds(text)
     assert len(str(refused.value)) < 400
+
+
+def test_a_bucket_that_does_not_answer_is_one_line(tiny_sweep, tmp_path, monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(SharedFolder, "read", lambda *_: never.wait())
+    monkeypatch.setattr("sweeps.engine.runner.PATIENCE_S", 0.01)
+    with pytest.raises(ConfigError, match=r"^--shared gs://bucket/x/tiny does not answer within 0 seconds$"):
+        trials_place(tiny_sweep, tmp_path, Cluster(shared="gs://bucket/x"))
+    never.set()
