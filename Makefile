@@ -6,6 +6,9 @@ READY  := $(VENV)/.ready
 # Small matrices: one thread per process is fastest, and two trials then share two cores without fighting.
 export OMP_NUM_THREADS ?= 1
 
+# Tests wait now and then, for a process or a clock: one more at a time than there are cores.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
+
 .PHONY: sweep gpu-check test unit fuzz cluster slow chaos hosts compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
@@ -23,7 +26,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not fuzz and not cluster and not e2e and not hosts" -n auto --dist worksteal
+	$(BIN)/python -m pytest -m "not fuzz and not cluster and not e2e and not hosts" -n $(WORKERS) --dist worksteal
 
 fuzz: $(READY)  ## malformed inputs by the hundred, each a right answer or one line
 	$(BIN)/python -m pytest -m fuzz -n auto --dist worksteal
