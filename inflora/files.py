@@ -14,6 +14,14 @@ _KINDS = {
 }
 
 
+def exists(path: Path) -> bool:
+    """True of what is there; a name that no file can have is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def require_regular(path: Path) -> int:
     """The size of a regular file: whoever opens a named pipe waits for ever, and a device has no end.
 

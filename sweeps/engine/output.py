@@ -7,7 +7,7 @@ from pathlib import Path
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
-from inflora.files import write_atomically
+from inflora.files import exists, write_atomically
 
 STDOUT = Path("-")
 
@@ -44,7 +44,7 @@ def check_folder_for(folder: Path) -> None:
 
 def nearest(path: Path) -> Path:
     """What is there of a path: itself, or the nearest of what is above it."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if _exists(each))
+    return next(each for each in (path.absolute(), *path.absolute().parents) if exists(each))
 
 
 def deliver(path: Path, content: str, said: str) -> None:
@@ -55,10 +55,3 @@ def deliver(path: Path, content: str, said: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.encode())
     print(said)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False

@@ -24,6 +24,7 @@ from inflora.config import (
     override,
 )
 from inflora.errors import one_line
+from inflora.files import exists
 from sweeps.engine import space as search_space
 from sweeps.engine.metrics import Metric, Objective
 from sweeps.engine.space import Choice, Domain, Integer, NearOne, Real
@@ -259,7 +260,7 @@ def read_sweep(folder: Path) -> Sweep:
         ConfigError: No sweep is there, or one of another version.
     """
     path = folder / SPEC_FILE
-    if not _exists(path):
+    if not exists(path):
         beside = sorted(p.parent.name for p in folder.parent.glob(f"*/{SPEC_FILE}"))
         known = f"; sweeps in {one_line(str(folder.parent), 300)}: {one_line(', '.join(beside), 300)}" if beside else ""
         raise ConfigError(f"no sweep in {one_line(str(folder), 300)}: {SPEC_FILE} is missing{known}")
@@ -271,10 +272,3 @@ def read_sweep(folder: Path) -> Sweep:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
         raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error), 300)}") from None
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False
