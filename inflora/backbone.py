@@ -45,7 +45,8 @@ def build_backbone(settings: BackboneSettings) -> VisionTransformer:
     Raises:
         ConfigError: An unknown name, a model of another kind, or weights that are missing or do not fit.
     """
-    if settings.options:
+    from_hub = settings.weights is None and settings.pretrained and settings.name != "glyph_vit"
+    if settings.options or from_hub:  # what does not fit is said before anything is computed or fetched
         meta_backbone(settings)
     if settings.weights is not None:
         return load_weights(_random(settings), settings.weights)
@@ -174,7 +175,6 @@ def _create(settings: BackboneSettings) -> VisionTransformer:
 def _from_hub(settings: BackboneSettings) -> VisionTransformer:
     """The model with the weights that its name means."""
     name, options = settings.name, cast(dict[str, Any], settings.options)
-    meta_backbone(settings)
     overlay = from_cache(name)
     if overlay is None:
         require_hub(name)

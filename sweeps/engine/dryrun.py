@@ -16,6 +16,7 @@ from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from sweeps.engine.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.nodes import check_nodes
+from sweeps.engine.output import nearest
 from sweeps.engine.reach import reachable_ray, reachable_store
 from sweeps.engine.runner import check_folder, trials_place
 from sweeps.engine.spec import Sweep
@@ -107,9 +108,8 @@ def _check_this_node(device: Device) -> tuple[str, list[Outcome]]:
 
 def check_storage(folder: Path) -> None:
     """Raise ConfigError unless files and databases can be written in ``folder`` (which is not made)."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=there) as name:
+        with tempfile.TemporaryDirectory(dir=nearest(folder)) as name:
             with sqlite3.connect(Path(name) / "study.db") as database:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("CREATE TABLE t (x INTEGER)")
