@@ -49,7 +49,7 @@ def _main() -> None:
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
+        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; adapter.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),

@@ -1,4 +1,4 @@
-"""What of CUDA is there: driver, PyTorch's build, devices."""
+"""The CUDA that is there: driver, PyTorch's build, devices."""
 
 import os
 import re
@@ -50,4 +50,22 @@ def require_cuda() -> None:
         why = str(error).split(". ")[0].strip()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
-    raise ConfigError(f"PyTorch finds no CUDA device here ({why}): {versions()}{hidden}")
+    raise ConfigError(f"device must be auto or cpu here: PyTorch finds no CUDA device ({why}): {versions()}{hidden}")
+
+
+def require_device(name: str) -> None:
+    """Raise ConfigError where ``config.device`` asks for CUDA and there is none; takes hold of no GPU."""
+    if name == "cuda":
+        require_cuda()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``config.device`` names, with its index; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    require_device(name)
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

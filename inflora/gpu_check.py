@@ -45,7 +45,7 @@ _SMALL_VIT = BackboneSettings(
     pretrained=False,
     options={"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
 )
-_ALIGNED = {"method.classifier_alignment.epochs": 2, "method.classifier_alignment.temperature": 0.1}
+_ALIGNED = {"classifier": {"name": "aligned", "epochs": 2, "temperature": 0.1}}
 _WORKERS_PATIENCE_S = 60
 
 
@@ -184,7 +184,7 @@ def exact_run(bench: Bench) -> RunConfig:
     small = BackboneSettings(pretrained=False, options={"embed_dim": 32, "depth": 2, "num_heads": 2})
     backbone = BackboneSettings() if bench.device == "cuda" else small
     optim = {"optim.name": "sgd", "optim.lr": 0.02, "optim.batch_size": 64}
-    exact = {"backbone": backbone.model_dump(), "precision": "fp32", "method.rank": 4}
+    exact = {"backbone": backbone.model_dump(), "precision": "fp32", "adapter.rank": 4}
     return override(digits_run(bench), optim | exact)
 
 

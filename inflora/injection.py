@@ -43,7 +43,7 @@ def inject(
     if not isinstance(layers, nn.Sequential | nn.ModuleList) or not len(layers):
         raise ConfigError(f"{kind} cannot be adapted: it has no list of transformer blocks named 'blocks'")
     if blocks is not None and blocks > len(layers):
-        raise ConfigError(f"method.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
+        raise ConfigError(f"adapter.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
     paths = dict.fromkeys("attn.qkv" if target in _OF_QKV else target for target in targets)
     for index, block in enumerate(layers[:blocks]):
         for path in paths:

@@ -35,6 +35,11 @@ def accuracy_row(evaluation: Evaluation) -> list[float]:
     return [counts.correct / counts.images for counts in evaluation]
 
 
+def task_aware_row(evaluation: Evaluation) -> list[float]:
+    """The accuracy on each task seen so far among the classes of that task alone."""
+    return [counts.correct_in_task / counts.images for counts in evaluation]
+
+
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> list[list[float]]:
     """``a[i][j]`` for j <= i; row i has i + 1 entries."""
     return [accuracy_row(evaluation) for evaluation in evaluations]

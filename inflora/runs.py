@@ -8,12 +8,13 @@ from tempfile import TemporaryFile
 
 from pydantic import BaseModel
 
-from inflora.adapters import save_adapter
 from inflora.config import ConfigError, RunConfig, dump_config
-from inflora.continual import TaskResult, identity, run
+from inflora.continual import TaskResult, run
 from inflora.data.stream import EvaluateOn
 from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix
+from inflora.peft_export import save_adapter
+from inflora.setup import identity
 from inflora.state import RunState, has_state, load_state, of_folder, save_state
 from inflora.training import EpochDone
 
@@ -98,7 +99,7 @@ class Result(BaseModel):
 
 
 def result_of(config: RunConfig, state: RunState) -> Result:
-    """What there is to know of a finished run."""
+    """Gather what is reported of a finished run."""
     return Result(
         evaluated_on=state.evaluate_on,
         metrics=state.metrics(state.tasks_done),

@@ -7,10 +7,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from inflora.adapters.prompts.base import PromptAdapter, begin_at_random, similarity
 from inflora.config import DualPromptSettings
-from inflora.methods.prompting import PromptMethod, begin_at_random, similarity
 from inflora.model import ContinualModel
-from inflora.prompts import Prompted, Prompts, attention, make_promptable, prefixed, query
+from inflora.prompts import Encoded, Prompts, attention, make_promptable, prefixed, query
 
 
 class DualPrompts(Prompts):
@@ -32,7 +32,7 @@ class DualPrompts(Prompts):
         if self.settings.general_blocks:
             self.get_parameter("general_G2LW").requires_grad_(True)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
+    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
         """Also the paper's matching loss: ``pull`` times the cosine distance to the key of the task being learnt."""
         match_BT = similarity(query(vit, images), torch.stack(self.of_tasks("key")))
         chosen_B = match_BT.argmax(1) if task is None else torch.full_like(match_BT[:, 0], task, dtype=torch.int64)
@@ -46,13 +46,13 @@ class DualPrompts(Prompts):
         }
         distance = 1 - match_BT.gather(1, chosen_B[:, None]).mean()
         with prefixed(vit, prefixes):
-            return Prompted(vit(images), self.settings.pull * distance)
+            return Encoded(vit(images), (self.settings.pull * distance,))
 
 
-class DualPrompt(PromptMethod[DualPromptSettings]):
+class DualPrompt(PromptAdapter[DualPromptSettings]):
     """Every task trains the general prompts, and its own expert prompts with their key."""
 
     def prepare(self, model: ContinualModel) -> None:
         total = self.settings.general_blocks + self.settings.expert_blocks
-        make_promptable(model.backbone, total, "method.general_blocks + method.expert_blocks")
+        make_promptable(model.backbone, total, "adapter.general_blocks + adapter.expert_blocks")
         model.prompts = DualPrompts(self.settings)

@@ -7,19 +7,19 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from inflora.adapters.base import Adapter
+from inflora.adapters.covariances import input_covariances
 from inflora.config import InfLoRASettings
-from inflora.distributed import from_first
+from inflora.distributed import broadcast
 from inflora.injection import inject
 from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers, merge_all
-from inflora.methods.alignment import Alignment
-from inflora.methods.base import Method, TaskData
-from inflora.methods.statistics import input_covariances
 from inflora.model import ContinualModel
 from inflora.subspace import Memory, design, energy_inside, taken_count, threshold, update
+from inflora.task_data import TaskData
 
 
-class InfLoRA(Method[InfLoRASettings]):
+class InfLoRA(Adapter[InfLoRASettings]):
     """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights."""
 
     passes = ("covariance-before", "covariance-after")
@@ -27,38 +27,36 @@ class InfLoRA(Method[InfLoRASettings]):
     def __init__(self, settings: InfLoRASettings) -> None:
         super().__init__(settings)
         self.memory: dict[str, Memory] = {}
-        self.alignment = Alignment(settings.classifier_alignment)
-        self._known: dict[str, float] = {}
+        self._diagnostics: dict[str, float] = {}
 
     def prepare(self, model: ContinualModel) -> None:
         inject(model.backbone, self.settings.blocks, self.settings.targets)
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         covariances, energy_of = input_covariances(model, data, "before"), self.settings.energy_of
-        self._known = {}
+        self._diagnostics = {}
         layers = dict(adapted_layers(model))
         memories = [self.memory.get(name) for name in layers]
         designs = design([covariances[name] for name in layers], memories, self.settings.rank)
-        for (name, layer), memory, lora_A in zip(layers.items(), memories, map(from_first, designs), strict=True):
+        for (name, layer), memory, lora_A in zip(layers.items(), memories, map(broadcast, designs), strict=True):
             if len(lora_A) < self.settings.rank:
                 warnings.warn(
                     f"task {data.task.index}: {name} has {len(lora_A)} free directions left, "
-                    f"fewer than method.rank={self.settings.rank}; using {len(lora_A)}",
+                    f"fewer than adapter.rank={self.settings.rank}; using {len(lora_A)}",
                     stacklevel=2,
                 )
             layer.attach(lora_A)
-            self._known[f"memory/{short(name)}/overlap"] = energy_inside(covariances[name], memory, energy_of)
+            self._diagnostics[f"memory/{short(name)}/overlap"] = energy_inside(covariances[name], memory, energy_of)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         learnt = merge_all(model)
         self._remember(input_covariances(model, data, "after"), data)
-        self.alignment.after_task(model, data)
         return learnt
 
     def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
         """DualGPM: what the finished task's inputs use is taken from the directions that are free."""
-        settings = self.settings
-        total_tasks = settings.total_tasks or data.stream_tasks
+        settings, known = self.settings, self._diagnostics
+        total_tasks = settings.total_tasks or data.total_tasks
         share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
         updated = update(
             [self.memory.get(name) for name in covariances],
@@ -67,28 +65,25 @@ class InfLoRA(Method[InfLoRASettings]):
             energy_of=settings.energy_of,
             may_flip=settings.memory == "dualgpm",
         )
-        self.memory = dict(zip(covariances, map(same_everywhere, updated), strict=True))
+        self.memory = dict(zip(covariances, map(from_first_worker, updated), strict=True))
         for name, memory in self.memory.items():
-            self._known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariances[name])))
-            self._known[f"memory/{short(name)}/kept"] = energy_inside(covariances[name], memory, settings.energy_of)
+            known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariances[name])))
+            known[f"memory/{short(name)}/kept"] = energy_inside(covariances[name], memory, settings.energy_of)
 
     def diagnostics(self) -> dict[str, float]:
         """For each adapted layer: ``size``, the directions taken; ``kept``, the share of the task's input energy in
         them; ``overlap``, the share of it that lay in the old memory before the task was learnt.
         """
-        return self._known
+        return self._diagnostics
 
     def state(self) -> dict[str, Tensor]:
-        memory = {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
-        return memory | {f"classes/{name}": tensor for name, tensor in self.alignment.state().items()}
+        return {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        classes = {key.removeprefix("classes/"): t for key, t in state.items() if key.startswith("classes/")}
-        self.alignment.load_state(classes)
-        self.memory = memory_of({key: t for key, t in state.items() if not key.startswith("classes/")})
+        self.memory = memory_of(state)
 
     def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
-        layout = {f"classes/{name}": spec for name, spec in self.alignment.layout(sizes, model.width).items()}
+        layout = {}
         for name, layer in adapted_layers(model):
             kind = "retain" if f"{name}.retain" in names else "remove"
             layout[f"{name}.{kind}"] = Spec((layer.in_features, range(layer.in_features + 1)))
@@ -105,10 +100,10 @@ def memory_of(state: dict[str, Tensor]) -> dict[str, Memory]:
     return memory
 
 
-def same_everywhere(memory: Memory) -> Memory:
+def from_first_worker(memory: Memory) -> Memory:
     """The first worker's memory, on the CPU, where it is kept between tasks."""
-    retain = from_first(torch.tensor([memory.kind == "retain"], device=memory.basis_DK.device, dtype=torch.uint8))
-    return Memory("retain" if retain else "remove", from_first(memory.basis_DK).cpu())
+    retain = broadcast(torch.tensor([memory.kind == "retain"], device=memory.basis_DK.device, dtype=torch.uint8))
+    return Memory("retain" if retain else "remove", broadcast(memory.basis_DK).cpu())
 
 
 def short(layer: str) -> str:

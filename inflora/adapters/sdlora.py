@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from inflora.adapters.lora import TrainedLoRA
 from inflora.config import SDLoRASettings
 from inflora.injection import inject
 from inflora.layout import Layout, Spec
 from inflora.lora import LoRALinear
-from inflora.methods.base import TaskData, Trainable
-from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
+from inflora.task_data import TaskData
 
 
 class DecoupledLinear(LoRALinear):
@@ -66,7 +66,7 @@ def decoupled_layers(model: nn.Module) -> Iterator[tuple[str, DecoupledLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, DecoupledLinear))
 
 
-class SDLoRA(PlainLoRA[SDLoRASettings]):
+class SDLoRA(TrainedLoRA[SDLoRASettings]):
     """The model grows by one direction for each layer and task, and so does the cost of a step: it is the method's."""
 
     def prepare(self, model: ContinualModel) -> None:
@@ -77,10 +77,9 @@ class SDLoRA(PlainLoRA[SDLoRASettings]):
         for _, layer in decoupled_layers(model):
             layer.magnitudes.requires_grad_(True)
 
-    def trainable(self, model: ContinualModel) -> Trainable:
-        known = super().trainable(model)
+    def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         magnitudes = [layer.magnitudes for _, layer in decoupled_layers(model) if len(layer.magnitudes)]
-        return known._replace(adapted=known.adapted + magnitudes)
+        return super().task_parameters(model) + magnitudes
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         for _, layer in decoupled_layers(model):

@@ -1,4 +1,4 @@
-"""What the prompt methods share: how they are trained, how prompts start, and how they are matched with images."""
+"""What the prompt adapters share: how they are trained, how prompts start, and how they are matched with images."""
 
 from typing import TypeVar, cast
 
@@ -6,33 +6,27 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.adapters.base import Adapter
 from inflora.config import Settings
-from inflora.data.loader import Batch, seeded
-from inflora.data.stream import Task
-from inflora.methods.base import Method, TaskData, Trainable, task_loss
+from inflora.data.loader import seeded
 from inflora.model import ContinualModel
 from inflora.prompts import Prompts
+from inflora.task_data import TaskData
 
 S = TypeVar("S", bound=Settings)
 
 
-class PromptMethod(Method[S]):
-    """The backbone stays as it is; prompts and classifiers are trained. A subclass says which prompts."""
+class PromptAdapter(Adapter[S]):
+    """The backbone stays as it is; prompts are trained. A subclass says which prompts."""
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         assert model.prompts is not None
         model.prompts.requires_grad_(False)
-        model.prompts.begin(cast(VisionTransformer, model.backbone), data.task.index, data.seed)
+        model.prompts.begin(cast(VisionTransformer, model.backbone), data.task.index, data.draws.seed)
 
-    def trainable(self, model: ContinualModel) -> Trainable:
+    def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         assert model.prompts is not None
-        prompts = [parameter for parameter in model.prompts.parameters() if parameter.requires_grad]
-        return Trainable(list(model.heads[-1].parameters()), prompts)
-
-    def loss(self, model: ContinualModel, batch: Batch, task: Task) -> Tensor:
-        """Cross-entropy over the current task's classes, plus what the prompts add."""
-        features, penalty = model.prompted(batch.images, task.index)
-        return task_loss(model, features, batch, task) + penalty
+        return [parameter for parameter in model.prompts.parameters() if parameter.requires_grad]
 
 
 def begin_at_random(prompts: Prompts, vit: VisionTransformer, task: int, seed: int) -> None:

@@ -6,10 +6,10 @@ Shapes: P prompts in the pool, L tokens of each, D width, B batch, K prompts pic
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from inflora.adapters.prompts.base import PromptAdapter, begin_at_random, similarity
 from inflora.config import L2PSettings
-from inflora.methods.prompting import PromptMethod, begin_at_random, similarity
 from inflora.model import ContinualModel
-from inflora.prompts import Prompted, Prompts, prepended_features, query
+from inflora.prompts import Encoded, Prompts, prepended_features, query
 
 
 class PromptPool(Prompts):
@@ -27,16 +27,16 @@ class PromptPool(Prompts):
         begin_at_random(self, vit, task, seed)
         self.requires_grad_(True)
 
-    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
+    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
         """Also the paper's equation 5: ``pull`` times the cosine distances to the keys picked."""
         match_BP = similarity(query(vit, images), self.get_parameter("keys_PD"))
         nearest_BK, picked_BK = match_BP.topk(self.settings.top, dim=1)
         tokens_BLD = self.get_parameter("pool_PLD")[picked_BK].flatten(1, 2)
         features = prepended_features(vit, images, tokens_BLD)
-        return Prompted(features, self.settings.pull * (1 - nearest_BK).sum(1).mean())
+        return Encoded(features, (self.settings.pull * (1 - nearest_BK).sum(1).mean(),))
 
 
-class L2P(PromptMethod[L2PSettings]):
+class L2P(PromptAdapter[L2PSettings]):
     """Every task trains the whole pool and its keys; the classifiers see the mean of the prompts' outputs."""
 
     def prepare(self, model: ContinualModel) -> None:

@@ -1,34 +1,30 @@
 """O-LoRA: each task learns in a subspace pulled away from the old tasks' (Wang et al., EMNLP 2023)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from inflora.adapters.lora import TrainedLoRA
 from inflora.config import OLoRASettings
-from inflora.data.loader import Batch
-from inflora.data.stream import Task
 from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers
-from inflora.methods.base import TaskData
-from inflora.methods.sequential import PlainLoRA
 from inflora.model import ContinualModel
+from inflora.task_data import TaskData
 
 
-class OLoRA(PlainLoRA[OLoRASettings]):
+class OLoRA(TrainedLoRA[OLoRASettings]):
     """The rows of every old A stand for its task's gradient subspace; the new A's rows are to be orthogonal to them."""
 
     def __init__(self, settings: OLoRASettings) -> None:
         super().__init__(settings)
         self.old_A: dict[str, Tensor] = {}
 
-    def loss(self, model: ContinualModel, batch: Batch, task: Task) -> Tensor:
-        """Cross-entropy plus the penalty times the sum of squares of ``A_old A_new^T``, over all old tasks."""
-        loss = super().loss(model, batch, task)
+    def penalties(self, model: ContinualModel) -> Iterator[Tensor]:
+        """For each layer, ``penalty`` times the sum of squares of ``A_old A_new^T`` over all old tasks."""
         for name, layer in adapted_layers(model):
             if name in self.old_A and layer.lora_A is not None:
-                loss = loss + self.settings.penalty * (self.old_A[name] @ layer.lora_A.T).square().sum()
-        return loss
+                yield self.settings.penalty * (self.old_A[name] @ layer.lora_A.T).square().sum()
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         super().begin_task(model, data)

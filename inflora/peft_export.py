@@ -36,7 +36,7 @@ def save_adapter(folder: Path, backbone: nn.Module, factors: Mapping[str, Tensor
     Args:
         folder: Is made where it is missing.
         backbone: The model that was adapted, with the layers' names as in ``factors`` (after ``backbone.``).
-        factors: As a method's ``end_task`` gives them.
+        factors: As an adapter's ``end_task`` gives them.
         base: The backbone's name, as a note.
     """
     layers = {name: layer for name, layer in adapted_layers(backbone) if f"backbone.{name}.lora_A" in factors}

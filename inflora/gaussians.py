@@ -69,7 +69,7 @@ class Gaussians(NamedTuple):
         return root_CDD @ root_CDD.mT - _RIDGE * torch.eye(root_CDD.shape[1], device=root_CDD.device)
 
 
-def draw(tasks: Sequence[Gaussians], samples: int, generator: torch.Generator) -> Tensor:
+def sample(tasks: Sequence[Gaussians], samples: int, generator: torch.Generator) -> Tensor:
     """``samples`` features (N x D) of every class, class by class. Means of older tasks are shrunk more."""
     features = []
     for index, task in enumerate(tasks):

@@ -7,11 +7,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.adapters.prompts.base import PromptAdapter
 from inflora.config import CODAPromptSettings
 from inflora.data.loader import seeded
-from inflora.methods.prompting import PromptMethod
 from inflora.model import ContinualModel
-from inflora.prompts import Prompted, Prompts, attention, make_promptable, prefixed, query
+from inflora.prompts import Encoded, Prompts, attention, make_promptable, prefixed, query
 
 
 class ComponentPrompts(Prompts):
@@ -44,7 +44,7 @@ class ComponentPrompts(Prompts):
             ]
             self.learn(new, torch.stack(blocks), next(vit.parameters()))
 
-    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
+    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
         """Also the paper's equation 8: ``orthogonality`` times the squared overlaps of P, K and A among themselves."""
         query_BD = query(vit, images)
         parts = [torch.cat(self.of_tasks(name), dim=1) for name in ("components", "keys", "attentions")]
@@ -57,14 +57,14 @@ class ComponentPrompts(Prompts):
             prefixes[block] = (keys_BLW, values_BLW)
         penalty = torch.stack([overlap(part) for part in parts]).sum()
         with prefixed(vit, prefixes):
-            return Prompted(vit(images), self.settings.orthogonality * penalty)
+            return Encoded(vit(images), (self.settings.orthogonality * penalty,))
 
 
-class CODAPrompt(PromptMethod[CODAPromptSettings]):
+class CODAPrompt(PromptAdapter[CODAPromptSettings]):
     """Every task trains the components that it adds, with their keys and attentions; the older ones are frozen."""
 
     def prepare(self, model: ContinualModel) -> None:
-        make_promptable(model.backbone, self.settings.blocks, "method.blocks")
+        make_promptable(model.backbone, self.settings.blocks, "adapter.blocks")
         model.prompts = ComponentPrompts(self.settings)
 
 

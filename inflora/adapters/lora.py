@@ -1,21 +1,21 @@
-"""Sequential LoRA: plain low-rank adaptation, task after task, with nothing protected (Hu et al., ICLR 2022)."""
+"""LoRA: plain low-rank adaptation, task after task, with nothing protected (Hu et al., ICLR 2022)."""
 
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from inflora.config import LoRASettings, SequentialSettings
-from inflora.data.loader import seeded
+from inflora.adapters.base import Adapter
+from inflora.config import LoRASettings, LowRankSettings
 from inflora.injection import inject
 from inflora.lora import adapted_layers, merge_all
-from inflora.methods.base import Method, TaskData
 from inflora.model import ContinualModel
+from inflora.task_data import TaskData
 
-L = TypeVar("L", bound=LoRASettings)
+S = TypeVar("S", bound=LowRankSettings)
 
 
-class PlainLoRA(Method[L]):
+class TrainedLoRA(Adapter[S]):
     """Both matrices of each adapter are trained, A from LoRA's usual initialisation, and merged after the task."""
 
     def prepare(self, model: ContinualModel) -> None:
@@ -25,12 +25,12 @@ class PlainLoRA(Method[L]):
         for name, layer in adapted_layers(model):
             bound = layer.in_features**-0.5
             shape = (self.settings.rank, layer.in_features)
-            generator = seeded(data.seed, data.task.index, "lora_A", name)
+            generator = data.draws.generator(data.task.index, "lora_A", name)
             layer.attach(torch.empty(shape).uniform_(-bound, bound, generator=generator), train_A=True)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         return merge_all(model)
 
 
-class Sequential(PlainLoRA[SequentialSettings]):
+class LoRA(TrainedLoRA[LoRASettings]):
     """Nothing but plain LoRA, one task after another."""

@@ -1,0 +1,43 @@
+"""Settings of the form before adapters and classifiers were two choices: refused with their new names."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from inflora.config.base import ConfigError
+from inflora.config.messages import cut
+from inflora.config.methods import METHODS
+
+_ALIGNMENT = "method.classifier_alignment"
+_FILES = {"data.order": "replay.orders", "optim.head_init": "replay.heads", f"{_ALIGNMENT}.draws": "replay.draws"}
+_FIRST = 8  # more are not told of in one line
+
+
+def refuse_old_names(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError with the new names where ``settings`` (a whole config, or dotted paths) are of the old form."""
+    renamed = [f"{old} is now {new}" for old, new in _renamed(settings)]
+    if renamed:
+        more = f"; and {len(renamed) - _FIRST} more" if len(renamed) > _FIRST else ""
+        raise ConfigError(f"old names of settings: {'; '.join(renamed[:_FIRST])}{more}")
+
+
+def _renamed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        path = f"{prefix}{name}"
+        if path == "method.name" or (path == "method" and isinstance(value, str)):
+            yield (
+                path,
+                " ".join(f"{new}={_plain(given)}" for new, given in METHODS.get(str(value), {}).items())
+                or ("adapter.name and classifier.name"),
+            )
+        elif isinstance(value, Mapping):
+            yield from _renamed(value, f"{path}.")
+        elif path in _FILES and (path != "optim.head_init" or str(value).endswith(".safetensors")):
+            yield path, _FILES[path]
+        elif path.startswith(f"{_ALIGNMENT}."):
+            yield path, f"classifier.{cut(path.removeprefix(f'{_ALIGNMENT}.'))} of classifier.name=aligned"
+        elif path.split(".")[0] == "method":
+            yield path, f"adapter.{cut(path.removeprefix('method.'))}" if "." in path else "adapter and classifier"
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
