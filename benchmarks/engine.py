@@ -42,8 +42,8 @@ def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
             "name": "bench",
             "base": RunConfig(data=DataSettings(tasks=tasks)),
             "space": {
-                "method.rank": Integer(low=1, high=96, log=True),
-                "method.energy": NearOne(low=0.8, high=0.9999),
+                "adapter.rank": Integer(low=1, high=96, log=True),
+                "adapter.energy": NearOne(low=0.8, high=0.9999),
                 "optim.lr": Real(low=1e-5, high=1e-1, log=True),
             },
             "trials": trials,

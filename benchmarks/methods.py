@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from inflora.adapters.inflora import memory_of
 from inflora.config import (
+    METHODS,
     AugmentSettings,
     DataSettings,
     InfLoRASettings,
-    LoRASettings,
-    NCMSettings,
+    LowRankSettings,
     OptimSettings,
     RunConfig,
     config_hash,
+    method_of,
     override,
 )
 from inflora.continual import TaskResult, run
@@ -36,8 +38,6 @@ from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.data.store import Split
 from inflora.data.stream import EvaluateOn
 from inflora.files import write_atomically
-from inflora.methods import METHODS
-from inflora.methods.inflora import memory_of
 from inflora.metrics import accuracy_row
 from inflora.training import EpochDone
 
@@ -53,14 +53,15 @@ STREAMS = {
 }
 LONG = RunConfig(
     data=DataSettings(dataset="many_strokes", tasks=50, augment=AUGMENT),
-    method=InfLoRASettings(rank=RANK),
+    adapter=InfLoRASettings(rank=RANK),
     optim=OptimSettings(epochs=5, lr=1e-3, batch_size=16, head_init="zero"),
     device="cpu",
 )
-ALIGNED = "inflora-aligned"
-ROWS: dict[str, dict[str, Any]] = {method: {"name": method} for method in METHODS}
-ROWS[ALIGNED] = {"name": "inflora", "classifier_alignment": {"epochs": 5, "temperature": 0.1}}
-"""A row of the tables, by its name: settings of a method that are not its defaults."""
+ALIGNED = "inflora+ca"
+ROWS: dict[str, dict[str, Any]] = METHODS | {
+    ALIGNED: {"adapter": "inflora", "classifier": {"name": "aligned", "epochs": 5, "temperature": 0.1}}
+}
+"""A row of the tables, by its name: the pair of adapter and classifier, and what differs from their defaults."""
 COLUMNS = {
     "acc/final": "final",
     "acc/avg_incremental": "average incremental",
@@ -117,8 +118,8 @@ STORES = {"digits": DATASETS["digits"], "strokes": strokes(20, 40, 30), "many_st
 def config_of(stream: DataSettings, row: str, lr: float, seed: int) -> RunConfig:
     """One run's settings: a method's own defaults, but the common rank and budget."""
     base = RunConfig(data=stream, optim=OPTIM, seed=seed, device="cpu")
-    config = override(base, {"method": ROWS[row], "optim.lr": lr, "optim.epochs": EPOCHS[stream.dataset]})
-    return override(config, {"method.rank": RANK}) if isinstance(config.method, LoRASettings) else config
+    config = override(base, {**ROWS[row], "optim.lr": lr, "optim.epochs": EPOCHS[stream.dataset]})
+    return override(config, {"adapter.rank": RANK}) if isinstance(config.adapter, LowRankSettings) else config
 
 
 def shown_by(config: RunConfig, evaluate_on: EvaluateOn) -> dict[str, float]:
@@ -137,7 +138,7 @@ def shown_by(config: RunConfig, evaluate_on: EvaluateOn) -> dict[str, float]:
 
 def remembered(config: RunConfig, evaluate_on: EvaluateOn, folder: Path) -> dict[str, float]:
     """``shown_by``, or what it gave when it was asked before."""
-    method = config.method.name
+    method = method_of(config)
     file = folder / f"{config.data.dataset}-{method}-{config_hash(config)}-{evaluate_on}.json"
     if not file.exists():
         start = time.perf_counter()
@@ -150,7 +151,7 @@ def remembered(config: RunConfig, evaluate_on: EvaluateOn, folder: Path) -> dict
 
 def compared(stream: DataSettings, row: str, folder: Path) -> dict[str, Any]:
     """The chosen learning rate of a row, and what its final runs show, seed by seed."""
-    lrs = LRS if row != NCMSettings().name else LRS[:1]  # nothing is trained
+    lrs = LRS if row != "ncm" else LRS[:1]  # nothing is trained
     tried = {lr: remembered(config_of(stream, row, lr, 0), "validation", folder)["acc/final"] for lr in lrs}
     lr = max(tried, key=lambda each: tried[each])
     whole = stream.model_copy(update={"train_on": "train+validation"})
@@ -172,7 +173,7 @@ def fifty_tasks(folder: Path, root: Path) -> dict[str, Any]:
 
         errors, sizes, accuracies = [], [], []
         for result in run(override(LONG, {"data.root": str(root)}), evaluate_on="test", on_epoch=on_epoch):
-            bases = [memory.basis_DK for memory in memory_of(result.state.method).values()]
+            bases = [memory.basis_DK for memory in memory_of(result.state.adapter).values()]
             errors.append(max(float((M.T @ M - torch.eye(M.shape[1])).abs().max()) for M in bases if M.numel()))
             sizes.append(max(M.shape[1] for M in bases))
             accuracies.append(result.metrics["acc/task_aware"])

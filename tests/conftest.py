@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import hypothesis
@@ -11,7 +12,7 @@ import torch
 from moto.server import ThreadedMotoServer
 from torch import Tensor
 
-from inflora.config import RunConfig, parse_config
+from inflora.config import RunConfig, parse_config, settings_of_method
 from inflora.data import ensure_store
 from inflora.state import RunState
 
@@ -54,31 +55,37 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def same_state(a: RunState, b: RunState) -> bool:
     """Bit for bit."""
-    rest = [state._replace(model={}, method={}, probes={}) for state in (a, b)]
-    tensors = (same_tensors(x, y) for x, y in ((a.model, b.model), (a.method, b.method), (a.probes, b.probes)))
-    return rest[0] == rest[1] and all(tensors)
+    rest = [state._replace(**dict.fromkeys(state.tensors)) for state in (a, b)]
+    return rest[0] == rest[1] and all(same_tensors(a.tensors[group], b.tensors[group]) for group in a.tensors)
 
 
 SMALL = {
     "l2p": {"pool": 4, "length": 2, "top": 2},
     "dualprompt": {"general_blocks": 1, "general_length": 2, "expert_blocks": 1, "expert_length": 3},
     "codaprompt": {"components": 3, "length": 4, "blocks": 2},
-    "aligned": {"name": "inflora", "classifier_alignment": {"epochs": 2, "samples": 16, "temperature": 0.1}},
+    "aligned": {"epochs": 2, "samples": 16, "temperature": 0.1},
 }
-"""Settings with which a method fits the tiny run, where its own are too large for it."""
+"""Settings with which an adapter or a classifier fits the tiny run, where its own are too large for it."""
 
 
-def method_of(name: str) -> dict:
-    """The settings of a method in the tiny run; "aligned" is InfLoRA with classifier alignment."""
-    return {"name": name} | SMALL.get(name, {})
+def pair_of(adapter: str, classifier: str = "linear") -> dict[str, Any]:
+    """The settings of an adapter and a classifier in the tiny run, to be given to ``override``."""
+    names = {"adapter": adapter, "classifier": classifier}
+    return {group: {"name": name} | SMALL.get(name, {}) for group, name in names.items()}
+
+
+def tiny_method(name: str) -> dict[str, Any]:
+    """The settings of a published method in the tiny run, to be given to ``override``."""
+    settings = settings_of_method(name)
+    return settings | pair_of(settings["adapter"], settings["classifier"])
 
 
 @pytest.fixture(scope="session")
 def tiny() -> RunConfig:
     """A run of a second: random weights, two blocks of width 32, one epoch a task, five tasks of two digits."""
     backbone = {"name": "glyph_vit", "pretrained": False, "options": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
-    method = {"name": "inflora", "rank": 4}
-    return parse_config({"backbone": backbone, "method": method, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
+    adapter = {"name": "inflora", "rank": 4}
+    return parse_config({"backbone": backbone, "adapter": adapter, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
 
 
 @pytest.fixture(scope="module")

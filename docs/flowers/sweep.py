@@ -10,8 +10,8 @@ flowers = Sweep(
     name="flowers",
     base=load_config(Path(__file__).with_name("run.yaml")),
     space={
-        "method.rank": Integer(low=1, high=8, log=True),
-        "method.energy": NearOne(low=0.8, high=0.999),
+        "adapter.rank": Integer(low=1, high=8, log=True),
+        "adapter.energy": NearOne(low=0.8, high=0.999),
         "optim.lr": Real(low=1e-4, high=1e-2, log=True),
     },
     trials=4,

@@ -22,7 +22,7 @@ from inflora.config.base import ConfigError, Count, Flag, Number, Seed, Settings
 from inflora.config.classifiers import CLASSIFIERS, AlignedSettings, LinearSettings, NCMSettings
 from inflora.config.identity import config_hash
 from inflora.config.messages import cut, explain, shown
-from inflora.config.methods import AFTER_FIRST_TASK, METHODS, method_of, settings_of_method
+from inflora.config.methods import METHODS, felt_after_first_task, method_of, settings_of_method
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
 from inflora.config.reading import checked, dump_config, load_config, override, parse_assignments, parse_config
 from inflora.config.run import (
@@ -34,11 +34,11 @@ from inflora.config.run import (
     Precision,
     ReplaySettings,
     RunConfig,
+    complete,
 )
 
 __all__ = [
     "ADAPTERS",
-    "AFTER_FIRST_TASK",
     "CLASSIFIERS",
     "METHODS",
     "AlignedSettings",
@@ -79,6 +79,7 @@ __all__ = [
     "dump_config",
     "dump_yaml",
     "explain",
+    "felt_after_first_task",
     "load_config",
     "method_of",
     "override",
@@ -89,3 +90,5 @@ __all__ = [
     "settings_of_method",
     "shown",
 ]
+
+complete()

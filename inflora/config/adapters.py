@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from inflora.config.alternatives import Alternative, with_plugins
+from inflora.config.alternatives import Alternative, by_name
 from inflora.config.base import Count, Depth, Share, Weight, Whole, Width
 
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -128,8 +128,7 @@ class CODAPromptSettings(Alternative):
     orthogonality: Weight = Field(default=0.1, description="weight of the components' squared overlaps")
 
 
-ADAPTERS: dict[str, type[Alternative]] = with_plugins(
-    "inflora.adapters",
+ADAPTERS = by_name(
     NoAdapterSettings,
     LoRASettings,
     InfLoRASettings,

@@ -1,5 +1,7 @@
 """Groups of settings between which a run chooses by ``name``: its adapter and its classifier."""
 
+import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Union
@@ -7,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Union
 from pydantic import BeforeValidator, Field
 
 from inflora.config.base import Settings
+from inflora.config.messages import cut
 
 
 class Alternative(Settings):
@@ -21,16 +24,26 @@ class Alternative(Settings):
     felt_later: ClassVar[frozenset[str]] = frozenset()
 
 
-def with_plugins(group: str, *known: type[Alternative]) -> dict[str, type[Alternative]]:
-    """Name -> settings model of the alternatives known here, and of those that installed packages add.
-
-    A package adds one by an entry point of this ``group``: ``cosine = "their_module:CosineSettings"``.
-    """
-    models = [*known, *(point.load() for point in entry_points(group=group))]
+def by_name(*models: type[Alternative]) -> dict[str, type[Alternative]]:
+    """Name -> settings model, for each of ``models``."""
     return {str(model.model_fields["name"].default): model for model in models}
 
 
-def one_of(models: dict[str, type[Alternative]]) -> Any:
+def plugins(group: str) -> dict[str, type[Alternative]]:
+    """The settings models that installed packages add by entry points: ``cosine = "their_module:CosineSettings"``.
+
+    One that cannot be loaded is warned of and left out: it must not stop the runs that do not ask for it.
+    """
+    models = []
+    for point in entry_points(group=group):
+        try:
+            models.append(point.load())
+        except Exception as error:  # another package's code may raise anything
+            warnings.warn(f"{group} {point.name} ({point.value}) cannot be loaded: {cut(error, 200)}", stacklevel=2)
+    return by_name(*models)
+
+
+def one_of(models: Mapping[str, type[Alternative]]) -> Any:
     """The type of a setting that is one of ``models``; a bare name stands for that model's defaults."""
     chosen = Annotated[Union[tuple(models.values())], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
     return Annotated[chosen, BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from inflora.config.alternatives import Alternative, with_plugins
+from inflora.config.alternatives import Alternative, by_name
 from inflora.config.base import Epochs, Rate, Scale, Weight, Width
 
 
@@ -38,6 +38,8 @@ class NCMSettings(Alternative):
     built_by: ClassVar = "inflora.classifiers.ncm:NCM"
 
 
-CLASSIFIERS: dict[str, type[Alternative]] = with_plugins(
-    "inflora.classifiers", LinearSettings, AlignedSettings, NCMSettings
+CLASSIFIERS = by_name(
+    LinearSettings,
+    AlignedSettings,
+    NCMSettings,
 )

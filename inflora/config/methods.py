@@ -44,10 +44,7 @@ def method_of(config: RunConfig) -> str:
     return next(published, unnamed)
 
 
-AFTER_FIRST_TASK = frozenset(
-    f"{group}.{name}"
-    for group, models in (("adapter", ADAPTERS), ("classifier", CLASSIFIERS))
-    for model in models.values()
-    for name in model.felt_later
-)
-"""Settings that are felt from the second task on only."""
+def felt_after_first_task() -> frozenset[str]:
+    """The settings that change nothing before the second task."""
+    groups = {"adapter": ADAPTERS, "classifier": CLASSIFIERS}
+    return frozenset(f"{group}.{n}" for group, models in groups.items() for m in models.values() for n in m.felt_later)
