@@ -31,7 +31,7 @@ GLYPH_VIT: dict[str, Any] = {
 
 
 class BackboneShape(NamedTuple):
-    """What other settings must agree with."""
+    """The sizes that other settings must agree with."""
 
     width: int
     depth: int

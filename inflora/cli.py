@@ -89,7 +89,7 @@ def _base_config(arguments: list[str], preset: str | None) -> tuple[RunConfig, l
 
 
 def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: Mapping[str, float]) -> list[str]:
-    """What is to be said of a preset's result and the published one."""
+    """Set a preset's result beside the published one, or say why they cannot be compared."""
     from inflora.data import ensure_store
     from inflora.data.store import read_manifest
 

@@ -1,4 +1,4 @@
-"""How a command ends: done, one line about what a user can mend, or one line about what only we can."""
+"""The ends of a command: done, one line about a mistake that a user can mend, or one about one that only we can."""
 
 import os
 import platform

@@ -20,7 +20,7 @@ from inflora.training import Epoch, EpochDone, evaluate, train_task, trainable
 
 
 class TaskResult(NamedTuple):
-    """What is known when a task is done.
+    """All that is known when a task is done.
 
     ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), the adapter's diagnostics,
     ``params/trainable``, ``precision/bits`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix,

@@ -28,7 +28,7 @@ def driver_version(loaded: Path = _LOADED) -> str | None:
 
 
 def versions() -> str:
-    """Those of the driver, of the CUDA that PyTorch was built for, and of PyTorch."""
+    """The versions of the driver, of the CUDA that PyTorch was built for, and of PyTorch."""
     driver = driver_version()
     return ", ".join(
         (

@@ -1,4 +1,4 @@
-"""How far the features of old tasks' images have moved since their task was learnt.
+"""Drift: the distance that the features of old tasks' images have moved since their task was learnt.
 
 A few evaluation images of every task are remembered by their features; nothing is learnt from them.
 """
@@ -13,7 +13,7 @@ from inflora import distributed
 from inflora.data.stream import Task
 
 PROBES = 64
-"""So many images of a task are remembered by their features, at most."""
+"""The most images of a task that are remembered by their features."""
 
 
 class Probes:

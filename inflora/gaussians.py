@@ -48,11 +48,11 @@ class Gaussians(NamedTuple):
         return Gaussians(self.mean_CD.to(device), self.factor_CP.to(device))
 
     def has_images(self) -> Tensor:
-        """Whether there is anything to draw from, for each class (C)."""
+        """True of the classes (C) that there is something to draw from."""
         return self.mean_CD.any(dim=1)
 
     def with_images(self) -> "Gaussians":
-        """Those of the classes that have images."""
+        """The Gaussians of the classes that have images."""
         return Gaussians(*(part[self.has_images()] for part in self))
 
     def roots(self) -> Tensor:

@@ -55,7 +55,7 @@ def check_state(config: RunConfig, state: RunState) -> None:
 
 
 def _problems(config: RunConfig, state: RunState, data: DataFacts) -> Iterator[str]:
-    """What is wrong; each check relies on those before it."""
+    """Find what is wrong with a state; each check relies on those before it."""
     classes, outputs, sizes = len(data.classes), len(data.class_of), task_sizes(config.data, len(data.classes))
     if data.class_of != tuple(label % max(classes, 1) for label in range(outputs)) or outputs % max(classes, 1):
         yield f"class_of does not give each output one of the {classes} classes"

@@ -47,7 +47,7 @@ class ContinualModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
+        """The backbone's device."""
         return next(self.backbone.parameters()).device
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each task has learnt, as LoRA adapters that the PEFT library loads."""
+"""Each task's update, written as a LoRA adapter that the PEFT library loads."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -52,7 +52,7 @@ class Prompts(nn.Module, ABC):
 
 
 def query(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """What prompts are chosen by: the features (B x D) of the model without any."""
+    """The query by which prompts are chosen: the features (B x D) of the model without any."""
     with torch.no_grad():
         return vit(images)
 

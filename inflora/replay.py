@@ -23,7 +23,7 @@ from inflora.gaussians import Gaussians
 
 
 class Replay(Draws):
-    """What the config's files hold; what they do not speak of is drawn.
+    """The choices in a config's files; those of which they do not speak are drawn.
 
     Raises:
         ConfigError: A file is missing, or is no safetensors file of finite numbers.

@@ -54,7 +54,7 @@ class EvaluationView:
         return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, store="")
 
     def doubt(self, image: Image.Image) -> str:
-        """What is to be said of an image that is as bright as a training image's negative; mostly nothing."""
+        """Warn of an image that is as bright as a training image's negative; empty of all others."""
         if self._facts.brightness is None:
             return ""
         (low, high), mean = self._facts.brightness, ImageStat.Stat(image.convert("L")).mean[0] / 255
@@ -65,7 +65,7 @@ class EvaluationView:
 
 
 class Served(Protocol):
-    """What ``load`` adds to a model."""
+    """A model with the attributes that ``load`` adds."""
 
     class_names: tuple[str, ...]
     class_of: tuple[int, ...]
@@ -144,7 +144,7 @@ def _as_timm(learnt: ContinualModel) -> VisionTransformer | None:
 def predict(
     model: nn.Module, files: Iterable[Path], top: int = 1, *, device: str = "auto", invert: bool = False
 ) -> Iterator[Prediction]:
-    """What a model that ``load`` gave says of some images, on the ``device`` of that setting, in their order.
+    """Answer for some images, in their order, with a model that ``load`` gave, on the ``device`` of that setting.
 
     With ``invert`` of their negatives: dark ink on white paper is light on dark then, as in most sets of digits.
 

@@ -29,7 +29,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataFacts(BaseModel):
-    """What of the data a model needs where its dataset is not: the meaning of its outputs, how images were read.
+    """Facts of the data that a model needs where its dataset is not: the meaning of its outputs, how images were read.
 
     ``class_of`` has an entry for every output of the whole stream: the class, a place in ``classes``, that it means.
     ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB. ``brightness``: the
@@ -86,17 +86,17 @@ class RunState(NamedTuple):
 
     @property
     def tasks_done(self) -> int:
-        """How many tasks have been learnt."""
+        """The number of tasks that have been learnt."""
         return len(self.evaluations)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every task of the stream has been learnt."""
+        """True when every task of the stream has been learnt."""
         return self.tasks_done == self.tasks
 
 
 class _Facts(BaseModel):
-    """What a state says besides its tensors."""
+    """A state without its tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -266,7 +266,7 @@ def of_folder(folder: Path) -> Iterator[None]:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a state has been saved in ``folder``."""
+    """True when a state has been saved in ``folder``."""
     return os.path.lexists(folder / _MANIFEST)
 
 

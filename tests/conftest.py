@@ -1,4 +1,4 @@
-"""Fixtures of the core's tests: a tiny run, and a folder for its data that is not the home folder."""
+"""What the core's tests share: a tiny run, tasks of noise, and a folder for data that is not the home folder."""
 
 import os
 from collections.abc import Iterator
@@ -12,9 +12,20 @@ import torch
 from moto.server import ThreadedMotoServer
 from torch import Tensor
 
-from inflora.config import RunConfig, parse_config, settings_of_method
+from inflora.adapters import Adapter, make_adapter
+from inflora.backbone import build_backbone
+from inflora.classifiers import make_classifier
+from inflora.config import DataSettings, OptimSettings, RunConfig, override, parse_config, settings_of_method
 from inflora.data import ensure_store
+from inflora.data.loader import InputFormat
+from inflora.data.pixels import RawPixels
+from inflora.data.store import Images
+from inflora.data.stream import Task
+from inflora.draws import Draws
+from inflora.model import ContinualModel
 from inflora.state import RunState
+from inflora.task_data import TaskData
+from inflora.training import train_task
 
 # No deadline, and none of hypothesis's own: a loaded machine is no failure.
 hypothesis.settings.register_profile(
@@ -86,6 +97,34 @@ def tiny() -> RunConfig:
     backbone = {"name": "glyph_vit", "pretrained": False, "options": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
     adapter = {"name": "inflora", "rank": 4}
     return parse_config({"backbone": backbone, "adapter": adapter, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
+
+
+def task_of_noise(index: int = 0, seed: int = 0, **optim: Any) -> TaskData:
+    """Task ``index`` of three: two classes of twelve images of noise each, not augmented, in batches of eight."""
+    task = Task(index, 2 * index, ("a", "b"), torch.arange(24), torch.arange(0))
+    pixels = torch.randint(256, (24, 32, 32, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+    images = Images(RawPixels(pixels), task.first_label + torch.arange(24) % 2, torch.zeros(24, dtype=torch.int64))
+    input_format = InputFormat(DataSettings(augment="none"), 32, 1, torch.device("cpu"))
+    return TaskData(task, 3, images, input_format, OptimSettings(batch_size=8, **optim), Draws(seed))
+
+
+def begun(
+    tiny: RunConfig, pair: dict[str, Any], tasks: int = 1, **optim: Any
+) -> tuple[ContinualModel, Adapter[Any], TaskData]:
+    """A model of the tiny run's kind that has learnt all of so many tasks of noise but the last, which has begun."""
+    config = override(tiny, pair)
+    model = ContinualModel(build_backbone(config.backbone), make_classifier(config.classifier, 32))
+    adapter = make_adapter(config.adapter)
+    adapter.prepare(model)
+    for index in range(tasks):
+        data = task_of_noise(index, **{"lr": 0.01, "epochs": 2} | optim)
+        model.classifier.begin_task(data)
+        adapter.begin_task(model, data)
+        if index + 1 < tasks:
+            train_task(model, adapter, data, lambda _: None)
+            adapter.end_task(model, data)
+            model.classifier.fit(model, data)
+    return model, adapter, data
 
 
 @pytest.fixture(scope="module")

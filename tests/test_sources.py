@@ -228,8 +228,9 @@ def test_some_domains_can_be_chosen_and_arrive_one_after_another(sources, tmp_pa
         own = stream.train.labels[task.train_rows]
         assert torch.equal(own - task.first_label, images.labels[task.train_rows])
         assert torch.equal(stream.class_of[own], images.labels[task.train_rows])
-    assert stream.merged().tasks[0].classes == stream.tasks[0].classes
-    assert stream.merged().train.labels.unique().tolist() == list(range(CLASSES))
+    joint = make_stream(settings.model_copy(update={"joint": True}), "test")
+    assert [task.classes for task in joint.tasks] == [stream.tasks[0].classes]
+    assert joint.train.labels.unique().tolist() == list(range(CLASSES))
 
 
 def test_a_class_named_in_another_domains_task_is_right(sources, tmp_path):
@@ -679,8 +680,8 @@ input_format = InputFormat(settings, 224, 3, torch.device("cpu"))
 rows = stream.tasks[0].train_rows
 batches = training_batches(stream.train, rows, input_format, 128, torch.Generator())
 seen = sum(len(next(batches).images) for _ in range(8))
-rows = stream.tasks[0].eval_rows[:512]
-seen += sum(len(batch.images) for batch in evaluation_batches(stream.evaluate, rows, input_format, 256))
+evaluated = evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows[:512], input_format, 256)
+seen += sum(len(batch.images) for batch in evaluated)
 # Not getrusage's ru_maxrss: a process born from a large one inherits that one's peak.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(len(rows), seen, int(peak.split()[1]) / 2**20)

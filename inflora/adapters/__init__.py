@@ -1,4 +1,4 @@
-"""What adapts the backbone; an adapter is one file here, a settings model and one line in ``inflora.config``."""
+"""Adapters change the backbone while a task is learnt; each has its settings model in ``inflora.config.adapters``."""
 
 from typing import Any
 

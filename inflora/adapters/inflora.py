@@ -20,7 +20,11 @@ from inflora.task_data import TaskData
 
 
 class InfLoRA(Adapter[InfLoRASettings]):
-    """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights."""
+    """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights.
+
+    A task adds ``B_t A_t`` to a layer's weight (the paper writes the factors the other way round). ``A_t`` is designed
+    before the task and fixed, so that ``B_t A_t h = 0`` for the inputs ``h`` of old tasks; only ``B_t`` is trained.
+    """
 
     passes = ("covariance-before", "covariance-after")
 
@@ -33,11 +37,14 @@ class InfLoRA(Adapter[InfLoRASettings]):
         inject(model.backbone, self.settings.blocks, self.settings.targets)
 
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
+        """Design ``A_t`` (equations 8 and 9): the new inputs' leading directions that old tasks leave free."""
         covariances, energy_of = input_covariances(model, data, "before"), self.settings.energy_of
         self._diagnostics = {}
         layers = dict(adapted_layers(model))
         memories = [self.memory.get(name) for name in layers]
+        # All layers at once: those of one width are decomposed together.
         designs = design([covariances[name] for name in layers], memories, self.settings.rank)
+        # Signs of singular vectors are arbitrary and differ between devices: the first worker's are everyone's.
         for (name, layer), memory, lora_A in zip(layers.items(), memories, map(broadcast, designs), strict=True):
             if len(lora_A) < self.settings.rank:
                 warnings.warn(
@@ -46,17 +53,22 @@ class InfLoRA(Adapter[InfLoRASettings]):
                     stacklevel=2,
                 )
             layer.attach(lora_A)
-            self._diagnostics[f"memory/{short(name)}/overlap"] = energy_inside(covariances[name], memory, energy_of)
+            self._diagnostics[f"memory/{short_name(name)}/overlap"] = energy_inside(
+                covariances[name], memory, energy_of
+            )
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
-        learnt = merge_all(model)
+        """Merge ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
+        factors = merge_all(model)
+        # Of the merged model's inputs: what later tasks must not disturb is what this one reads from now on.
         self._remember(input_covariances(model, data, "after"), data)
-        return learnt
+        return factors
 
     def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
-        """DualGPM: what the finished task's inputs use is taken from the directions that are free."""
+        """DualGPM: take the directions that hold the finished task's inputs out of those that are free."""
         settings, known = self.settings, self._diagnostics
         total_tasks = settings.total_tasks or data.total_tasks
+        # The share of energy to be kept rises from task to task: eps_t of the paper.
         share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
         updated = update(
             [self.memory.get(name) for name in covariances],
@@ -67,12 +79,15 @@ class InfLoRA(Adapter[InfLoRASettings]):
         )
         self.memory = dict(zip(covariances, map(from_first_worker, updated), strict=True))
         for name, memory in self.memory.items():
-            known[f"memory/{short(name)}/size"] = float(taken_count(memory, len(covariances[name])))
-            known[f"memory/{short(name)}/kept"] = energy_inside(covariances[name], memory, settings.energy_of)
+            layer, cov_DD = f"memory/{short_name(name)}", covariances[name]
+            known[f"{layer}/size"] = float(taken_count(memory, len(cov_DD)))
+            known[f"{layer}/kept"] = energy_inside(cov_DD, memory, settings.energy_of)
 
     def diagnostics(self) -> dict[str, float]:
-        """For each adapted layer: ``size``, the directions taken; ``kept``, the share of the task's input energy in
-        them; ``overlap``, the share of it that lay in the old memory before the task was learnt.
+        """Three numbers for each adapted layer.
+
+        ``size``: the directions taken; ``kept``: the share of the task's input energy in them; ``overlap``: the share
+        of it that lay in the old memory before the task was learnt.
         """
         return self._diagnostics
 
@@ -106,6 +121,6 @@ def from_first_worker(memory: Memory) -> Memory:
     return Memory("retain" if retain else "remove", broadcast(memory.basis_DK).cpu())
 
 
-def short(layer: str) -> str:
+def short_name(layer: str) -> str:
     """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
     return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")

@@ -32,7 +32,7 @@ class DecoupledLinear(LoRALinear):
         self.magnitudes = nn.Parameter(self.weight.new_zeros(0), requires_grad=False)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Those of all old directions and of the current adapter, side by side."""
+        """The factors of all old directions and of the current adapter, side by side."""
         current = super().factors()
         if not len(self.magnitudes):
             return current

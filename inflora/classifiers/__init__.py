@@ -1,4 +1,4 @@
-"""How features are told apart; a classifier is one file here, a settings model and one line in ``inflora.config``."""
+"""Classifiers tell features apart; each has its settings model in ``inflora.config.classifiers``."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ class Classifier(nn.Module, ABC, Generic[S]):
     @property
     @abstractmethod
     def classes(self) -> int:
-        """How many classes it tells apart."""
+        """The number of classes that it tells apart."""
 
     @abstractmethod
     def begin_task(self, data: TaskData) -> None:

@@ -56,7 +56,7 @@ def lines_of_settings(name: str | None = None) -> Iterator[str]:
 
 
 def _settings(model: type[BaseModel], prefix: str = "", choice: str = "") -> Iterator[Setting]:
-    """Those of adapters and classifiers come last, so that the settings common to all stand together."""
+    """List a model's settings; those of adapters and classifiers come last, so that the common ones stand together."""
     later: list[Setting] = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"

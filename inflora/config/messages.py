@@ -1,4 +1,4 @@
-"""What a user is told of a setting that breaks a rule: one line, however long or strange what was given is."""
+"""Tell a user of a setting that breaks a rule: in one line, however long or strange the given value is."""
 
 import reprlib
 import types
@@ -119,7 +119,7 @@ def _names(root: type[BaseModel] | None, location: Sequence[str | int]) -> tuple
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """What a union is one of, but for None; the annotation itself where it is no union."""
+    """The members of a union but for None; the annotation itself where it is no union."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return [annotation]
     return [each for each in get_args(annotation) if each is not type(None)]
@@ -131,5 +131,5 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def is_model(annotation: Any) -> bool:
-    """Whether an annotation is a group of settings."""
+    """True of an annotation that is a group of settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

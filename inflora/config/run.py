@@ -120,11 +120,11 @@ class BackboneSettings(Settings):
 
 
 Precision = Literal["fp32", "tf32", "bf16"]
-"""How matrix products are taken: in float32; of float32 with 10 bits of each factor, on GPUs; in bfloat16."""
+"""Of matrix products: float32; float32 with 10 bits of each factor, on GPUs; bfloat16."""
 
 
 class FirstTaskSettings(Settings):
-    """What the first task does differently; None keeps the value of the other tasks."""
+    """The first task's own settings; None keeps the value of the other tasks."""
 
     lr: Rate | None = Field(default=None, description="of the first task only")
     epochs: Epochs | None = Field(default=None, description="of the first task only")

@@ -1,4 +1,4 @@
-"""What the prompt adapters share: how they are trained, how prompts start, and how they are matched with images."""
+"""Common to the prompt adapters: training, the beginning of prompts, matching them with images."""
 
 from typing import TypeVar, cast
 
