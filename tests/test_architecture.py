@@ -23,6 +23,7 @@ FLOORS = {
     1: ("inflora.config", "inflora.console"),
     2: (
         "inflora.subspace",
+        "inflora.gaussians",
         "inflora.data",
         "inflora.layout",
         "inflora.lora",
@@ -38,19 +39,22 @@ FLOORS = {
         "inflora.backbone",
         "inflora.class_token",
         "inflora.injection",
-        "inflora.shared",
-        "inflora.adapters",
+        "inflora.peft_export",
         "inflora.drift",
+        "inflora.draws",
         "inflora.predictions",
     ),
-    4: ("inflora.prompts",),
-    5: ("inflora.model",),
-    6: ("inflora.methods",),
-    7: ("inflora.training", "inflora.integrity"),
-    8: ("inflora.continual",),
-    9: ("inflora.runs", "inflora.serving"),
-    10: ("inflora", "inflora.cli", "inflora.gpu_check"),
-    11: (
+    4: ("inflora.prompts", "inflora.task_data", "inflora.replay"),
+    5: ("inflora.classifiers",),
+    6: ("inflora.model",),
+    7: ("inflora.adapters",),
+    8: ("inflora.training", "inflora.integrity"),
+    9: ("inflora.setup",),
+    10: ("inflora.continual", "inflora.serving"),
+    # The core's own tools, and whoever else uses it.
+    11: ("inflora.runs",),
+    12: ("inflora", "inflora.cli", "inflora.gpu_check"),
+    13: (
         "sweeps.engine.records",
         "sweeps.engine.space",
         "sweeps.engine.failures",
@@ -59,34 +63,34 @@ FLOORS = {
         "sweeps.engine.snapshot",
         "sweeps.engine.output",
     ),
-    12: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
-    13: ("sweeps.engine.spec", "sweeps.engine.mlflow_database"),
-    14: (
+    14: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
+    15: ("sweeps.engine.spec", "sweeps.engine.mlflow_database"),
+    16: (
         "sweeps.engine.cluster",
         "sweeps.engine.budget",
         "sweeps.engine.samplers",
         "sweeps.engine.mlflow_store",
         "sweeps.engine.trial",
     ),
-    15: ("sweeps.engine.study", "sweeps.engine.driver"),
-    16: ("sweeps.engine.ledger",),
-    17: (
+    17: ("sweeps.engine.study", "sweeps.engine.driver"),
+    18: ("sweeps.engine.ledger",),
+    19: (
         "sweeps.engine.search",
         "sweeps.engine.report",
         "sweeps.engine.tables",
         "sweeps.engine.progress",
         "sweeps.engine.checkpoints",
     ),
-    18: ("sweeps.engine.tracking",),
-    19: ("sweeps.engine.mirror",),
-    20: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    21: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
-    22: ("sweeps.cli",),
+    20: ("sweeps.engine.tracking",),
+    21: ("sweeps.engine.mirror",),
+    22: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
+    23: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    24: ("sweeps.cli",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-PACKAGES = ("inflora.config", "inflora.data", "inflora.methods")
+PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 23
+RECIPES_FLOOR = 25
 
 
 def modules() -> dict[str, Path]:
