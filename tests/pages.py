@@ -1,4 +1,4 @@
-"""What docs/architecture.md says of the code, read from the code: its tree of modules, the lines of its walks.
+"""The parts of docs/architecture.md that are read from the code: its tree of modules, the lines of its walks.
 
 python -m tests.pages     writes both anew
 """
@@ -53,7 +53,7 @@ def defined(source: str) -> dict[str, int]:
 
 
 def with_lines(page: str, root: Path = ROOT) -> str:
-    """The page with the line of every step ``path.py:line name`` as it is now; 0 where the file defines no such name."""
+    """The page with every step ``path.py:line name`` at the line it has now; 0 where the file defines no such name."""
 
     def now(step: re.Match[str]) -> str:
         path, _, name = step.groups()
