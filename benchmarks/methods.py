@@ -1,4 +1,4 @@
-"""Every method on two streams of tasks, and InfLoRA over fifty tasks: writes docs/results.md.
+"""Every method on two streams of tasks, and InfLoRA over fifty tasks: writes its part of docs/results.md.
 
 python benchmarks/methods.py            about half an hour on one core of its own; what is done is not done again
 
@@ -57,6 +57,7 @@ LONG = RunConfig(
     optim=OptimSettings(epochs=5, lr=1e-3, batch_size=16, head_init="zero"),
     device="cpu",
 )
+TITLE = "## Methods side by side"
 ALIGNED = "inflora+ca"
 ROWS: dict[str, dict[str, Any]] = METHODS | {
     ALIGNED: {"adapter": "inflora", "classifier": {"name": "aligned", "epochs": 5, "temperature": 0.1}}
@@ -191,7 +192,7 @@ def fifty_lines(shown: Mapping[str, Any]) -> list[str]:
     early, late = (f"{1000 * statistics.median(part):.0f}" for part in (epochs[:10], epochs[-10:]))
     first, last = (f"{min(part) * 1000:.0f}-{max(part) * 1000:.0f}" for part in (epochs[:10], epochs[-10:]))
     return [
-        "## Fifty tasks",
+        "### Fifty tasks",
         "",
         f"InfLoRA with glyph_vit on {len(epochs)} tasks of 2 generated classes each (10 training images a class):",
         "",
@@ -254,9 +255,9 @@ def at_the_edge(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def report(streams: Mapping[str, Mapping[str, Mapping[str, Any]]], fifty: Mapping[str, Any]) -> str:
-    """docs/results.md."""
+    """The part of docs/results.md from its title on."""
     lines = [
-        "# Methods side by side",
+        TITLE,
         "",
         "Written by `python benchmarks/methods.py`, where every setting is to be seen. The shipped glyph_vit,",
         f"batches of {OPTIM.batch_size}, rank {RANK} where a method has one; all else are the methods' defaults, and",
@@ -275,7 +276,7 @@ def report(streams: Mapping[str, Mapping[str, Mapping[str, Any]]], fifty: Mappin
     for name, rows in streams.items():
         stream = STREAMS[name]
         what = {"digits": "Real scans", "strokes": "Generated: two bent strokes a class, drawn with an unsteady hand"}
-        lines += [f"## {name}, {stream.task_count} tasks", "", f"{what[name]}; {EPOCHS[name]} epochs a task.", ""]
+        lines += [f"### {name}, {stream.task_count} tasks", "", f"{what[name]}; {EPOCHS[name]} epochs a task.", ""]
         lines += [*table(rows), "", *reading(rows, "inflora"), *reading(rows, ALIGNED)]
         lines += [at_the_edge(rows), ""]
     return "\n".join(lines + fifty_lines(fifty))
@@ -298,7 +299,8 @@ def main() -> None:
         name: {row: compared(stream.model_copy(update={"root": str(root)}), row, arguments.folder) for row in ROWS}
         for name, stream in STREAMS.items()
     }
-    write_atomically(arguments.out, report(streams, fifty).encode())
+    before = arguments.out.read_text().partition(TITLE)[0] if arguments.out.exists() else ""
+    write_atomically(arguments.out, f"{before}{report(streams, fifty)}".encode())
 
 
 if __name__ == "__main__":

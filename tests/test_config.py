@@ -1,13 +1,16 @@
 """Settings: what is refused and how, overrides, YAML, the identity of a run, old names, and plug-ins."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
 from inflora.config import (
@@ -31,6 +34,7 @@ from inflora.config import (
 )
 from inflora.config.listing import all_settings, lines_of_settings
 from inflora.presets import PRESETS
+from sweeps import Sweep, integer
 
 ALIGNED = RunConfig(classifier=AlignedSettings())
 """A run with more settings than the default one: every file of ``replay`` has its place in it."""
@@ -429,9 +433,10 @@ def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
     assert config_hash(override(ALIGNED, {path: here})) != first
 
 
-def test_the_hashes_of_studies_without_given_files_are_those_of_earlier_versions():
-    assert config_hash(RunConfig()) == "710fd8ccc54b10a5"
-    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "6375d60538bb6a9c"
+def test_the_hash_of_settings_stays_from_version_to_version():
+    """A state is resumed and a study's trials are compared by it."""
+    assert config_hash(RunConfig()) == "96b6f13357200456"
+    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "c965a4289657ad4b"
 
 
 def test_no_setting_is_forgotten_in_the_two_lists_above():
@@ -460,8 +465,7 @@ def test_the_list_names_every_setting_with_what_it_does():
     listed = {setting.path: setting for setting in all_settings()}
     assert set(leaves(ALIGNED.model_dump())) <= set(listed)
     assert {"adapter.penalty", "adapter.pool", "adapter.orthogonality"} <= set(listed)
-    described = {path for path, setting in listed.items() if setting.description}
-    assert listed.keys() - described <= {"adapter.name", "classifier.name"}
+    assert [path for path, setting in listed.items() if not setting.description] == []
 
 
 def test_the_list_of_one_adapter_or_classifier_has_its_settings_and_no_others():
@@ -481,3 +485,165 @@ def test_a_root_in_somebody_s_home_is_found_there(monkeypatch):
     assert override(RunConfig(), {"data.root": "~/stores"}).data.root == "/home/you/stores"
     with pytest.raises(ConfigError, match=r"data\.root: names nobody's home folder, got '~nobody-of-that-name/x'"):
         override(RunConfig(), {"data.root": "~nobody-of-that-name/x"})
+
+
+# Names of the published methods, and names of before.
+
+
+def test_every_published_method_is_a_run_that_is_known_by_its_name():
+    for name in METHODS:
+        assert method_of(override(RunConfig(), settings_of_method(name))) == name
+    with pytest.raises(ConfigError, match=r"^unknown method 'ewc'; known: inflora, inflora\+ca, sequential, "):
+        settings_of_method("ewc")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"adapter": "lora", "classifier": "ncm"}, "lora + ncm"),
+        ({"adapter": "inflora", "data.joint": True}, "joint + inflora + linear"),
+        ({"adapter": "inflora", "adapter.rank": 3}, "inflora"),
+    ],
+)
+def test_another_pair_is_known_by_both_of_its_names(settings, name):
+    assert method_of(override(RunConfig(), settings)) == name
+
+
+OF_ADAPTERS = ["rank", "blocks", "targets", "energy", "energy_end", "total_tasks", "memory", "energy_of", "penalty"]
+OF_ADAPTERS += ["pool", "length", "top", "pull", "general_blocks", "general_length", "expert_blocks", "expert_length"]
+OF_ADAPTERS += ["components", "orthogonality"]
+OLD_NAMES = {f"method.{name}": f"adapter.{name}" for name in OF_ADAPTERS} | {
+    f"method.classifier_alignment.{name}": f"classifier.{name}"
+    for name in ("epochs", "lr", "weight_decay", "samples", "temperature")
+}
+OLD_FILES = {
+    "data.order": "replay.orders",
+    "optim.head_init": "replay.heads",
+    "method.classifier_alignment.draws": "replay.draws",
+}
+OLD_METHODS = {
+    "inflora": "adapter=inflora classifier=linear",
+    "sequential": "adapter=lora classifier=linear",
+    "frozen": "adapter=none classifier=linear",
+    "ncm": "adapter=none classifier=ncm",
+    "joint": "adapter=lora classifier=linear data.joint=true",
+    **{name: f"adapter={name} classifier=linear" for name in ("olora", "sdlora", "l2p", "dualprompt", "codaprompt")},
+}
+
+
+def nested(path: str, value: object) -> dict:
+    """A setting as a config file has it."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+def refusal_of(ask, *given) -> str:
+    with pytest.raises(ConfigError) as error:
+        ask(*given)
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("old", "new"), (OLD_NAMES | OLD_FILES).items())
+def test_an_old_name_is_refused_with_the_new_one_which_is_a_setting(old, new):
+    value = "file.safetensors" if old in OLD_FILES else 1
+    lines = {refusal_of(parse_config, nested(old, value)), refusal_of(override, RunConfig(), {old: value})}
+    aligned = " of classifier.name=aligned" if new.startswith("classifier.") else ""
+    assert lines == {f"old names of settings: {old} is now {new}{aligned}"}
+    assert new in {setting.path for setting in all_settings()}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_METHODS.items())
+def test_an_old_method_is_refused_with_the_settings_that_make_it(old, new):
+    lines = {refusal_of(parse_config, {"method": given}) for given in (old, {"name": old})}
+    lines |= {refusal_of(override, RunConfig(), {path: old}) for path in ("method", "method.name")}
+    assert lines == {f"old names of settings: method{name} is now {new}" for name in ("", ".name")}
+    assert isinstance(override(RunConfig(), parse_assignments(new.split())), RunConfig)
+
+
+def test_a_whole_config_of_the_old_form_is_refused_in_one_line():
+    alignment = dict.fromkeys(["epochs", "lr", "weight_decay", "samples", "temperature", "draws"])
+    method = {"name": "inflora", **dict.fromkeys(OF_ADAPTERS[:8]), "classifier_alignment": alignment}
+    line = refusal_of(parse_config, {"data": {"tasks": 5, "order": None}, "method": method, "seed": 0})
+    assert line.startswith("old names of settings: data.order is now replay.orders; method.name is now adapter=inflora")
+    assert line.endswith("; and 8 more")
+
+
+@pytest.mark.parametrize(("old", "new"), [("method.rank", "adapter.rank"), (next(iter(OLD_FILES)), "replay.orders")])
+def test_a_sweep_over_an_old_name_is_refused_with_the_new_one(old, new):
+    sweep = Sweep(name="old", base=RunConfig(), space={old: integer(2, 8)}, trials=4)
+    assert new in refusal_of(sweep.corners)
+
+
+# Plug-ins.
+
+SETTINGS_OF_COSINE = """
+from typing import ClassVar, Literal
+from pydantic import Field
+from inflora.config import Alternative
+
+class CosineSettings(Alternative):
+    '''Cosines of features and weights.'''
+    name: Literal["cosine"] = "cosine"
+    built_by: ClassVar = "cosine:Cosine"
+    scale: float = Field(default=16.0, ge=1, le=100, description="what the cosines are multiplied by")
+"""
+COSINE = """
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+from inflora.classifiers.linear import LinearHeads
+
+class Cosine(LinearHeads):
+    def forward(self, features_BD):
+        return self.settings.scale * cosine_similarity(features_BD[:, None], self.joined()[0][None], dim=2)
+
+    def loss(self, features_BD, labels_B, task):
+        return cross_entropy(self(features_BD)[:, task.first_label :], labels_B - task.first_label)
+
+    def as_linear(self):
+        return None
+"""
+
+
+def installed(folder: Path, group: str, point: str, **modules: str) -> None:
+    """Lay out a package with an entry point as an installer would."""
+    about = folder / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{group}]\n{point}\n")
+    for name, content in modules.items():
+        (folder / f"{name}.py").write_text(content)
+
+
+def inflora(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command where what lies in ``folder`` is installed."""
+    command = [sys.executable, "-c", "from inflora.cli import app; app()", *map(str, arguments)]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_another_packages_classifier_is_listed_chosen_trained_and_loaded_like_our_own(tiny, digits, tmp_path):
+    point = "cosine = cosine_settings:CosineSettings"
+    installed(tmp_path, "inflora.classifiers", point, cosine_settings=SETTINGS_OF_COSINE, cosine=COSINE)
+    listed = inflora(tmp_path, "settings", "cosine")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert re.search(r"^classifier\.scale +16\.0 +number from 1 to 100; what the cosines", listed.stdout, re.MULTILINE)
+    (tmp_path / "run.yaml").write_text(dump_config(override(tiny, {"data.tasks": 2})))
+    refused = inflora(tmp_path, "train", "run.yaml", "classifier=cosine", "classifier.scale=0")
+    assert refused.stderr == "error: classifier.scale: must be greater than or equal to 1, got 0\n"
+    trained = inflora(tmp_path, "train", "run.yaml", "classifier=cosine", "classifier.scale=8", "--out", "run")
+    assert (trained.returncode, trained.stderr) == (0, ""), trained.stdout
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["classifier"] == {"name": "cosine", "scale": 8}
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    said = inflora(tmp_path, "predict", "run", "image.png")
+    assert re.fullmatch(r"image\.png\t\d 0\.\d{4}\n", said.stdout), said.stderr
+
+
+@pytest.mark.parametrize("value", ["theirs:Missing", "nowhere:Settings", "theirs:broken", "theirs:Number"])
+def test_a_plug_in_that_cannot_be_used_stops_no_other_run(value, tmp_path):
+    installed(tmp_path, "inflora.adapters", f"theirs = {value}", theirs="Number = int\nbroken = 5")
+    listed = inflora(tmp_path, "settings", "inflora")
+    assert listed.returncode == 0, listed.stderr
+    assert f"inflora.adapters theirs ({value}) cannot be loaded: " in listed.stderr

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class InputFormat(NamedTuple):
-    """How stored pixels become the model's input."""
+    """The form in which stored pixels become the model's input."""
 
     data: DataSettings
     side: int
@@ -51,6 +51,7 @@ def training_batches(
     mine = slice(distributed.rank(), None, distributed.world_size())
     shares = []
     for chosen in rows.split(batch_size):
+        # For the whole batch on every worker, then this worker's: so the draws do not depend on how many there are.
         crops = _training_crops(images.pixels.sizes(chosen), input_format, generator)
         shares.append(_Share(Views(chosen[mine], crops.take(mine)), len(chosen[mine]) / len(chosen)))
     return _batches(images, shares, input_format)
@@ -67,7 +68,7 @@ def evaluation_batches(images: Images, rows: Tensor, input_format: InputFormat, 
 
 
 class _Share(NamedTuple):
-    """What one worker sees of a batch, and what part of the batch that is."""
+    """One worker's views of a batch, and the part of the batch that they are."""
 
     views: Views
     share: float
@@ -96,7 +97,7 @@ def _batches(images: Images, shares: Sequence[_Share], input_format: InputFormat
         ahead.extend(itertools.islice(started, 1))
         images_here, waited = pending()
         for later, *_ in ahead:
-            later.send()
+            later.send()  # copies run beside the step that the caller takes now
         yield Batch(as_input(images_here), batch_labels, share, waited)
 
 

@@ -189,6 +189,7 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     train, held_out = [], []
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
+        # Class by class: a plain random split may leave a rare class without a validation image.
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         held_out.append(shuffled[:count])
@@ -200,6 +201,7 @@ def rows_hash(*groups: Tensor) -> str:
     """Identity of a split: a hash over which rows are in which group."""
     digest = hashlib.sha256()
     for rows in groups:
+        # The length keeps groups apart: the same rows divided elsewhere must hash to something else.
         digest.update(len(rows).to_bytes(8, "little"))
         digest.update(rows.to(torch.int64).sort().values.numpy().tobytes())
     return digest.hexdigest()[:16]
