@@ -173,6 +173,44 @@ def follow(shell: Shell, shortened: dict[str, str]) -> None:
         assert "Traceback" not in said, f"{line}: {said}"
 
 
+PLUGIN_IN_USE = """
+import sys
+from pathlib import Path
+
+import inflora
+import torch
+from inflora.config import parse_config
+from inflora.runs import train_into
+
+settings = {"optim": {"epochs": 1, "batch_size": 64}, "classifier": {"name": "cosine", "temperature": 0.2}}
+state = train_into(Path("run"), parse_config(settings), "validation")
+scores = inflora.load("run")(torch.rand(4, 1, 32, 32))
+print(scores.shape[1], float(scores.abs().max()) <= 5, state.metrics(5)["acc/final"] > 0.5)
+"""
+
+
+@pytest.mark.e2e
+def test_the_classifier_that_the_readme_adds_learns_and_is_served(tmp_path, data_root):
+    """As a package of its own, which is found by its entry point."""
+    (block,) = re.findall(r"^```python\n(# cosine.py.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (entry,) = re.findall(r'`(cosine = "(?:.*?)")`', README)
+    assert len(block.splitlines()) <= 20
+    (tmp_path / "cosine.py").write_text(block)
+    package = tmp_path / "cosine-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: cosine\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[inflora.classifiers]\n" + entry.replace('"', "") + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGIN_IN_USE],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["10", "True", "True"]), done.stderr
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_the_pages_followed_with_a_sweep_of_two_short_trials(shell):
