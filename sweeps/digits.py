@@ -19,8 +19,7 @@ from inflora.config import (
     RunConfig,
     SequentialSettings,
 )
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Sweep, main
 
 # 1993 is the usual seed for shuffled class orders.
 data = DataSettings(

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.cli import app
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.mirror import Mirror
-from sweeps.engine.records import TrialRecord
-from sweeps.engine.spec import SPEC_FILE, Choice, Constraint, Sweep, read_sweep
-from sweeps.engine.study import STUDY_FILE, load_study, read_records
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import TrialRecord
+from sweeps.engine.ledger.study import STUDY_FILE, load_study, read_records
+from sweeps.engine.show.mirror import Mirror
+from sweeps.engine.space.domains import Choice
+from sweeps.engine.space.spec import SPEC_FILE, Constraint, Sweep, read_sweep
 from tests.fuzz.answers import answered
 from tests.sweeps.conftest import learn_all, report, tiny_sweep
 

@@ -16,10 +16,11 @@ import torch
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
-from sweeps.engine import mlflow_database
-from sweeps.engine.records import TaskReport, TrialRecord
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
-from sweeps.engine.study import read_records, study_url
+from sweeps.engine.ledger.records import TaskReport, TrialRecord
+from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.show import mlflow_database
+from sweeps.engine.space.domains import Integer, NearOne, Real
+from sweeps.engine.space.spec import Sweep
 
 PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
 
@@ -92,7 +93,7 @@ class Recipe:
         self.sweep, self.folder = sweep, folder
         self.script = folder / "recipe.py"
         self.script.write_text(
-            "from sweeps.cli import main\nfrom sweeps.engine.spec import Sweep\n\n"
+            "from sweeps.recipe import Sweep, main\n\n"
             f"if __name__ == '__main__':\n    main(Sweep.model_validate_json({sweep.model_dump_json()!r}))\n"
         )
         self.environment = {

@@ -6,10 +6,11 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from inflora.config import ConfigError
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome, TaskReport, best_record
-from sweeps.engine.spec import Choice, Sweep
-from sweeps.engine.study import load_study, read_records, study_url
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, TaskReport, best_record
+from sweeps.engine.ledger.study import load_study, read_records, study_url
+from sweeps.engine.space.domains import Choice
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all, report
 

@@ -4,7 +4,7 @@ import pytest
 
 from inflora.config import override
 from inflora.continual import run
-from sweeps.engine import plots
+from sweeps.engine.show import plots
 
 
 def metrics_of(config) -> list[dict[str, float]]:

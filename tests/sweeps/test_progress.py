@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.progress import LiveTable, ProgressLines, progress_on
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.progress import LiveTable, ProgressLines, progress_on
 
 from .conftest import learn_all, report
 

@@ -4,11 +4,12 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
-from sweeps.engine import space
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome, best_record
-from sweeps.engine.spec import Choice, Integer, NearOne, Real, Sweep
-from sweeps.engine.study import load_study, pareto_front
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, best_record
+from sweeps.engine.ledger.study import load_study, pareto_front
+from sweeps.engine.space import domains
+from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all, report
 
@@ -37,7 +38,7 @@ def test_every_sampler_proposes_within_the_space_no_setting_twice_and_goes_on_af
         ledger = Ledger(sweep, tmp_path)
         for _ in range(4):
             proposal = ledger.propose()
-            assert space.holds(sweep.space, proposal.settings)
+            assert domains.holds(sweep.space, proposal.settings)
             sweep.config(proposal.settings)
             seen.append(repr(proposal.settings))
             learn_all(ledger, proposal.number, [0.5 + len(seen) / 100] * 5)
@@ -66,20 +67,20 @@ def test_a_grid_has_its_ends_on_the_scale_of_the_domain():
 
 
 def test_a_setting_exists_only_beside_the_choice_that_needs_it():
-    rows = space.grid(METHODS, 2)
+    rows = domains.grid(METHODS, 2)
     by_method = {name: {frozenset(row) for row in rows if row["method.name"] == name} for name in ("inflora", "frozen")}
     assert by_method["frozen"] == {frozenset({"method.name", "optim.lr"})}
     assert {len(keys) for keys in by_method["inflora"]} == {4, 5}, "energy exists beside dualgpm only"
 
 
 def test_what_is_checked_before_a_sweep_reaches_every_conditional_setting(tiny_sweep):
-    corners = with_changes(tiny_sweep, space=METHODS, first=()).corners()
+    corners = with_changes(tiny_sweep, space=METHODS, first=()).extreme_configs()
     methods = [config.method for config in corners]
     assert {method.name for method in methods} == {"inflora", "sequential", "frozen"}
     assert {m.energy for m in methods if m.name == "inflora"} >= {0.8, 0.99}
     broken = METHODS | {"method.energy": Real(low=0.5, high=1.5, when={"method.memory": ("gpm",)})}
     with pytest.raises(ConfigError, match=r"method.energy.*1\.5"):
-        with_changes(tiny_sweep, space=broken, first=()).corners()
+        with_changes(tiny_sweep, space=broken, first=()).extreme_configs()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import sweeps
 from inflora.config import CODAPromptSettings, DualPromptSettings, SequentialSettings
 from inflora.continual import check
-from sweeps.engine.smoke import in_small, prepare_sample
-from sweeps.engine.space import Integer
-from sweeps.engine.spec import Sweep
+from sweeps.engine.run.smoke import in_small, prepare_sample
+from sweeps.engine.space.domains import Integer
+from sweeps.engine.space.spec import Sweep
 
 RECIPES = {file.stem for file in Path(sweeps.__path__[0]).glob("*.py")} - {"__init__", "cli"}
 
@@ -28,7 +28,7 @@ def test_a_sweep_in_small_accepts_whatever_its_space_can_propose(name, tmp_path)
     small = in_small(ALL[name], tmp_path)
     assert small.space == ALL[name].space
     prepare_sample(small)
-    for config in small.corners():
+    for config in small.extreme_configs():
         check(config)
 
 

@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
-from sweeps.engine import space
-from sweeps.engine.spec import Choice, Integer, NearOne, Real, Resources, Sweep
+from sweeps.engine.space import domains
+from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
+from sweeps.engine.space.spec import Resources, Sweep
 
 from .conftest import PAPER
 
@@ -24,8 +25,8 @@ def test_near_one_spends_its_resolution_near_one():
 
 def test_what_the_sampler_is_told_to_fix_is_what_the_setting_becomes(tiny_sweep):
     study = optuna.create_study()
-    study.enqueue_trial(space.fix(tiny_sweep.space, PAPER))
-    assert space.suggest(tiny_sweep.space, study.ask()) == PAPER
+    study.enqueue_trial(domains.fix(tiny_sweep.space, PAPER))
+    assert domains.suggest(tiny_sweep.space, study.ask()) == PAPER
 
 
 def test_a_choice_is_one_of_its_options():
@@ -91,17 +92,17 @@ def test_a_sweep_that_cannot_run_is_refused_when_it_is_written(tiny_sweep, chang
 def test_a_space_with_settings_no_run_accepts_is_refused_before_any_trial(tiny_sweep, space, rule):
     sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"space": space, "first": ()})
     with pytest.raises(ConfigError, match=rule):
-        sweep.corners()
+        sweep.extreme_configs()
 
 
 def test_a_first_trial_outside_its_space_is_refused(tiny_sweep):
     first = (PAPER | {"method.rank": 999},)
     with pytest.raises(ConfigError, match=r"first method\.rank=999 is outside its space"):
-        Sweep.model_validate(tiny_sweep.model_dump() | {"first": first}).corners()
+        Sweep.model_validate(tiny_sweep.model_dump() | {"first": first}).extreme_configs()
 
 
 def test_a_trial_has_no_harder_settings_than_the_corners_that_are_checked_before(tiny_sweep):
-    ranks = {config.method.rank for config in tiny_sweep.corners()}
+    ranks = {config.method.rank for config in tiny_sweep.extreme_configs()}
     assert {1, 16, PAPER["method.rank"]} <= ranks
 
 

@@ -19,10 +19,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.mirror import Mirror
-from sweeps.engine.mlflow_store import find_trial_run, make_client
-from sweeps.engine.tracking import Errand, Tracker
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.mirror import Mirror
+from sweeps.engine.show.mlflow_store import find_trial_run, make_client
+from sweeps.engine.show.tracking import Errand, Tracker
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
@@ -265,10 +265,10 @@ def test_the_process_ends_with_its_driver_however_that_ends(ledger, tiny_sweep, 
     script = f"""
 import logging, os, signal, threading
 from pathlib import Path
-from sweeps.engine.spec import Sweep
-from sweeps.engine.tracking import Tracker
+from sweeps.engine.space.spec import Sweep
+from sweeps.engine.show.tracking import Tracker
 behind = threading.Semaphore(0)
-logging.getLogger("sweeps.engine.tracking").addFilter(lambda record: behind.release() or True)
+logging.getLogger("sweeps.engine.show.tracking").addFilter(lambda record: behind.release() or True)
 sweep = Sweep.model_validate_json({tiny_sweep.model_dump_json()!r})
 tracker = Tracker(sweep, Path({str(tmp_path)!r}), "http://127.0.0.1:{free_port()}", {{}}, every_s=0.1)
 tracker.start()
@@ -288,7 +288,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("said", ["", '{"complete": true, "ov'], ids=["nothing", "half a line"])
 def test_a_process_whose_driver_falls_silent_ends(tiny_sweep, tmp_path, said):
     errand = Errand(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
-    command = [sys.executable, "-m", "sweeps.engine.mirror"]
+    command = [sys.executable, "-m", "sweeps.engine.show.mirror"]
     given = errand.model_dump_json() + "\n" + said
     done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
