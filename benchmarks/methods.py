@@ -58,7 +58,7 @@ LONG = RunConfig(
     device="cpu",
 )
 TITLE = "## Methods side by side"
-ALIGNED = "inflora+ca"
+ALIGNED = "inflora-ca"
 ROWS: dict[str, dict[str, Any]] = METHODS | {
     ALIGNED: {"adapter": "inflora", "classifier": {"name": "aligned", "epochs": 5, "temperature": 0.1}}
 }

@@ -39,10 +39,10 @@ def versions() -> str:
     )
 
 
-def require_cuda() -> None:
-    """Raise ConfigError, with what there is instead, unless there is a CUDA device."""
+def missing_cuda() -> str:
+    """Say why PyTorch finds no CUDA device here, and which versions there are; empty where it finds one."""
     if torch.cuda.is_available():
-        return
+        return ""
     try:
         torch.cuda.init()
         why = "it counts 0"
@@ -50,13 +50,19 @@ def require_cuda() -> None:
         why = str(error).split(". ")[0].strip()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
-    raise ConfigError(f"device must be auto or cpu here: PyTorch finds no CUDA device ({why}): {versions()}{hidden}")
+    return f"PyTorch finds no CUDA device here ({why}): {versions()}{hidden}"
+
+
+def require_cuda() -> None:
+    """Raise ConfigError unless there is a CUDA device."""
+    if missing := missing_cuda():
+        raise ConfigError(missing)
 
 
 def require_device(name: str) -> None:
     """Raise ConfigError where ``config.device`` asks for CUDA and there is none; takes hold of no GPU."""
-    if name == "cuda":
-        require_cuda()
+    if name == "cuda" and (missing := missing_cuda()):
+        raise ConfigError(f"device must be auto or cpu, got cuda: {missing}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,8 +6,7 @@ python sweeps/cifar100.py --smoke                                   the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 cifar100 = Sweep(
     name="cifar100",

@@ -18,8 +18,7 @@ from inflora.config import (
     OptimSettings,
     RunConfig,
 )
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Sweep, main
 
 # 1993 is the usual seed for shuffled class orders.
 data = DataSettings(

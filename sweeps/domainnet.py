@@ -6,8 +6,7 @@ python sweeps/domainnet.py --smoke                                  the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 domainnet = Sweep(
     name="domainnet",

@@ -7,8 +7,7 @@ python sweeps/imagenet_r.py --smoke                                 the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 space = {
     "adapter.rank": Integer(low=2, high=64, log=True),

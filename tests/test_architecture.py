@@ -15,12 +15,13 @@ FLOORS = {
     0: (
         "inflora.errors",
         "inflora.files",
+        "inflora.interrupt",
         "inflora.patience",
         "inflora.distributed",
         "inflora.eigen",
         "inflora.metrics",
     ),
-    1: ("inflora.config", "inflora.console"),
+    1: ("inflora.config", "inflora.console", "sweeps"),
     2: (
         "inflora.subspace",
         "inflora.gaussians",
@@ -55,42 +56,41 @@ FLOORS = {
     11: ("inflora.runs",),
     12: ("inflora", "inflora.cli", "inflora.gpu_check"),
     13: (
-        "sweeps.engine.records",
-        "sweeps.engine.space",
-        "sweeps.engine.failures",
-        "sweeps.engine.plots",
-        "sweeps.engine.study_backup",
-        "sweeps.engine.snapshot",
-        "sweeps.engine.output",
+        "sweeps.engine.ledger.records",
+        "sweeps.engine.ledger.failures",
+        "sweeps.engine.ledger.snapshot",
+        "sweeps.engine.run.nodes",
+        "sweeps.engine.show.output",
+        "sweeps.engine.show.plots",
+        "sweeps.engine.space.domains",
     ),
-    14: ("sweeps.engine.reach", "sweeps.engine.metrics", "sweeps.engine.nodes"),
-    15: ("sweeps.engine.spec", "sweeps.engine.mlflow_database"),
+    14: ("sweeps.engine.run.reach", "sweeps.engine.space.objectives"),
+    15: ("sweeps.engine.show.mlflow_database", "sweeps.engine.space.spec"),
     16: (
-        "sweeps.engine.cluster",
-        "sweeps.engine.budget",
-        "sweeps.engine.samplers",
-        "sweeps.engine.mlflow_store",
-        "sweeps.engine.trial",
+        "sweeps.engine.ledger.trials",
+        "sweeps.engine.run.cluster",
+        "sweeps.engine.run.smoke",
+        "sweeps.engine.run.trial",
+        "sweeps.engine.show.mlflow_store",
+        "sweeps.engine.show.tracking",
+        "sweeps.engine.space.budget",
+        "sweeps.engine.space.early_stopping",
+        "sweeps.engine.space.samplers",
     ),
-    17: ("sweeps.engine.study", "sweeps.engine.driver"),
-    18: ("sweeps.engine.ledger",),
-    19: (
-        "sweeps.engine.search",
-        "sweeps.engine.report",
-        "sweeps.engine.tables",
-        "sweeps.engine.progress",
-        "sweeps.engine.checkpoints",
-    ),
-    20: ("sweeps.engine.tracking",),
-    21: ("sweeps.engine.mirror",),
-    22: ("sweeps.engine.export", "sweeps.engine.runner", "sweeps.engine.smoke", "sweeps.engine.final"),
-    23: ("sweeps.engine.judge", "sweeps.engine.dryrun", "sweeps.engine.gpu_check"),
+    17: ("sweeps.engine.ledger.consistency", "sweeps.engine.run.driver", "sweeps.engine.show.status"),
+    18: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
+    19: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
+    20: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
+    21: ("sweeps.engine.run.tune",),
+    22: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
+    23: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
     24: ("sweeps.cli",),
+    25: ("sweeps.recipe",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
 BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
-RECIPES_FLOOR = 25
+RECIPES_FLOOR = 26
 
 
 def modules() -> dict[str, Path]:
@@ -102,7 +102,7 @@ def modules() -> dict[str, Path]:
 
 MODULES = modules()
 RECIPES = sorted(
-    f"sweeps.{file.stem}" for file in (ROOT / "sweeps").glob("*.py") if file.stem not in ("__init__", "cli")
+    f"sweeps.{file.stem}" for file in (ROOT / "sweeps").glob("*.py") if file.stem not in ("__init__", "cli", "recipe")
 )
 
 
@@ -173,10 +173,11 @@ print([name for name in sys.modules if name.split(".")[0] == "sweeps"])
 def test_what_stands_before_a_trial_s_worker_and_beside_the_driver_starts_without_torch(tmp_path):
     script = """
 import sys
-from sweeps.engine import driver, mirror
-from sweeps.engine.spec import Resources
+from sweeps.engine.run import driver
+from sweeps.engine.show import mirror
+from sweeps.engine.space.spec import Resources
 driver.train_driver(Resources(), "gloo", "somewhere", "study")
-driver.meeting(Resources(), "gloo")
+driver.worker_backend(Resources(), "gloo")
 print("torch" in sys.modules)
 """
     done = run_python(script, tmp_path)

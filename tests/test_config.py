@@ -34,7 +34,7 @@ from inflora.config import (
 )
 from inflora.config.listing import all_settings, lines_of_settings
 from inflora.presets import PRESETS
-from sweeps import Sweep, integer
+from sweeps import digits
 
 ALIGNED = RunConfig(classifier=AlignedSettings())
 """A run with more settings than the default one: every file of ``replay`` has its place in it."""
@@ -267,6 +267,15 @@ def test_a_bare_name_stands_for_an_adapter_or_a_classifier_with_its_own_defaults
         for path in (group, f"{group}.name"):
             if getattr(before, group).name != name:
                 assert getattr(override(before, {path: name}), group) == chosen
+
+
+@pytest.mark.parametrize("choice", ["classifier", "classifier.name"])
+def test_a_choice_and_its_settings_may_be_given_in_any_order(choice):
+    changes = {"classifier.epochs": 3, choice: "aligned", "classifier.lr": 0.1}
+    for before in (RunConfig(), override(ALIGNED, {"classifier.samples": 3})):
+        after = override(before, changes)
+        assert (after.classifier.epochs, after.classifier.lr) == (3, 0.1)
+        assert after == override(before, dict(reversed(changes.items())))
 
 
 def test_choosing_what_is_chosen_already_keeps_its_settings():
@@ -570,10 +579,10 @@ def test_a_whole_config_of_the_old_form_is_refused_in_one_line():
     assert line.endswith("; and 8 more")
 
 
-@pytest.mark.parametrize(("old", "new"), [("method.rank", "adapter.rank"), (next(iter(OLD_FILES)), "replay.orders")])
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
 def test_a_sweep_over_an_old_name_is_refused_with_the_new_one(old, new):
-    sweep = Sweep(name="old", base=RunConfig(), space={old: integer(2, 8)}, trials=4)
-    assert new in refusal_of(sweep.corners)
+    sweep = digits.inflora.model_copy(update={"space": {old: digits.rank}, "first": ()})
+    assert f"{old} is now {new}" in refusal_of(sweep.corners)
 
 
 # Plug-ins.
@@ -635,15 +644,28 @@ def test_another_packages_classifier_is_listed_chosen_trained_and_loaded_like_ou
     assert refused.stderr == "error: classifier.scale: must be greater than or equal to 1, got 0\n"
     trained = inflora(tmp_path, "train", "run.yaml", "classifier=cosine", "classifier.scale=8", "--out", "run")
     assert (trained.returncode, trained.stderr) == (0, ""), trained.stdout
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["classifier"] == {"name": "cosine", "scale": 8}
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["classifier"] == {
+        "name": "cosine",
+        "scale": 8,
+    }
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     said = inflora(tmp_path, "predict", "run", "image.png")
     assert re.fullmatch(r"image\.png\t\d 0\.\d{4}\n", said.stdout), said.stderr
 
 
-@pytest.mark.parametrize("value", ["theirs:Missing", "nowhere:Settings", "theirs:broken", "theirs:Number"])
+UNUSABLE = {
+    "theirs:Missing": "",
+    "nowhere:Settings": "",
+    "theirs:Number": "Number = 5",
+    "theirs:Nameless": "class Nameless(Alternative): name: str = 'nameless'",
+    "theirs:Taken": "class Taken(Alternative): name: Literal['inflora'] = 'inflora'",
+}
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
 def test_a_plug_in_that_cannot_be_used_stops_no_other_run(value, tmp_path):
-    installed(tmp_path, "inflora.adapters", f"theirs = {value}", theirs="Number = int\nbroken = 5")
+    imports = "from typing import Literal; from inflora.config import Alternative\n"
+    installed(tmp_path, "inflora.adapters", f"theirs = {value}", theirs=imports + UNUSABLE[value])
     listed = inflora(tmp_path, "settings", "inflora")
-    assert listed.returncode == 0, listed.stderr
-    assert f"inflora.adapters theirs ({value}) cannot be loaded: " in listed.stderr
+    assert (listed.returncode, "adapter.energy_of" in listed.stdout) == (0, True), listed.stderr
+    assert f"inflora.adapters theirs ({value}) cannot be used: " in listed.stderr

@@ -15,8 +15,8 @@ from inflora.config import ConfigError
 from inflora.console import OneLineCommand, OneLineGroup
 from inflora.errors import one_line
 from sweeps import digits
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.spec import SPEC_FILE
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.space.spec import SPEC_FILE
 
 HEAVY = {"torch", "mlflow", "ray", "timm", "pyarrow", "scipy", "matplotlib"}
 

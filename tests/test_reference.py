@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inflora.adapters.inflora import memory_of
 from inflora.config import RunConfig, parse_config
 from inflora.continual import TaskResult, run
 from inflora.data import prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
-from inflora.methods.inflora import memory_of
 
 TRACE = Path(__file__).parents[2] / "shared" / "reference" / "a_adam.npz"
 TASKS, LAYERS = 5, 3
@@ -39,7 +39,7 @@ def replayed(trace, tmp_path_factory) -> list[tuple[TaskResult, Tensor]]:
     for t, result in enumerate(run(replay_config(trace, folder), evaluate_on="test")):
         images = trace["x_test"][trace[f"t{t}/test_index"].long()].permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            results.append((result, result.model.logits(result.model.features(images))))
+            results.append((result, result.model(images)))
     return results
 
 
@@ -70,11 +70,12 @@ def replay_config(trace: dict[str, Tensor], folder: Path) -> RunConfig:
                 "tasks": TASKS,
                 "train_on": "train+validation",
                 "augment": "none",
-                "order": folder / "orders.safetensors",
             },
             "backbone": {"name": "glyph_vit", "weights": folder / "weights.safetensors", "options": options},
-            "method": {"name": "inflora", "rank": 4, "energy": 0.95},
-            "optim": {"lr": 5e-4, "epochs": 10, "batch_size": 32, "head_init": folder / "heads.safetensors"},
+            "adapter": {"name": "inflora", "rank": 4, "energy": 0.95},
+            "classifier": "linear",
+            "optim": {"lr": 5e-4, "epochs": 10, "batch_size": 32},
+            "replay": {name: folder / f"{name}.safetensors" for name in ("orders", "heads")},
             "device": "cpu",
         }
     )
@@ -97,6 +98,13 @@ def test_losses(t, trace, replayed):
 
 
 @EVERY_TASK
+def test_learning_rates(t, trace, replayed):
+    """One for both: the recorded run trains classifiers as fast as adapters."""
+    for rates in ([epoch.lr for epoch in replayed[t][0].epochs], [epoch.head_lr for epoch in replayed[t][0].epochs]):
+        assert torch.tensor(rates).double() == pytest.approx(trace[f"t{t}/lr_epoch"].double(), rel=1e-6, abs=1e-12)
+
+
+@EVERY_TASK
 @EVERY_LAYER
 def test_designed_and_trained_matrices(t, layer, trace, replayed):
     factors = replayed[t][0].factors
@@ -110,7 +118,7 @@ def test_designed_and_trained_matrices(t, layer, trace, replayed):
 @EVERY_TASK
 @EVERY_LAYER
 def test_memory(t, layer, trace, replayed):
-    memory = memory_of(replayed[t][0].state.method)[f"backbone.blocks.{layer}.attn.qkv"]
+    memory = memory_of(replayed[t][0].state.adapter)[f"backbone.blocks.{layer}.attn.qkv"]
     assert memory.kind == ("retain" if trace[f"t{t}/gpm_retain"][layer] else "remove")
     assert memory.basis_DK.shape[1] == trace[f"t{t}/gpm_dim"][layer]
     projector = memory.basis_DK @ memory.basis_DK.T
@@ -122,7 +130,7 @@ def test_classifiers_and_logits(t, trace, replayed):
     result, logits = replayed[t]
     assert largest_difference(logits, trace[f"t{t}/test_logits"]) < 5e-4
     for j in range(t + 1):
-        weight, bias = (result.state.model[f"heads.{j}.{name}"] for name in ("weight", "bias"))
+        weight, bias = (result.state.classifier[f"heads.{j}.{name}"] for name in ("weight", "bias"))
         assert largest_difference(weight, trace[f"t{t}/head_w"][j]) < 5e-4
         assert largest_difference(bias, trace[f"t{t}/head_b"][j]) < 5e-4
 
@@ -132,5 +140,17 @@ def test_accuracies(t, trace, replayed):
     result, _ = replayed[t]
     assert 100 * result.metrics["acc/seen"] == pytest.approx(float(trace["acc_total"][t]), abs=0.01)
     assert 100 * torch.tensor(result.accuracies).double() == pytest.approx(trace["acc_matrix"][t, : t + 1], abs=0.01)
+    task_aware = trace["acc_with_task_matrix"][t, : t + 1]
+    assert 100 * torch.tensor(result.task_aware).double() == pytest.approx(task_aware, abs=0.01)
     assert 100 * result.metrics["acc/task_aware"] == pytest.approx(float(trace["acc_with_task_total"][t]), abs=0.01)
     assert result.metrics["acc/task_identity"] == pytest.approx(float(trace["acc_task_id"][t]), abs=1e-4)
+
+
+@pytest.mark.parametrize("more", ["0/train-10", "5/train-0"], ids=["an epoch more", "a task more"])
+def test_a_replay_of_a_longer_run_is_refused(more, trace, replayed, tmp_path):
+    config = replay_config(trace, tmp_path)
+    orders = load_file(config.replay.orders)
+    save_file(orders | {more: orders["0/train-0"].clone()}, config.replay.orders)
+    config = override(config, {"data.root": replayed[0][0].state and tmp_path})
+    with pytest.raises(ConfigError, match=f"replay.orders holds {more}, which this run does not ask for"):
+        next(run(config, evaluate_on="test"))

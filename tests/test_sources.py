@@ -546,7 +546,9 @@ def test_the_same_seed_gives_the_same_batches_from_files(name, stores):
 
     def batches() -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(3)
-        return [b.images for b in training_batches(images, torch.arange(len(images.labels)), input_format, 7, generator)]
+        return [
+            b.images for b in training_batches(images, torch.arange(len(images.labels)), input_format, 7, generator)
+        ]
 
     first, second = batches(), batches()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

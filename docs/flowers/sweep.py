@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from inflora.config import load_config
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Sweep, main
 
 flowers = Sweep(
     name="flowers",

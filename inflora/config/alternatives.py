@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from inflora.config.base import Settings
 from inflora.config.messages import cut
@@ -29,18 +29,21 @@ def by_name(*models: type[Alternative]) -> dict[str, type[Alternative]]:
     return {str(model.model_fields["name"].default): model for model in models}
 
 
-def plugins(group: str) -> dict[str, type[Alternative]]:
-    """The settings models that installed packages add by entry points: ``cosine = "their_module:CosineSettings"``.
+def add_plugins(known: dict[str, type[Alternative]], group: str) -> None:
+    """Add the settings models that installed packages offer by entry points: ``cosine = "their_module:CosineSettings"``.
 
-    One that cannot be loaded is warned of and left out: it must not stop the runs that do not ask for it.
+    One that cannot be used is warned of and left out: it must not stop the runs that do not ask for it.
     """
-    models = []
     for point in entry_points(group=group):
         try:
-            models.append(point.load())
+            new = by_name(point.load())
+            if taken := new.keys() & known.keys():
+                raise ValueError(f"there is {', '.join(taken)} already")
+            TypeAdapter(one_of({**known, **new}))  # a choice that cannot be told from the others is found here
         except Exception as error:  # another package's code may raise anything
-            warnings.warn(f"{group} {point.name} ({point.value}) cannot be loaded: {cut(error, 200)}", stacklevel=2)
-    return by_name(*models)
+            warnings.warn(f"{group} {point.name} ({point.value}) cannot be used: {cut(error, 200)}", stacklevel=2)
+        else:
+            known.update(new)
 
 
 def one_of(models: Mapping[str, type[Alternative]]) -> Any:

@@ -10,7 +10,7 @@ from inflora.config.run import RunConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "inflora": {"adapter": "inflora", "classifier": "linear"},
-    "inflora+ca": {"adapter": "inflora", "classifier": "aligned"},
+    "inflora-ca": {"adapter": "inflora", "classifier": "aligned"},
     "sequential": {"adapter": "lora", "classifier": "linear"},
     "frozen": {"adapter": "none", "classifier": "linear"},
     "ncm": {"adapter": "none", "classifier": "ncm"},
@@ -36,11 +36,11 @@ def settings_of_method(name: str) -> dict[str, Any]:
 
 
 def method_of(config: RunConfig) -> str:
-    """The published name of a config's pair, else both names: "lora + ncm"."""
+    """The published name of a config's pair, else both names: "lora-ncm"."""
     pair: dict[str, Any] = {"adapter": config.adapter.name, "classifier": config.classifier.name}
     pair |= {"data.joint": True} if config.data.joint else {}
     published = (name for name, settings in METHODS.items() if settings == pair)
-    unnamed = " + ".join([*(["joint"] if config.data.joint else []), config.adapter.name, config.classifier.name])
+    unnamed = "-".join([*(["joint"] if config.data.joint else []), config.adapter.name, config.classifier.name])
     return next(published, unnamed)
 
 

@@ -41,7 +41,8 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """``config`` with dotted settings replaced, e.g. ``{"adapter.rank": 8}``; everything is checked again.
 
     A path may name a whole group: ``{"classifier": "ncm"}``. Another ``adapter.name`` or ``classifier.name`` starts
-    from its own defaults. A config that came from elsewhere remembers what was changed in it.
+    from its own defaults, wherever it stands among the changes. A config that came from elsewhere remembers what was
+    changed in it.
 
     Raises:
         ConfigError: An unknown path or a value that breaks a rule.
@@ -50,8 +51,10 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     settings = config.model_dump()
     provenance = settings["provenance"]
     changed = set(provenance.get("changed", []))
-    for path, value in changes.items():
+    # A group before what is in it, and its name before the rest: a choice would undo what was set before it.
+    for path in sorted(changes, key=lambda path: (path.count("."), not path.endswith(".name"))):
         *groups, name = path.split(".")
+        value = changes[path]
         node = settings
         for group in groups:
             if not isinstance(node.get(group), dict):
@@ -59,6 +62,8 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             node = node[group]
         if path in ("adapter.name", "classifier.name") and value != node.get("name"):
             node.clear()
+        if path in ("adapter", "classifier") and isinstance(value, str):
+            value = {"name": value}
         changed |= {path} if node.get(name) != value else set()
         node[name] = value
     if changed and provenance and settings["provenance"] is provenance:

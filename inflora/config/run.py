@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from inflora.config.adapters import ADAPTERS, InfLoRASettings
-from inflora.config.alternatives import Alternative, one_of, plugins
+from inflora.config.alternatives import Alternative, add_plugins, one_of
 from inflora.config.base import (
     Count,
     Epochs,
@@ -218,7 +218,7 @@ class RunConfig(Settings):
 
 def complete() -> None:
     """Let a run have the adapters and classifiers of plug-ins too; they import from here, so they come last."""
-    ADAPTERS.update(plugins("inflora.adapters"))
-    CLASSIFIERS.update(plugins("inflora.classifiers"))
+    add_plugins(ADAPTERS, "inflora.adapters")
+    add_plugins(CLASSIFIERS, "inflora.classifiers")
     known = {"AdapterSettings": one_of(ADAPTERS), "ClassifierSettings": one_of(CLASSIFIERS)}
     RunConfig.model_rebuild(_types_namespace=known)
