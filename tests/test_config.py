@@ -125,9 +125,9 @@ def test_an_unknown_setting_is_refused_and_the_known_ones_are_listed(settings, u
 @pytest.mark.parametrize(("group", "known"), [("adapter", ADAPTERS), ("classifier", CLASSIFIERS)])
 def test_an_unknown_name_is_refused_and_a_missing_one_asked_for_with_the_known_ones(group, known):
     listed = re.escape(", ".join(known))
-    for given in ("ewc", {"name": "ewc"}):
+    for written in ("ewc", {"name": "ewc"}):
         with pytest.raises(ConfigError, match=rf"^unknown {group}\.name 'ewc'; known: {listed}$"):
-            parse_config({group: given})
+            parse_config({group: written})
     with pytest.raises(ConfigError, match=rf"^{group}\.name is missing; known: {listed}$"):
         parse_config({group: {"lr": 5}})
 
@@ -261,7 +261,7 @@ def test_a_whole_group_can_be_overridden():
 )
 def test_a_bare_name_stands_for_an_adapter_or_a_classifier_with_its_own_defaults(group, name):
     """Wherever it is written, and whatever was chosen before it."""
-    (chosen,) = {getattr(parse_config({group: given}), group) for given in (name, {"name": name})}
+    (chosen,) = {getattr(parse_config({group: written}), group) for written in (name, {"name": name})}
     assert chosen == CHOICES[group][name]()
     for before in (RunConfig(), override(ALIGNED, {"adapter": "l2p"})):
         for path in (group, f"{group}.name"):
@@ -485,7 +485,7 @@ def test_the_list_of_one_adapter_or_classifier_has_its_settings_and_no_others():
         "ncm": {"classifier.name"},
     }
     assert any(line.startswith("adapter.penalty") and "0 to 1e+06" in line for line in lines_of_settings("olora"))
-    with pytest.raises(ConfigError, match="unknown adapter or classifier 'nix'; known: none, .*ncm"):
+    with pytest.raises(ConfigError, match=r"unknown adapter or classifier 'nix'; known: none, .*ncm"):
         all_settings("nix")
 
 
@@ -565,7 +565,7 @@ def test_an_old_name_is_refused_with_the_new_one_which_is_a_setting(old, new):
 
 @pytest.mark.parametrize(("old", "new"), OLD_METHODS.items())
 def test_an_old_method_is_refused_with_the_settings_that_make_it(old, new):
-    lines = {refusal_of(parse_config, {"method": given}) for given in (old, {"name": old})}
+    lines = {refusal_of(parse_config, {"method": written}) for written in (old, {"name": old})}
     lines |= {refusal_of(override, RunConfig(), {path: old}) for path in ("method", "method.name")}
     assert lines == {f"old names of settings: method{name} is now {new}" for name in ("", ".name")}
     assert isinstance(override(RunConfig(), parse_assignments(new.split())), RunConfig)

@@ -299,7 +299,7 @@ def test_a_given_order_is_the_order_of_the_batches_whatever_the_seed(tiny, tmp_p
     ("change", "message"),
     [
         (lambda orders: orders.pop("4/train-0"), r"replay\.orders must hold 4/train-0; it holds 0/cov"),
-        (lambda orders: orders.pop("4/covariance-after"), r"replay\.orders must hold 4/covariance-after; it holds 0/cov"),
+        (lambda orders: orders.pop("4/covariance-after"), r"must hold 4/covariance-after; it holds 0/cov"),
         (lambda orders: orders["4/train-0"].__setitem__(0, -1), r"must name each of the \d+ images of task 4 once"),
     ],
 )
@@ -372,7 +372,8 @@ def test_features_that_are_not_of_this_run_are_refused_before_the_first_task(cha
     draws = draws_of_ones() | {f"4/{part}-1": tensor for part, tensor in change.items()}
     save_file(draws, tmp_path / "draws.safetensors")
     config = override(tiny, pair_of("inflora", "aligned") | {"replay.draws": tmp_path / "draws.safetensors"})
-    assert re.match(r"replay\.draws must hold in 4/features-1 rows of 32 numbers and in 4/classes-1", refusal_of(config))
+    message = "replay.draws must hold in 4/features-1 rows of 32 numbers and in 4/classes-1 as many classes below 10"
+    assert refusal_of(config).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +505,8 @@ def test_in_bf16_a_run_learns_what_it_learns_in_float32_and_says_so(tiny, result
     assert {result.metrics["precision/bits"] for result in results} == {32}
     for ours, theirs in zip(in_bf16, results, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=0.05)
-        assert all(t.dtype != torch.bfloat16 for t in (t for group in ours.state.tensors.values() for t in group.values()))
+        kept = itertools.chain.from_iterable(group.values() for group in ours.state.tensors.values())
+        assert all(tensor.dtype != torch.bfloat16 for tensor in kept)
     again = next(run(override(tiny, {"precision": "bf16"})))
     assert same_state(again.state, in_bf16[0].state)
 

@@ -302,7 +302,7 @@ def test_two_workers_learn_what_one_learns(pair, two_workers, uninterrupted):
 
 PUBLISHED = {
     "inflora": (InfLoRA, Linear, False),
-    "inflora+ca": (InfLoRA, Aligned, False),
+    "inflora-ca": (InfLoRA, Aligned, False),
     "sequential": (LoRA, Linear, False),
     "frozen": (Adapter, Linear, False),
     "ncm": (Adapter, NCM, False),

@@ -30,7 +30,7 @@ def by_name(*models: type[Alternative]) -> dict[str, type[Alternative]]:
 
 
 def add_plugins(known: dict[str, type[Alternative]], group: str) -> None:
-    """Add the settings models that installed packages offer by entry points: ``cosine = "their_module:CosineSettings"``.
+    """Add the settings models that installed packages offer by entry points, as ``cosine = "module:CosineSettings"``.
 
     One that cannot be used is warned of and left out: it must not stop the runs that do not ask for it.
     """

@@ -122,7 +122,9 @@ def put_a_folder(folder, file):
 
 def drop_a_tensor(folder, _):
     state = load_state(folder)
-    save_state(state._replace(model={name: t for name, t in state.model.items() if name != "heads.0.bias"}), folder)
+    save_state(
+        state._replace(classifier={name: t for name, t in state.classifier.items() if name != "heads.0.bias"}), folder
+    )
 
 
 DAMAGES = [(damage, file) for damage in (flip, put_a_folder) for file in ("state.json", "tensors-*")]
