@@ -27,7 +27,7 @@ GLYPH_VIT: dict[str, Any] = {
     "depth": 5,
     "num_heads": 4,
 }
-"""The shipped backbone, pre-trained on rendered letters by ``python -m inflora.glyphs``."""
+"""The shipped backbone, pre-trained on rendered letters by ``python docs/glyphs.py``."""
 
 
 class BackboneShape(NamedTuple):

@@ -89,7 +89,6 @@ FLOORS = {
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-BESIDE = {"inflora.glyphs": {"inflora.backbone"}}  # a script of its own, imported by nobody
 RECIPES_FLOOR = 26
 
 
@@ -130,22 +129,16 @@ def floor(name: str) -> int | None:
 
 def test_every_module_has_its_floor():
     empty = {name for name, file in MODULES.items() if file.name == "__init__.py" and not imports(name)}
-    assert {name for name in MODULES if floor(name) is None} - empty == set(BESIDE)
+    assert {name for name in MODULES if floor(name) is None} - empty == set()
     assert set(ON_FLOOR) <= set(MODULES) | set(PACKAGES)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - set(BESIDE)))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_no_import_points_up(name):
     for imported in imports(name):
         assert imported in MODULES, f"{name} imports {imported}, which is no module"
-        assert floor(imported) is not None, f"{name} imports {imported}, which stands beside the building"
         if package(imported) != package(name):
             assert floor(imported) < floor(name), f"{name} (floor {floor(name)}) imports {imported}"
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_what_stands_beside_imports_only_what_it_may(name):
-    assert imports(name) <= BESIDE[name]
 
 
 def test_no_two_modules_import_each_other():

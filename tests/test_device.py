@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from inflora.methods import METHODS
+from inflora.methods import inflora as inflora_method
 from PIL import Image
 from torch import Tensor
 
@@ -25,8 +27,6 @@ from inflora.continual import TaskResult, pick_device, run
 from inflora.data import DATASETS, augment, loader, pixels, prepare_store, staging
 from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.drift import Probes
-from inflora.methods import METHODS
-from inflora.methods import inflora as inflora_method
 from inflora.model import ContinualModel
 from inflora.runs import train_into
 from inflora.serving import load, predict

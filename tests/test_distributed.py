@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from inflora.methods import TaskData, make_method
+from inflora.methods import inflora as method_module
+from inflora.methods.inflora import memory_of
+from inflora.methods.statistics import input_covariances
 from safetensors.torch import load_file, save_file
 
 from inflora import distributed
@@ -19,10 +23,6 @@ from inflora.continual import run
 from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
 from inflora.data.store import open_split
 from inflora.data.stream import make_stream
-from inflora.methods import TaskData, make_method
-from inflora.methods import inflora as method_module
-from inflora.methods.inflora import memory_of
-from inflora.methods.statistics import input_covariances
 from inflora.metrics import accuracy_matrix
 from inflora.model import ContinualModel
 from inflora.state import RunState, load_state, save_state

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inflora.methods import METHODS
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -27,7 +28,6 @@ from inflora.data.loader import Input, evaluation_batches
 from inflora.data.source import Dataset, Options
 from inflora.data.stream import make_stream
 from inflora.lora import LoRALinear
-from inflora.methods import METHODS
 from inflora.runs import train_into
 from inflora.serving import load, predict
 from inflora.state import DataFacts, StateError, load_state, save_state

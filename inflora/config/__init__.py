@@ -25,6 +25,7 @@ from inflora.config.messages import cut, explain, shown
 from inflora.config.methods import METHODS, felt_after_first_task, method_of, settings_of_method
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
 from inflora.config.reading import checked, dump_config, load_config, override, parse_assignments, parse_config
+from inflora.config.renamed import refuse_old_names
 from inflora.config.run import (
     AugmentSettings,
     BackboneSettings,
@@ -37,58 +38,5 @@ from inflora.config.run import (
     complete,
 )
 
-__all__ = [
-    "ADAPTERS",
-    "CLASSIFIERS",
-    "METHODS",
-    "AlignedSettings",
-    "Alternative",
-    "AugmentSettings",
-    "BackboneSettings",
-    "CODAPromptSettings",
-    "ConfigError",
-    "Count",
-    "DataSettings",
-    "DualPromptSettings",
-    "FirstTaskSettings",
-    "Flag",
-    "InfLoRASettings",
-    "L2PSettings",
-    "LinearSettings",
-    "LoRASettings",
-    "LowRankSettings",
-    "NCMSettings",
-    "NoAdapterSettings",
-    "Number",
-    "OLoRASettings",
-    "OptimSettings",
-    "Precision",
-    "ReplaySettings",
-    "RunConfig",
-    "SDLoRASettings",
-    "Seed",
-    "Settings",
-    "ShortSeed",
-    "Target",
-    "Whole",
-    "YamlError",
-    "build",
-    "checked",
-    "config_hash",
-    "cut",
-    "dump_config",
-    "dump_yaml",
-    "explain",
-    "felt_after_first_task",
-    "load_config",
-    "method_of",
-    "override",
-    "parse_assignments",
-    "parse_config",
-    "read_yaml",
-    "read_yaml_file",
-    "settings_of_method",
-    "shown",
-]
-
+# Plug-ins import from here: they are looked for when all else is there.
 complete()

@@ -21,6 +21,7 @@ from inflora.config import (
     explain,
     felt_after_first_task,
     override,
+    refuse_old_names,
 )
 from inflora.errors import one_line
 from inflora.files import exists
@@ -232,6 +233,7 @@ class Sweep(Settings):
         Raises:
             ConfigError: A domain or a first trial that no sampler or run accepts.
         """
+        refuse_old_names(self.space)
         for path in self.space:
             if path.split(".")[0] not in ("adapter", "classifier", "optim"):
                 raise ConfigError(

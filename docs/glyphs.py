@@ -1,6 +1,6 @@
 """Pre-train a small ViT on rendered letters: a backbone for digits that needs no download.
 
-    python -m inflora.glyphs --seed 0 --out inflora/weights/glyph_vit.safetensors
+    python docs/glyphs.py --seed 0 --out inflora/weights/glyph_vit.safetensors
 
 Letters of the Latin, Greek and Cyrillic scripts, never a digit, are rendered in every font that
 matplotlib ships. Strokes are then bent, thickened and blurred to look like handwriting, and most
@@ -217,7 +217,7 @@ def main(
     model.reset_classifier(0)
     options = f"--seed {seed} --epochs {epochs} --steps {steps} --batch {batch} --lr {lr}"
     versions = {library.__name__: library.__version__ for library in (torch, timm, matplotlib, PIL)}
-    metadata = {"command": f"python -m inflora.glyphs {options}", "seed": str(seed), **versions}
+    metadata = {"command": f"python docs/glyphs.py {options}", "seed": str(seed), **versions}
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, out, {**metadata, "held_out_accuracy": f"{reached:.4f}"})
 
