@@ -117,7 +117,10 @@ class Ledger:
 
         What failed before this start may have been mended since.
         """
-        since = [record for record in self.records() if record.end_ms is None or record.end_ms >= self._start_ms]
+        return self._why_hopeless(self.records())
+
+    def _why_hopeless(self, records: Sequence[TrialRecord]) -> str:
+        since = [record for record in records if record.end_ms is None or record.end_ms >= self._start_ms]
         reason = budget.all_failed_alike(since, self.sweep.give_up_after)
         return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
 
@@ -158,8 +161,9 @@ class Ledger:
 
     def _ask(self, sampler: str) -> optuna.Trial:
         """A new trial: of settings that are waiting to be tried, else of those that ``sampler`` proposes."""
-        if not self._trials(TrialState.WAITING):
-            settings, notes = propose(self.sweep, self._trials(), sampler)
+        trials = self._trials()
+        if not any(trial.state is TrialState.WAITING for trial in trials):
+            settings, notes = propose(self.sweep, trials, sampler)
             # As Optuna enqueues a trial, with the sampler's notes: one write, so no stop comes between them.
             attributes = {**notes, "fixed_params": settings}
             self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attributes))
@@ -255,9 +259,10 @@ class Ledger:
     def _judge(self) -> None:
         """Ask all that can end the sweep; what has ended it stays, until it is started again."""
         self._judged = time.monotonic()
-        spent = budget.why_over(self.sweep, self.records(), self.hours(), self.stored_bytes)
+        records = self.records()  # once: the study is asked on disk, and this comes with every report
+        spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
         exhausted = "every setting of the space has been tried" if self._exhausted else ""
-        self._over = self._over or self.why_hopeless() or spent or exhausted
+        self._over = self._over or self._why_hopeless(records) or spent or exhausted
 
     def records(self) -> list[TrialRecord]:
         """All trials, oldest first; proposals dropped for repeating another trial are not among them."""
