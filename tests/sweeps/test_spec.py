@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
-from sweeps.engine.space import domains
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.study import load_study
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
 from sweeps.engine.space.spec import Resources, Sweep
 
@@ -17,16 +18,18 @@ from .conftest import PAPER
 def test_near_one_spends_its_resolution_near_one():
     domain = NearOne(low=0.9, high=0.999)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = [domain.suggest(study.ask(), "adapter.energy") for _ in range(300)]
+    scale = domain.transformed()
+    drawn = [domain.inverse_transform(scale.suggest(study.ask(), "adapter.energy")) for _ in range(300)]
     assert all(0.9 <= value <= 0.999 for value in drawn)
     above_099 = sum(value > 0.99 for value in drawn) / len(drawn)
     assert 0.4 < above_099 < 0.6  # half of the log range, a tenth of the plain one
 
 
-def test_what_the_sampler_is_told_to_fix_is_what_the_setting_becomes(tiny_sweep):
-    study = optuna.create_study()
-    study.enqueue_trial(domains.fix(tiny_sweep.space, PAPER))
-    assert domains.suggest(tiny_sweep.space, study.ask()) == PAPER
+def test_the_study_has_the_settings_own_names_and_values(tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep, tmp_path)
+    proposals = [ledger.propose() for _ in range(3)]
+    assert proposals[0].settings == PAPER
+    assert [trial.params for trial in load_study(tiny_sweep, tmp_path).trials] == [each.settings for each in proposals]
 
 
 def test_a_choice_is_one_of_its_options():

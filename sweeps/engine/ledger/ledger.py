@@ -24,7 +24,7 @@ from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unse
 from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
 from sweeps.engine.space.objectives import Metric, direction, measure
-from sweeps.engine.space.samplers import make_sampler
+from sweeps.engine.space.samplers import propose
 from sweeps.engine.space.spec import Sweep
 
 _SAME_SETTINGS_TRIES = 50
@@ -63,6 +63,7 @@ class Ledger:
             storage=open_storage(folder),
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
         )
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:
@@ -78,14 +79,14 @@ class Ledger:
         self.stored_bytes = stored_bytes
         self._over, self._judged = "", -math.inf
         for settings in sweep.first:
-            self.study.enqueue_trial(domains.fix(sweep.space, settings), skip_if_exists=True)
+            self.study.enqueue_trial(settings, skip_if_exists=True)
 
     def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
         """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
         fitting = [each for each in settings if domains.holds(self.sweep.space, each)]
         if unseal(self.study.user_attrs.get("warm_start")) != source:
             for each in fitting:
-                self.study.enqueue_trial(domains.fix(self.sweep.space, each), skip_if_exists=True)
+                self.study.enqueue_trial(dict(each), skip_if_exists=True)
             self.study.set_user_attr("warm_start", seal(source))
         return len(fitting)
 
@@ -116,7 +117,10 @@ class Ledger:
 
         What failed before this start may have been mended since.
         """
-        since = [record for record in self.records() if record.end_ms is None or record.end_ms >= self._start_ms]
+        return self._why_hopeless(self.records())
+
+    def _why_hopeless(self, records: Sequence[TrialRecord]) -> str:
+        since = [record for record in records if record.end_ms is None or record.end_ms >= self._start_ms]
         reason = budget.all_failed_alike(since, self.sweep.give_up_after)
         return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
 
@@ -156,8 +160,13 @@ class Ledger:
         return None
 
     def _ask(self, sampler: str) -> optuna.Trial:
-        """A new trial, whose settings will come from ``sampler``."""
-        self.study.sampler = make_sampler(self.sweep, sampler, len(self.study.get_trials(deepcopy=False)))
+        """A new trial: of settings that are waiting to be tried, else of those that ``sampler`` proposes."""
+        trials = self._trials()
+        if not any(trial.state is TrialState.WAITING for trial in trials):
+            settings, notes = propose(self.sweep, trials, sampler)
+            # As Optuna enqueues a trial, with the sampler's notes: one write, so no stop comes between them.
+            attributes = {**notes, "fixed_params": settings}
+            self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attributes))
         return self.study.ask()
 
     def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
@@ -166,12 +175,11 @@ class Ledger:
         point = next((point for point in self._grid if _key(point) not in tried), None)
         # Without a point left any that was tried ends the search: all of them have been.
         last = point or next(iter(domains.grid(self.sweep.space, self.sweep.grid_points)))
-        self.study.enqueue_trial(domains.fix(self.sweep.space, last))
+        self.study.enqueue_trial(last)
 
     def _propose_again(self, number: int) -> Proposal:
         record = self.record_of(number)
         if number not in self._open:
-            self.study.sampler = make_sampler(self.sweep, self.sweep.sampler, number)
             trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
             self._open[number] = _Open(trial, {report.tasks_done for report in record.reports})
         trial = self._open[number].trial
@@ -251,9 +259,10 @@ class Ledger:
     def _judge(self) -> None:
         """Ask all that can end the sweep; what has ended it stays, until it is started again."""
         self._judged = time.monotonic()
-        spent = budget.why_over(self.sweep, self.records(), self.hours(), self.stored_bytes)
+        records = self.records()  # once: the study is asked on disk, and this comes with every report
+        spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
         exhausted = "every setting of the space has been tried" if self._exhausted else ""
-        self._over = self._over or self.why_hopeless() or spent or exhausted
+        self._over = self._over or self._why_hopeless(records) or spent or exhausted
 
     def records(self) -> list[TrialRecord]:
         """All trials, oldest first; proposals dropped for repeating another trial are not among them."""
@@ -264,7 +273,7 @@ class Ledger:
         return self._reader.record_of(self.study.get_trials(deepcopy=False)[number])
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states)
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
 
 def _key(settings: Mapping[str, Any]) -> str:

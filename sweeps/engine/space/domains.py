@@ -14,8 +14,8 @@ from inflora.config import ConfigError, Flag, Number, Settings, Whole
 Scalar = int | float | str | bool | None
 
 
-class Searched(Settings):
-    """What every domain has: ``when``, the choices without which the setting is not asked for.
+class Conditional(Settings):
+    """The base of every domain: ``when`` names the choices without which the setting is not asked for.
 
     ``when={"adapter.name": ("inflora",)}`` is a setting that only InfLoRA has; the setting it names is searched before
     it in the space.
@@ -27,12 +27,20 @@ class Searched(Settings):
         """Whether the setting exists beside what was chosen before it."""
         return all(path in chosen and chosen[path] in options for path, options in self.when.items())
 
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``: searched under the setting's own name."""
-        return {path: value}
+    def transformed(self) -> "Domain":
+        """The domain that the sampler sees in its place: itself, unless its scale is one that no sampler knows."""
+        return self  # type: ignore[return-value]
+
+    def transform(self, value: Any) -> Any:
+        """A value on the sampler's scale."""
+        return value
+
+    def inverse_transform(self, value: Any) -> Any:
+        """The value that a sampler's value stands for."""
+        return value
 
 
-class _Bounded(Searched):
+class _Bounded(Conditional):
     """Everything between two bounds, both possible."""
 
     low: Number
@@ -94,10 +102,7 @@ class Real(_Range):
 
 
 class NearOne(_Bounded):
-    """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in what is missing to 1.
-
-    The sampler searches ``1 - setting`` under that very name; the setting itself is what is recorded.
-    """
+    """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in what is missing to 1."""
 
     kind: Literal["near_one"] = "near_one"
     low: Annotated[Number, Field(ge=0, le=1 - 1e-10)]
@@ -105,17 +110,24 @@ class NearOne(_Bounded):
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
-        missing = trial.suggest_float(f"1 - {path}", _missing(self.high), _missing(self.low), log=True)
-        return _missing(missing)
+        return trial.suggest_float(path, self.low, self.high)
 
-    def fix(self, path: str, value: Any) -> dict[str, Any]:
-        """The sampler's parameters that make the setting ``value``."""
-        return {f"1 - {path}": _missing(value)}
+    def transformed(self) -> "Domain":
+        """What is missing to 1, on a logarithmic scale."""
+        return Real(low=_missing(self.high), high=_missing(self.low), log=True, when=self.when)
+
+    def transform(self, value: Any) -> Any:
+        """What is missing to 1."""
+        return _missing(value)
+
+    def inverse_transform(self, value: Any) -> Any:
+        """The share; rounding must not leave the bounds."""
+        return min(max(_missing(value), self.low), self.high)
 
     def points(self, count: int) -> list[Scalar]:
         """``count`` values from end to end, evenly on the domain's scale."""
         missing = np.geomspace(_missing(self.low), _missing(self.high), count)
-        return list(dict.fromkeys(min(max(_missing(float(m)), self.low), self.high) for m in missing))
+        return list(dict.fromkeys(self.inverse_transform(float(each)) for each in missing))
 
 
 def _missing(share: float) -> float:
@@ -123,7 +135,7 @@ def _missing(share: float) -> float:
     return round(1 - share, 10)
 
 
-class Choice(Searched):
+class Choice(Conditional):
     """One of some values."""
 
     kind: Literal["choice"] = "choice"
@@ -158,11 +170,6 @@ def suggest(space: Space, trial: optuna.trial.BaseTrial) -> dict[str, Scalar]:
         if domain.is_asked(chosen):
             chosen[path] = domain.suggest(trial, path)
     return chosen
-
-
-def fix(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampler's parameters that make the settings these."""
-    return {name: v for path, value in settings.items() for name, v in space[path].fix(path, value).items()}
 
 
 def asked(space: Space, settings: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """Optuna's samplers, by name: they propose settings."""
 
+import copy
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -9,10 +11,52 @@ from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from sweeps.engine.space import domains
+from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
+
+
+class Proposed(NamedTuple):
+    """Settings that a sampler proposes, and what it notes of them for itself in the study (Optuna's system attributes).
+
+    CMA-ES notes the generation that a trial belongs to.
+    """
+
+    settings: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
+    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has.
+
+    Samplers know linear and logarithmic scales. They are asked in a study in memory, whose trials are the real ones on
+    the sampler's scales, so that the study on disk holds the settings themselves.
+    """
+    space = {path: domain.transformed() for path, domain in sweep.space.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            directions=[direction(metric) for metric in sweep.objectives],
+            sampler=make_sampler(sweep, sampler, len(trials)),
+        )
+    if sampler != "random":  # chance needs to know nothing
+        study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
+    asked = study.ask()
+    chosen = domains.suggest(space, asked)
+    settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
+    return Proposed(settings, study.get_trials(deepcopy=False)[-1].system_attrs)
+
+
+def _transformed(sweep: Sweep, space: domains.Space, trial: FrozenTrial) -> FrozenTrial:
+    """A trial on the sampler's scales, without our own attributes: no sampler reads them, and the study copies all."""
+    known = FixedTrial({path: sweep.space[path].transform(value) for path, value in trial.params.items()})
+    if trial.params:
+        domains.suggest(space, known)
+    twin = copy.copy(trial)
+    twin.params, twin.distributions, twin.user_attrs = known.params, known.distributions, {}
+    return twin
 
 
 def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
@@ -22,12 +66,7 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
     were drawn before nor others than it would have drawn without the stop.
     """
     (seed,) = np.random.SeedSequence((sweep.sampler_seed, number)).generate_state(1).tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _make_sampler(sweep, name, seed, startup=min(10, sweep.trials // 3))
-
-
-def _make_sampler(sweep: Sweep, name: str, seed: int, startup: int) -> BaseSampler:
+    startup = min(10, sweep.trials // 3)
     match name:
         case "tpe":
             return TPESampler(
