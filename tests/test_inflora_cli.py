@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from inflora.cli import app
-from inflora.config import dump_config, load_config, override
+from inflora.config import AlignedSettings, InfLoRASettings, dump_config, load_config, method_of, override
 from inflora.continual import run
 from inflora.state import load_state, save_state
 
@@ -62,6 +62,14 @@ def test_the_same_command_gives_the_same_numbers(config_file, tmp_path):
     for out in ("a", "b"):
         assert inflora("train", config_file, "--out", tmp_path / out).exit_code == 0
     assert (tmp_path / "a" / "result.json").read_text() == (tmp_path / "b" / "result.json").read_text()
+
+
+def test_a_published_method_is_chosen_by_its_name_and_its_settings_are_changed_beside_it(config_file, tmp_path):
+    changes = ["--method", "inflora-ca", "classifier.epochs=1", "adapter.rank=3"]
+    assert inflora("train", config_file, *changes, "--out", tmp_path / "out").exit_code == 0
+    config = load_config(tmp_path / "out" / "config.yaml")
+    assert method_of(config) == "inflora-ca"
+    assert (config.classifier, config.adapter) == (AlignedSettings(epochs=1), InfLoRASettings(rank=3))
 
 
 def test_validation_can_be_evaluated_instead_of_test(config_file, tmp_path):

@@ -92,7 +92,7 @@ def of_domains(tiny, tmp_path_factory) -> TrainedRun:
 
 @pytest.mark.parametrize("name", ["trained", "of_files", "of_domains"])
 def test_the_loaded_model_gives_the_logits_of_the_runs_own_evaluation(name, request, tmp_path):
-    ours: Trained = request.getfixturevalue(name)
+    ours: TrainedRun = request.getfixturevalue(name)
     model = inflora.load(ours.folder)
     inputs = torch.stack([model.transform(file) for file in ours.files(tmp_path)])
     assert torch.equal(inputs, ours.batch.images)

@@ -53,7 +53,7 @@ class LinearHeads(Classifier[S]):
         weights = {f"heads.{task}.weight": Spec((classes, self.width)) for task, classes in enumerate(sizes)}
         return weights | {f"heads.{task}.bias": Spec((classes,)) for task, classes in enumerate(sizes)}
 
-    def as_linear(self) -> nn.Linear:
+    def as_linear(self) -> nn.Linear | None:
         linear = nn.Linear(self.width, self.classes, device="meta")
         linear.weight, linear.bias = map(nn.Parameter, self.joined())
         return linear

@@ -4,13 +4,12 @@ import torch
 from torch import nn
 
 from inflora.classifiers.base import FeatureModel
-from inflora.classifiers.linear import LinearHeads
+from inflora.classifiers.linear import LinearHeads, S
 from inflora.classifiers.statistics import class_means
-from inflora.config import NCMSettings
 from inflora.task_data import TaskData
 
 
-class NCM(LinearHeads[NCMSettings]):
+class NCM(LinearHeads[S]):
     """A feature belongs to the class whose mean feature ``mu`` is nearest.
 
     ``|f - mu|^2 = |f|^2 - 2 (mu f - |mu|^2 / 2)``, so that is a linear head: weight ``mu``, bias ``-|mu|^2 / 2``.
