@@ -39,9 +39,9 @@ from sweeps.engine.show.mlflow_store import (
     log_all,
     log_pictures,
     make_client,
+    mlflow_metrics,
     params_of,
     tagged_runs,
-    task_metrics,
 )
 from sweeps.engine.show.output import check_can_write
 from sweeps.engine.space.spec import Resources
@@ -73,7 +73,7 @@ class Spread(NamedTuple):
     std: float | None
 
 
-def labelled(paths: list[Path]) -> dict[str, RunConfig]:
+def load_by_label(paths: list[Path]) -> dict[str, RunConfig]:
     """Configs by their method's name, or by their file's where two share a method.
 
     Raises:
@@ -157,7 +157,7 @@ def _name(run: FinalRun) -> str:
     return f"{run.label} seed {run.seed} order {'natural' if order is None else order}"
 
 
-class Trained(NamedTuple):
+class FinalTraining(NamedTuple):
     """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
 
     seeds: list[int]
@@ -288,7 +288,7 @@ def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
     logged = [
         metric
         for done, (row, known) in enumerate(zip(matrix, metrics, strict=True), 1)
-        for metric in task_metrics(done, known, row, finished_ms)
+        for metric in mlflow_metrics(done, known, row, finished_ms)
     ]
     log_all(client, run_id, logged, params_of(run.config))
     log_accuracy(client, run_id, matrix, [known["acc/seen"] for known in metrics])

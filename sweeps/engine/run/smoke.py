@@ -15,7 +15,7 @@ _CLASSES_PER_TASK, _IMAGES_PER_CLASS = 2, 8
 _HEAD_WIDTH = 64
 
 
-def in_small(sweep: Sweep, root: Path) -> Sweep:
+def shrink(sweep: Sweep, root: Path) -> Sweep:
     """The sweep with the same space over a run of seconds, on the dataset's sample store below ``root``."""
     sample = root / f"{sweep.base.data.dataset}-{sweep.base.data.task_count}"
     settings = {"data.root": str(sample), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
@@ -42,14 +42,14 @@ def _backbone_for(sweep: Sweep) -> BackboneSettings:
 
 
 def _blocks(method: Settings) -> int:
-    """How many of the backbone's blocks a method names."""
+    """The number of the backbone's blocks that a method names."""
     if isinstance(method, DualPromptSettings):
         return method.general_blocks + method.expert_blocks
     return getattr(method, "blocks", None) or 0
 
 
 def prepare_sample(sweep: Sweep) -> None:
-    """Write a tiny distribution of the dataset of a sweep ``in_small`` and prepare the store that the sweep reads."""
+    """Write a tiny distribution of the dataset of a sweep ``shrink`` and prepare the store that the sweep reads."""
     data = sweep.base.data
     assert data.root is not None
     root = Path(data.root)

@@ -37,7 +37,7 @@ class StudySearcher(Searcher):
             "tasks_done": proposal.tasks_done,
             "code": code_version(),
             "tasks": self.ledger.sweep.tasks_learnt,
-            "gpus": with_room(self.ledger.sweep.resources, proposal.failed),
+            "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
         }
 
@@ -79,12 +79,12 @@ class StudyScheduler(FIFOScheduler):
 
 
 def last_error(trial: Any) -> str:
-    """What Tune has just written down of a trial's failure, on the driver's disk: the storage has it only later."""
+    """The failure that Tune has just written down, on the driver's disk: the storage has it only later."""
     text = Path(trial.error_file).read_text() if trial.error_file else ""
     return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
-def with_room(resources: Resources, failed: Sequence[str]) -> float:
+def gpus_for_retry(resources: Resources, failed: Sequence[str]) -> float:
     """GPUs per worker: all of one where a share of it was too little memory."""
     was_full = any(kind_of(reason) is Failure.MEMORY for reason in failed)
     return max(1.0, resources.gpus_per_worker) if was_full and resources.gpus_per_worker else resources.gpus_per_worker
