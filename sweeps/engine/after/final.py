@@ -121,7 +121,7 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
     Raises:
         ConfigError: A folder holds a run with other settings.
     """
-    news = Queue(actor_options={"num_cpus": 0})
+    news = Queue(actor_options={"num_cpus": 0})  # it only passes lines on, and must not take a run's CPU
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )

@@ -62,7 +62,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
     difference = estimate(differences)
     if len(differences) < 2:
         return Comparison(difference, 1.0, "one run each: nothing can be said")
-    if len(set(differences)) == 1:
+    if len(set(differences)) == 1:  # no spread to divide by
         p = 1.0 if differences[0] == 0 else 0.0
     else:
         p = float(stats.ttest_rel(ours, theirs).pvalue)

@@ -66,11 +66,12 @@ class Ledger:
             sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
         )
         for trial in self._trials(TrialState.RUNNING):
-            if "same_as" in trial.user_attrs:
+            if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
                 self.study.tell(trial.number, state=TrialState.FAIL)
         self._reader = Reader(self.study)
         self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
         self._running: dict[int, _RunningTrial] = {}
+        # Early stopping compares with every trial there has been, also those of earlier starts.
         self._rungs = Rungs(sweep, self.records())
         self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
         self._exhausted = False
@@ -140,6 +141,7 @@ class Ledger:
         records = self.records()
         if len(records) >= self.sweep.trials or self._exhausted:
             return None
+        # A failed trial's settings may be tried once more: it may have been the machine.
         tried = {_key(r.settings): r.number for r in records if r.outcome is not Outcome.FAILED}
         if self.sweep.sampler == "grid":
             self._enqueue_next_of_grid(tried)
@@ -198,7 +200,7 @@ class Ledger:
         trial, reported = self._running[number]
         reported.add(report.tasks_done)
         value = report.metrics[self.sweep.rung_metric]
-        if not self.sweep.tradeoffs:
+        if not self.sweep.tradeoffs:  # Optuna refuses reports of several objectives
             trial.report(value, step=report.tasks_done)
         trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
         stop = self._rungs.falls_behind(number, report.tasks_done, value)
@@ -253,6 +255,7 @@ class Ledger:
         self.study.tell(number, values, state=STATES[outcome])
         del self._running[number]
         self._rungs.end(number, outcome)
+        # With every end, not on leaving: a driver that is killed must not get its hours back.
         self.study.set_user_attr("hours", seal(self.hours()))
         self._check_if_over()
 

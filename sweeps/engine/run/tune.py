@@ -30,12 +30,13 @@ class StudySearcher(Searcher):
         """The next trial's number and settings; None when there is none now, Tune's FINISHED when none will come."""
         proposal = self.ledger.propose()
         if proposal is None:
+            # None makes Tune ask again: a trial that runs may fail and be proposed once more.
             return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
         return {
             "number": proposal.number,
             "tasks_done": proposal.tasks_done,
-            "code": code_version(),
+            "code": code_version(),  # a node that joins later is held to it
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
@@ -108,6 +109,7 @@ def run_trials(
             scheduler=StudyScheduler(ledger),
             num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
             max_concurrent_trials=at_a_time,
+            # An actor that has imported torch is worth keeping; those that drive Ray Train import little.
             reuse_actors=ledger.sweep.executor == "inline",
         ),
         run_config=tune.RunConfig(

@@ -213,6 +213,7 @@ class Sweep(Settings):
     @property
     def study_name(self) -> str:
         """One study per sweep and whatever changes what its numbers mean."""
+        # Trials, budget, sampler and resources are not among it: another start may change them and go on.
         meaning = {
             "base": config_hash(self.base),
             "space": {path: domain.model_dump() for path, domain in sorted(self.space.items())},
