@@ -11,9 +11,12 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inflora.files import write_atomically
-from inflora.storage import SharedFolder
+
+if TYPE_CHECKING:
+    from inflora.storage import SharedFolder  # brings pyarrow along, for which `sweeps status` must not wait
 
 LOCK_FILE = ".lock"
 """The lock in a sweep's folder that its driver holds as long as it lives."""
@@ -103,7 +106,7 @@ def _copy(uri: str, memory: sqlite3.Connection) -> None:
         source.backup(memory)
 
 
-def keep_database(file: Path, shared: SharedFolder) -> None:
+def keep_database(file: Path, shared: "SharedFolder") -> None:
     """Copy a sqlite database, as it is at one moment, to the shared place."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / file.name
@@ -116,7 +119,7 @@ def keep_database(file: Path, shared: SharedFolder) -> None:
         shared.write(file.name, copy.read_bytes())
 
 
-def fetch_database(file: Path, shared: SharedFolder) -> bool:
+def fetch_database(file: Path, shared: "SharedFolder") -> bool:
     """Bring a database that was kept back to where it is missing; whether that was done."""
     content = None if file.exists() else shared.read(file.name)
     if content is not None:
