@@ -195,7 +195,7 @@ def final(
     """
     from mlflow.exceptions import MlflowException
 
-    from sweeps.engine.after.final import Trained, labelled, log_final, summarise, write_report
+    from sweeps.engine.after.final import FinalTraining, load_by_label, log_final, summarise, write_report
     from sweeps.engine.after.judge import judge_sweep
     from sweeps.engine.run.reach import reachable_store
     from sweeps.engine.run.runner import say_to_stdout
@@ -206,13 +206,13 @@ def final(
     folder = (out or (swept or storage_root(storage)) / "final").absolute()
     resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
-    trained = Trained(parse_seeds(seeds), numbers, resources, address)
+    trained = FinalTraining(parse_seeds(seeds), numbers, resources, address)
     uri = tracking_uri or default_tracking_uri(swept or folder)
     reachable_store(uri, swept or folder)
     if swept:
         chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
     else:
-        chosen = labelled(configs)
+        chosen = load_by_label(configs)
     runs = trained.train(chosen, folder, "test", say_to_stdout)
     summary = summarise(runs)
     written = write_report(runs, summary, folder)

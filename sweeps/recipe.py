@@ -58,13 +58,13 @@ def main(*sweeps: Sweep) -> None:
         if name not in by_name:
             raise ConfigError(f"unknown --sweep {name!r}; known: {', '.join(by_name)}")
         hours = None if time_budget is None else parse_duration_s(time_budget) / 3600
-        limits = given(hours=hours, **budget)
-        changes = given(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
+        limits = without_none(hours=hours, **budget)
+        changes = without_none(trials=num_trials, executor=executor, sampler=sampler, early_stopping=early_stopping)
         changes["base"] = override(by_name[name].base, parse_assignments(assignments or []))
-        resources = given(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+        resources = without_none(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
         changes["resources"] = {**dict(by_name[name].resources), **resources}
         changes["budget"] = {**dict(by_name[name].budget), **limits}
-        sweep = changed(by_name[name], changes)
+        sweep = replaced(by_name[name], changes)
 
         from sweeps.engine.run.cluster import Cluster
         from sweeps.engine.run.runner import run_sweep, say_to_stdout
@@ -123,17 +123,17 @@ def with_budget_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
     """The sweep in small; its images lie in ``seen``, a folder that all nodes see."""
-    from sweeps.engine.run.smoke import in_small, prepare_sample
+    from sweeps.engine.run.smoke import prepare_sample, shrink
 
     if "://" in seen:
         raise ConfigError(f"--smoke writes its images where all nodes see them: --shared must be a folder, got {seen}")
-    small = in_small(sweep, Path(seen).absolute() / "samples")
+    small = shrink(sweep, Path(seen).absolute() / "samples")
     prepare_sample(small)
     return small
 
 
 def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
-    """What a user does with a finished sweep: export its best config and train with it."""
+    """Export the best config of a finished sweep and train with it, as a user does."""
     from inflora.files import write_atomically
     from inflora.runs import train_into
     from sweeps.engine.after.export import export_config, find_best
@@ -145,12 +145,12 @@ def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
     print(f"trained with {exported}: {state.metrics(state.tasks)['acc/final']:.4f} on test images")
 
 
-def changed(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
+def replaced(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
     """The sweep with some fields replaced, checked again."""
     return checked(Sweep, {**dict(sweep), **changes})
 
 
-def given(**options: Any) -> dict[str, Any]:
+def without_none(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
 

@@ -13,7 +13,7 @@ from sweeps.engine.run.dry_run import (
     Timing,
     check_gpu_node,
     dry_run,
-    estimate,
+    forecast,
     time_one_task,
 )
 from sweeps.engine.run.preflight import check_folder
@@ -28,7 +28,7 @@ def with_changes(sweep, **changes) -> Sweep:
 def test_the_estimate_counts_epochs_tasks_rounds_and_gpus(tiny_sweep):
     sweep = with_changes(tiny_sweep, trials=5, resources=Resources(gpus_per_worker=0.5))
     config = sweep.config({"optim.epochs": 3, "optim.first_task": {"epochs": 7}})
-    expected = estimate(sweep, config, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=2)
+    expected = forecast(sweep, config, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=2)
     assert expected.trial_s == (7 + 4 * 3) * 10 + 5 * 2
     assert expected.hours == pytest.approx(3 * 200 / 3600)
     assert expected.gpu_hours == pytest.approx(5 * 200 * 0.5 / 3600)
@@ -37,7 +37,7 @@ def test_the_estimate_counts_epochs_tasks_rounds_and_gpus(tiny_sweep):
 def test_choosing_by_the_first_task_costs_one(tiny_sweep):
     space = {"optim.lr": {"kind": "real", "low": 1e-4, "high": 1e-2}}
     sweep = with_changes(tiny_sweep, protocol="first-task", space=space, first=())
-    assert estimate(sweep, sweep.base, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=1).trial_s == 12
+    assert forecast(sweep, sweep.base, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=1).trial_s == 12
 
 
 def test_a_task_is_timed_in_epochs_and_the_rest(tiny_sweep):

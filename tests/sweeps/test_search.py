@@ -38,7 +38,7 @@ def test_every_sampler_proposes_within_the_space_no_setting_twice_and_goes_on_af
         ledger = Ledger(sweep, tmp_path)
         for _ in range(4):
             proposal = ledger.propose()
-            assert domains.holds(sweep.space, proposal.settings)
+            assert domains.contains(sweep.space, proposal.settings)
             sweep.config(proposal.settings)
             seen.append(repr(proposal.settings))
             learn_all(ledger, proposal.number, [0.5 + len(seen) / 100] * 5)

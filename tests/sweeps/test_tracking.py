@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import find_trial_run, make_client
-from sweeps.engine.show.tracking import Errand, Tracker
+from sweeps.engine.show.tracking import StartMessage, Tracker
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
@@ -287,9 +287,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.cluster
 @pytest.mark.parametrize("said", ["", '{"complete": true, "ov'], ids=["nothing", "half a line"])
 def test_a_process_whose_driver_falls_silent_ends(tiny_sweep, tmp_path, said):
-    errand = Errand(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
+    start = StartMessage(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
     command = [sys.executable, "-m", "sweeps.engine.show.mirror"]
-    given = errand.model_dump_json() + "\n" + said
+    given = start.model_dump_json() + "\n" + said
     done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
 

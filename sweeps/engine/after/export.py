@@ -12,7 +12,7 @@ from sweeps.engine.space.spec import Sweep
 
 
 def sweep_records(sweep: Sweep, folder: Path) -> list[TrialRecord]:
-    """What the sweep's study holds."""
+    """All trials of the sweep's study."""
     return read_records(load_study(sweep, folder))
 
 

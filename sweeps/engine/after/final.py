@@ -40,9 +40,9 @@ from sweeps.engine.show.mlflow_store import (
     log_all,
     log_pictures,
     make_client,
+    mlflow_metrics,
     params_of,
     tagged_runs,
-    task_metrics,
 )
 from sweeps.engine.show.output import check_can_write
 from sweeps.engine.space.spec import Resources
@@ -74,7 +74,7 @@ class Spread(NamedTuple):
     std: float | None
 
 
-def labelled(paths: list[Path]) -> dict[str, RunConfig]:
+def load_by_label(paths: list[Path]) -> dict[str, RunConfig]:
     """Configs by their method's name, or by their file's where two share a method.
 
     Raises:
@@ -122,7 +122,7 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
     Raises:
         ConfigError: A folder holds a run with other settings.
     """
-    news = Queue(actor_options={"num_cpus": 0})
+    news = Queue(actor_options={"num_cpus": 0})  # it only passes lines on, and must not take a run's CPU
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )
@@ -158,7 +158,7 @@ def _name(run: FinalRun) -> str:
     return f"{run.label} seed {run.seed} order {'natural' if order is None else order}"
 
 
-class Trained(NamedTuple):
+class FinalTraining(NamedTuple):
     """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
 
     seeds: list[int]
@@ -289,7 +289,7 @@ def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
     logged = [
         metric
         for done, (row, known) in enumerate(zip(matrix, metrics, strict=True), 1)
-        for metric in task_metrics(done, known, row, finished_ms)
+        for metric in mlflow_metrics(done, known, row, finished_ms)
     ]
     log_all(client, run_id, logged, params_of(run.config))
     log_accuracy(client, run_id, matrix, [known["acc/seen"] for known in metrics])

@@ -18,7 +18,7 @@ from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, load_state
 from sweeps.engine.after.export import sweep_records
-from sweeps.engine.after.final import FinalRun, Trained
+from sweeps.engine.after.final import FinalRun, FinalTraining
 from sweeps.engine.ledger.records import TrialRecord, ranking
 from sweeps.engine.space.spec import Sweep, read_sweep
 
@@ -62,7 +62,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
     difference = estimate(differences)
     if len(differences) < 2:
         return Comparison(difference, 1.0, "one run each: nothing can be said")
-    if len(set(differences)) == 1:
+    if len(set(differences)) == 1:  # no spread to divide by
         p = 1.0 if differences[0] == 0 else 0.0
     else:
         p = float(stats.ttest_rel(ours, theirs).pvalue)
@@ -120,9 +120,9 @@ def score(state: RunState, objective: str) -> float:
 
 
 def judge_sweep(
-    folder: Path, top: int, trained: Trained, out: Path, say: Callable[[str], None]
-) -> tuple[dict[str, RunConfig], Trained]:
-    """What the test set is opened for: a sweep's winner, and the recipe's first setting; and on what."""
+    folder: Path, top: int, trained: FinalTraining, out: Path, say: Callable[[str], None]
+) -> tuple[dict[str, RunConfig], FinalTraining]:
+    """Choose the configs that the test set is opened for: a sweep's winner and the recipe's first setting."""
     sweep = read_sweep(folder)
     records = sweep_records(sweep, folder)
     numbers = [order for order in trained.orders or [] if order is not None]

@@ -28,14 +28,14 @@ def check_consistency(sweep: Sweep, study: optuna.Study) -> None:
 
 
 def _check_settings(sweep: Sweep, trial: FrozenTrial, record: TrialRecord) -> None:
-    """What is recorded as tried must be what the sampler had proposed; a driver may have died between the two."""
+    """Require the recorded settings to be the proposed ones; a driver may have died between writing the two."""
     if not record.settings and record.outcome is Outcome.RUNNING and not record.reports:
         return
     proposed = FixedTrial(trial.params)
     settings = domains.suggest(sweep.space, proposed)
     if settings != record.settings or proposed.distributions != trial.distributions:
         raise ValueError(f"trial {record.number} has other settings than were proposed: {record.settings}")
-    if not domains.holds(sweep.space, settings):
+    if not domains.contains(sweep.space, settings):
         raise ValueError(f"trial {record.number} lies outside the space: {settings}")
 
 

@@ -1,4 +1,4 @@
-"""What to do with a trial that failed: whether trying again can help, and with what change."""
+"""Kinds of failures, and the change with which trying again can help, if any can."""
 
 import re
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def kind_of(reason: str) -> Failure:
 
 
 def change_for(failed: Sequence[str], retries: int, gpus_per_worker: float) -> str | None:
-    """How a trial that failed for these reasons is to be tried again; None: not any more.
+    """The change with which a trial that failed for these reasons is tried again; None: not any more.
 
     Running out of memory is deterministic where a trial has its GPUs to itself; where it shares one, a GPU of its own
     may be enough, and on a CPU its neighbours may have taken the memory. An unknown error is given one more try.
@@ -54,7 +54,7 @@ def change_for(failed: Sequence[str], retries: int, gpus_per_worker: float) -> s
 
 
 def alike(reasons: Sequence[str]) -> bool:
-    """Whether failures have one reason, whatever the numbers in their texts are."""
+    """True if failures have one reason, whatever the numbers in their texts are."""
     return len({re.sub(r"-?\d[\d.e+-]*", "#", reason) for reason in reasons}) == 1
 
 

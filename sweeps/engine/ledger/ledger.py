@@ -28,8 +28,8 @@ from sweeps.engine.space.samplers import propose
 from sweeps.engine.space.spec import Sweep
 
 _SAME_SETTINGS_TRIES = 50
-_JUDGED_EVERY_S = 1.0
-"""How often budgets are looked at between reports: time passes without any."""
+_CHECK_EVERY_S = 1.0
+"""The time between two looks at the budgets where no report comes: time is spent without any."""
 
 
 class Proposal(NamedTuple):
@@ -41,7 +41,7 @@ class Proposal(NamedTuple):
     failed: tuple[str, ...] = ()
 
 
-class _Open(NamedTuple):
+class _RunningTrial(NamedTuple):
     """A trial that is being run: where to write, and after which tasks it has reported."""
 
     trial: optuna.Trial
@@ -66,24 +66,25 @@ class Ledger:
             sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
         )
         for trial in self._trials(TrialState.RUNNING):
-            if "same_as" in trial.user_attrs:
+            if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
                 self.study.tell(trial.number, state=TrialState.FAIL)
         self._reader = Reader(self.study)
         self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
-        self._open: dict[int, _Open] = {}
+        self._running: dict[int, _RunningTrial] = {}
+        # Early stopping compares with every trial there has been, also those of earlier starts.
         self._rungs = Rungs(sweep, self.records())
         self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
         self._exhausted = False
         self._hours_before = hours_so_far(self.study)
         self._started, self._start_ms = time.monotonic(), now_ms()
         self.stored_bytes = stored_bytes
-        self._over, self._judged = "", -math.inf
+        self._over, self._last_check = "", -math.inf
         for settings in sweep.first:
             self.study.enqueue_trial(settings, skip_if_exists=True)
 
     def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
         """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
-        fitting = [each for each in settings if domains.holds(self.sweep.space, each)]
+        fitting = [each for each in settings if domains.contains(self.sweep.space, each)]
         if unseal(self.study.user_attrs.get("warm_start")) != source:
             for each in fitting:
                 self.study.enqueue_trial(dict(each), skip_if_exists=True)
@@ -91,18 +92,18 @@ class Ledger:
         return len(fitting)
 
     def remaining(self) -> int:
-        """How many trials are still to be started or finished."""
+        """The number of trials still to be started or finished."""
         ended = [record for record in self.records() if record.outcome is not Outcome.RUNNING]
         return max(0, self.sweep.trials - len(ended))
 
     def hours(self) -> float:
-        """How long the sweep has run, over all its starts."""
+        """The hours that the sweep has run, over all its starts."""
         return self._hours_before + (time.monotonic() - self._started) / 3600
 
     def why_over(self) -> str:
-        """Why no trial is started any more although some were asked for; empty while they are."""
-        if not self._over and time.monotonic() - self._judged >= _JUDGED_EVERY_S:
-            self._judge()
+        """The reason why no trial is started any more although some were asked for; empty while they are."""
+        if not self._over and time.monotonic() - self._last_check >= _CHECK_EVERY_S:
+            self._check_if_over()
         return self._over
 
     def measure_storage(self, stored_bytes: int) -> None:
@@ -110,10 +111,10 @@ class Ledger:
         self.stored_bytes = stored_bytes
         if self.sweep.budget.storage_gb is not None:
             self.study.set_user_attr("stored_bytes", seal(stored_bytes))
-        self._judge()
+        self._check_if_over()
 
     def why_hopeless(self) -> str:
-        """What the first trials of this start have all failed of; empty if they have not.
+        """The one reason that all first trials of this start have failed for; empty if there is none.
 
         What failed before this start may have been mended since.
         """
@@ -125,8 +126,8 @@ class Ledger:
         return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
 
     def is_idle(self) -> bool:
-        """Whether nothing runs, so that nothing can fail and be proposed again."""
-        return not self._open
+        """True while nothing runs, so that nothing can fail and be proposed again."""
+        return not self._running
 
     def propose(self) -> Proposal | None:
         """The next trial, one to go on with before a new one; None when there is none now.
@@ -140,6 +141,7 @@ class Ledger:
         records = self.records()
         if len(records) >= self.sweep.trials or self._exhausted:
             return None
+        # A failed trial's settings may be tried once more: it may have been the machine.
         tried = {_key(r.settings): r.number for r in records if r.outcome is not Outcome.FAILED}
         if self.sweep.sampler == "grid":
             self._enqueue_next_of_grid(tried)
@@ -149,14 +151,14 @@ class Ledger:
             twin = tried.get(_key(settings))
             if twin is None:
                 trial.set_user_attr("settings", seal(settings))
-                self._open[trial.number] = _Open(trial, set())
+                self._running[trial.number] = _RunningTrial(trial, set())
                 return Proposal(trial.number, settings, 0)
             trial.set_user_attr("same_as", twin)
             self.study.tell(trial, state=TrialState.FAIL)
             if self.sweep.sampler == "grid":
                 break
         self._exhausted = True
-        self._judge()
+        self._check_if_over()
         return None
 
     def _ask(self, sampler: str) -> optuna.Trial:
@@ -179,10 +181,10 @@ class Ledger:
 
     def _propose_again(self, number: int) -> Proposal:
         record = self.record_of(number)
-        if number not in self._open:
+        if number not in self._running:
             trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
-            self._open[number] = _Open(trial, {report.tasks_done for report in record.reports})
-        trial = self._open[number].trial
+            self._running[number] = _RunningTrial(trial, {report.tasks_done for report in record.reports})
+        trial = self._running[number].trial
         # The driver may have died between asking for the trial and writing its settings down.
         settings = record.settings or domains.suggest(self.sweep.space, trial)
         trial.set_user_attr("settings", seal(settings))
@@ -193,26 +195,26 @@ class Ledger:
 
         A report that is already there (a trial resumed from an earlier checkpoint) changes nothing.
         """
-        if number not in self._open or report.tasks_done in self._open[number].reported:
+        if number not in self._running or report.tasks_done in self._running[number].reported:
             return False
-        trial, reported = self._open[number]
+        trial, reported = self._running[number]
         reported.add(report.tasks_done)
         value = report.metrics[self.sweep.rung_metric]
-        if not self.sweep.tradeoffs:
+        if not self.sweep.tradeoffs:  # Optuna refuses reports of several objectives
             trial.report(value, step=report.tasks_done)
         trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
         stop = self._rungs.falls_behind(number, report.tasks_done, value)
         if report.tasks_done == report.tasks:
             return False  # it ends by itself, and what it has spent is judged with its result
         if not stop:
-            self._judge()
+            self._check_if_over()
             return False
         self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
         return True
 
     def close(self, number: int) -> None:
         """The trial has ended by itself: finished if all it is judged by is there and finite, failed otherwise."""
-        if number not in self._open or number in self._again:
+        if number not in self._running or number in self._again:
             return
         reports = self.record_of(number).reports
         is_done = bool(reports) and reports[-1].tasks_done == reports[-1].tasks
@@ -227,7 +229,7 @@ class Ledger:
             self._end(number, Outcome.FAILED, reason=", ".join(strange))
             return
         for constraint in self.sweep.constraints:
-            self._open[number].trial.set_constraint(constraint.text, constraint.excess(values[constraint.metric]))
+            self._running[number].trial.set_constraint(constraint.text, constraint.excess(values[constraint.metric]))
         self._end(number, Outcome.FINISHED, [values[metric] for metric in self.sweep.objectives])
 
     def _measure(self, metric: Metric, reports: Sequence[TaskReport]) -> float | None:
@@ -235,9 +237,9 @@ class Ledger:
 
     def fail(self, number: int, reason: str) -> None:
         """The trial has failed; it is proposed again where that can help, else it ends with ``reason``."""
-        if number not in self._open or number in self._again:
+        if number not in self._running or number in self._again:
             return
-        trial = self._open[number].trial
+        trial = self._running[number].trial
         failures = [*self.record_of(number).failures, reason]
         trial.set_user_attr("failures", seal(failures))
         change = change_for(failures, self.sweep.retries, self.sweep.resources.gpus_per_worker)
@@ -249,16 +251,17 @@ class Ledger:
 
     def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
         if reason:
-            self._open[number].trial.set_user_attr("reason", seal(reason))
+            self._running[number].trial.set_user_attr("reason", seal(reason))
         self.study.tell(number, values, state=STATES[outcome])
-        del self._open[number]
+        del self._running[number]
         self._rungs.end(number, outcome)
+        # With every end, not on leaving: a driver that is killed must not get its hours back.
         self.study.set_user_attr("hours", seal(self.hours()))
-        self._judge()
+        self._check_if_over()
 
-    def _judge(self) -> None:
+    def _check_if_over(self) -> None:
         """Ask all that can end the sweep; what has ended it stays, until it is started again."""
-        self._judged = time.monotonic()
+        self._last_check = time.monotonic()
         records = self.records()  # once: the study is asked on disk, and this comes with every report
         spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
         exhausted = "every setting of the space has been tried" if self._exhausted else ""

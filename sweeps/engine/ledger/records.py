@@ -1,4 +1,4 @@
-"""What is known of a trial: plain values that the ledger keeps and everyone else reads."""
+"""A trial as plain values, which the ledger keeps and everyone else reads."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TaskReport(BaseModel):
-    """What a trial reports when it has learnt a task."""
+    """A trial's report after a task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -32,7 +32,7 @@ class TaskReport(BaseModel):
 
 
 class Outcome(StrEnum):
-    """How a trial stands."""
+    """The stages of a trial."""
 
     RUNNING = "running"
     FINISHED = "finished"

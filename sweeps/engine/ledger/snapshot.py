@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 
 from inflora.files import write_atomically
 
-if TYPE_CHECKING:  # it needs pyarrow, which the status of a sweep does not wait for
-    from inflora.storage import SharedFolder
+if TYPE_CHECKING:
+    from inflora.storage import SharedFolder  # brings pyarrow along, for which `sweeps status` must not wait
 
 LOCK_FILE = ".lock"
-"""What a driver holds, in its sweep's folder, as long as it lives."""
+"""The lock in a sweep's folder that its driver holds as long as it lives."""
 
 _SIDECARS = ("-wal", "-journal")
 _TRIES = 20
 
 
 def is_driven(folder: Path) -> bool:
-    """Whether a driver of the sweep in ``folder`` is alive."""
+    """True while a driver of the sweep in ``folder`` is alive."""
     try:
         with (folder / LOCK_FILE).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -54,7 +54,7 @@ def snapshot(file: Path) -> sqlite3.Connection:
             _copy(f"{file.absolute().as_uri()}?mode=ro", memory)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                _copy(_at_rest(file, Path(folder)).as_uri(), memory)
+                _copy(_consistent_copy(file, Path(folder)).as_uri(), memory)
         (found,) = memory.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
@@ -64,24 +64,24 @@ def snapshot(file: Path) -> sqlite3.Connection:
     return memory
 
 
-def _at_rest(file: Path, folder: Path) -> Path:
+def _consistent_copy(file: Path, folder: Path) -> Path:
     """A copy of a database and its journals in ``folder``, taken between two changes where somebody is at it."""
     copy = folder / "database"
     for _ in range(_TRIES):
-        before = _looks(file)
+        before = _fingerprint(file)
         for suffix in ("", *_SIDECARS):
             beside = file.with_name(file.name + suffix)
             copied = copy.with_name(copy.name + suffix)
             copied.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(beside, copied)
-        if _looks(file) == before:
+        if _fingerprint(file) == before:
             break
         time.sleep(0.05)
     return copy
 
 
-def _looks(file: Path) -> list[tuple[int, int] | None]:
+def _fingerprint(file: Path) -> list[tuple[int, int] | None]:
     """Size and time of a database and its journals."""
     found: list[tuple[int, int] | None] = []
     for suffix in ("", *_SIDECARS):
@@ -94,7 +94,7 @@ def _looks(file: Path) -> list[tuple[int, int] | None]:
 
 
 def _would_be_written_to(file: Path) -> bool:
-    """Whether opening the database, even to read, leaves something behind: it is, or was, in the middle of a change."""
+    """True if opening the database, even to read, leaves something behind: it is, or was, amid a change."""
     with file.open("rb") as content:
         header = content.read(20)
     is_write_ahead = header[18:20] == b"\x02\x02"

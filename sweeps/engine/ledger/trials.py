@@ -19,8 +19,8 @@ STATES = {
 _OUTCOMES = {state: outcome for outcome, state in STATES.items()} | {TrialState.RUNNING: Outcome.RUNNING}
 
 
-class _Told(BaseModel):
-    """What a trial's attributes say, besides a report per task."""
+class _Attributes(BaseModel):
+    """A trial's attributes besides its report for every task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +37,7 @@ def seal(value: Any) -> dict[str, Any]:
 
 
 def unseal(kept: Any) -> Any:
-    """What was sealed; studies begun before there were checksums hold the value itself.
+    """The value that was sealed; studies begun before there were checksums hold the value itself.
 
     Raises:
         ValueError: Not what was sealed.
@@ -85,12 +85,12 @@ def stored_bytes(study: optuna.Study) -> int:
 
 
 def hours_so_far(study: optuna.Study) -> float:
-    """How long the sweep had run, over all its starts, when a trial last ended."""
+    """The hours that the sweep had run, over all its starts, when a trial last ended."""
     return float(unseal(study.user_attrs.get("hours", 0.0)))
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
-    """What a trial's attributes say.
+    """The record that a trial's attributes make.
 
     Raises:
         ValueError: They are not what a ledger writes.
@@ -100,7 +100,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     if strange := [name for name, report in by_task.items() if name != f"task:{report.tasks_done}"]:
         raise ValueError(f"trial {trial.number} has the report of another task as {strange[0]}")
     reports = sorted(by_task.values(), key=lambda report: report.tasks_done)
-    told = _Told.model_validate(kept)
+    told = _Attributes.model_validate(kept)
     values = tuple(trial.values) if trial.state is TrialState.COMPLETE else ()
     return TrialRecord(
         number=trial.number,

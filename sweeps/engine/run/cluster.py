@@ -32,7 +32,7 @@ _ADDRESS, _OWN = "RAY_ADDRESS", "local"
 """Where Ray and everything that belongs to it look for an address, and the one that means a new Ray."""
 
 STATE_API_PATIENCE_S = 30
-"""How long the state API may take to answer at all."""
+"""The time within which the state API must answer at all."""
 
 DRIVER = "trial_driver"
 """The custom resource by which a cluster's head says how many trials it drives at a time."""
@@ -158,7 +158,7 @@ def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
 
 
 def slots(resources: Resources) -> int:
-    """How many trials the nodes that are there can train at a time.
+    """The number of trials that the nodes which are there can train at a time.
 
     Raises:
         ConfigError: Not even one.

@@ -1,4 +1,4 @@
-"""What Tune calls to run a trial through Ray Train.
+"""The trainable that Tune calls to run a trial through Ray Train.
 
 Tune's process, Train's controller and the worker start one after another, so the first two must not wait for what only
 the last one needs: with one worker, neither imports torch.
@@ -79,7 +79,7 @@ def forget_if_torn(trials: SharedFolder, name: str) -> str:
 
 
 def pick_backend(resources: Resources) -> str:
-    """What the workers talk through; asked where they will be: a GPU of the cluster's may be one in name only.
+    """The workers' backend, found out where they will be: a GPU of the cluster's may be one in name only.
 
     It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
     """

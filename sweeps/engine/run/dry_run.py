@@ -24,21 +24,21 @@ _EPOCHS = 2
 
 
 class Timing(NamedTuple):
-    """What one task takes: an epoch of training, and everything else (covariances, evaluation), in seconds."""
+    """The seconds of one task: an epoch of training, and everything else (covariances, evaluation)."""
 
     epoch_s: float
     rest_s: float
 
 
-class Estimate(NamedTuple):
-    """What a sweep takes if no trial is stopped early."""
+class Forecast(NamedTuple):
+    """The cost of a sweep if no trial is stopped early."""
 
     trial_s: float
     hours: float
     gpu_hours: float
 
 
-def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Callable[[str], None]) -> Estimate:
+def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Callable[[str], None]) -> Forecast:
     """Check everything in turn, run the first task of one trial for two epochs, and say what to expect.
 
     Nothing is left behind in ``folder``.
@@ -76,7 +76,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     finally:
         ray.shutdown()
     say(f"a tiny trial: {timing.epoch_s:.2f} s an epoch, {timing.rest_s:.2f} s for the rest of a task")
-    expected = estimate(sweep, first, timing, at_a_time)
+    expected = forecast(sweep, first, timing, at_a_time)
     gpus = f" and {expected.gpu_hours:.2f} GPU-hours" if sweep.resources.gpus else ""
     say(
         f"estimate: {expected.trial_s:.0f} s a trial; {sweep.trials} trials, none stopped early: "
@@ -114,10 +114,10 @@ def time_one_task(config: RunConfig, threads: int) -> Timing:
     return Timing(epoch_s, max(0.0, result.seconds - _EPOCHS * epoch_s))
 
 
-def estimate(sweep: Sweep, config: RunConfig, timing: Timing, at_a_time: int) -> Estimate:
+def forecast(sweep: Sweep, config: RunConfig, timing: Timing, at_a_time: int) -> Forecast:
     """All trials like ``config``, ``at_a_time`` of them side by side."""
     tasks = sweep.tasks_learnt or config.data.task_count
     epochs = sum(config.optim.of_task(index).epochs for index in range(tasks))
     trial_s = epochs * timing.epoch_s + tasks * timing.rest_s
     rounds = -(-sweep.trials // at_a_time)
-    return Estimate(trial_s, rounds * trial_s / 3600, sweep.trials * trial_s * sweep.resources.gpus / 3600)
+    return Forecast(trial_s, rounds * trial_s / 3600, sweep.trials * trial_s * sweep.resources.gpus / 3600)

@@ -46,7 +46,7 @@ def two_trials(bench: Bench) -> str:
 
 
 def _together_s(records: Sequence[TrialRecord]) -> float:
-    """How long all of some trials were learning at the same time."""
+    """The seconds in which all of some trials were learning."""
     starts = [record.reports[0].time_ms / 1000 - record.reports[0].seconds for record in records]
     ends = [record.reports[-1].time_ms / 1000 for record in records]
     return max(0.0, min(ends) - max(starts))

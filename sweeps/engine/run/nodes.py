@@ -1,4 +1,4 @@
-"""What every node must have before a sweep may use it: this very code, and the shared folder."""
+"""Checks of every node before a sweep uses it: this very code, and the shared folder."""
 
 import hashlib
 import uuid
@@ -55,7 +55,7 @@ def check_nodes(shared: SharedFolder) -> None:
         # All at once; a node that cannot answer must not keep the others waiting.
         answers = [_ask(node["NodeID"], shared.address, mark) for node in nodes]
         for node, answer in zip(nodes, answers, strict=True):
-            _judge(node, answer, shared.address)
+            _check_answer(node, answer, shared.address)
     finally:
         shared.delete(mark)
 
@@ -70,7 +70,7 @@ def _look(address: str, mark: str) -> tuple[str, bool]:
     return code_version(), SharedFolder(address).read(mark) is not None
 
 
-def _judge(node: dict[str, Any], answer: Answer, address: str) -> None:
+def _check_answer(node: dict[str, Any], answer: Answer, address: str) -> None:
     where = node["NodeManagerAddress"]
     try:
         theirs, sees = ray.get(answer, timeout=_PATIENCE_S)

@@ -24,7 +24,7 @@ from sweeps.engine.ledger.snapshot import snapshot
 from sweeps.engine.show.output import check_can_write
 
 PATIENCE_S = 10.0
-"""How long an answer may take."""
+"""The time within which an answer must come."""
 
 _CLIENT_PORT = 10001
 """Where Ray's client server listens unless told otherwise."""
@@ -33,7 +33,7 @@ STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks
 
 
 class Unreachable(Exception):
-    """Why something does not answer as it should."""
+    """The reason why something does not answer as it should."""
 
 
 def reachable_store(uri: str, own: Path | None = None) -> None:

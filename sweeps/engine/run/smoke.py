@@ -15,7 +15,7 @@ _CLASSES_PER_TASK, _IMAGES_PER_CLASS = 2, 8
 _HEAD_WIDTH = 64
 
 
-def in_small(sweep: Sweep, root: Path) -> Sweep:
+def shrink(sweep: Sweep, root: Path) -> Sweep:
     """The sweep with the same space over a run of seconds, on the dataset's sample store below ``root``."""
     sample = root / f"{sweep.base.data.dataset}-{sweep.base.data.task_count}"
     settings = {"data.root": str(sample), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
@@ -49,7 +49,7 @@ def _blocks(adapter: Settings) -> int:
 
 
 def prepare_sample(sweep: Sweep) -> None:
-    """Write a tiny distribution of the dataset of a sweep ``in_small`` and prepare the store that the sweep reads."""
+    """Write a tiny distribution of the dataset of a sweep ``shrink`` and prepare the store that the sweep reads."""
     data = sweep.base.data
     assert data.root is not None
     root = Path(data.root)

@@ -89,7 +89,7 @@ def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]
 
 
 def _metrics(state: RunState, tasks_done: int, tasks: int | None, seconds: float = 0.0) -> dict[str, Any]:
-    """What Tune hears after a task: the metrics, and the whole report as one value for the ledger."""
+    """A task's report to Tune: the metrics, and all of it as one value for the ledger."""
     state = state._replace(tasks=tasks or state.tasks)
     report = TaskReport(
         tasks_done=tasks_done,
@@ -160,7 +160,7 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker of a trial."""
+    """Run a trial in a worker of Ray Train."""
     require_code(settings["code"])
     torch.set_num_threads(settings["threads"])
     if torch.cuda.is_available():

@@ -30,14 +30,15 @@ class StudySearcher(Searcher):
         """The next trial's number and settings; None when there is none now, Tune's FINISHED when none will come."""
         proposal = self.ledger.propose()
         if proposal is None:
+            # None makes Tune ask again: a trial that runs may fail and be proposed once more.
             return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
         return {
             "number": proposal.number,
             "tasks_done": proposal.tasks_done,
-            "code": code_version(),
+            "code": code_version(),  # a node that joins later is held to it
             "tasks": self.ledger.sweep.tasks_learnt,
-            "gpus": with_room(self.ledger.sweep.resources, proposal.failed),
+            "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
         }
 
@@ -79,12 +80,12 @@ class StudyScheduler(FIFOScheduler):
 
 
 def last_error(trial: Any) -> str:
-    """What Tune has just written down of a trial's failure, on the driver's disk: the storage has it only later."""
+    """The failure that Tune has just written down, on the driver's disk: the storage has it only later."""
     text = Path(trial.error_file).read_text() if trial.error_file else ""
     return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
-def with_room(resources: Resources, failed: Sequence[str]) -> float:
+def gpus_for_retry(resources: Resources, failed: Sequence[str]) -> float:
     """GPUs per worker: all of one where a share of it was too little memory."""
     was_full = any(kind_of(reason) is Failure.MEMORY for reason in failed)
     return max(1.0, resources.gpus_per_worker) if was_full and resources.gpus_per_worker else resources.gpus_per_worker
@@ -108,6 +109,7 @@ def run_trials(
             scheduler=StudyScheduler(ledger),
             num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
             max_concurrent_trials=at_a_time,
+            # An actor that has imported torch is worth keeping; those that drive Ray Train import little.
             reuse_actors=ledger.sweep.executor == "inline",
         ),
         run_config=tune.RunConfig(

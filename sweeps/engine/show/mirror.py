@@ -27,12 +27,12 @@ from sweeps.engine.show.mlflow_store import (
     log_accuracy,
     log_all,
     make_client,
+    mlflow_metrics,
     params_of,
     params_of_sweep,
     tagged_runs,
-    task_metrics,
 )
-from sweeps.engine.show.tracking import BEHIND, DELIVERED, Closing, Errand
+from sweeps.engine.show.tracking import BEHIND, DELIVERED, CloseMessage, StartMessage
 from sweeps.engine.space.spec import Sweep
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Mirror:
         metrics = [
             metric
             for report in record.reports[reports_sent:]
-            for metric in task_metrics(
+            for metric in mlflow_metrics(
                 report.tasks_done, {**report.metrics, "seconds": report.seconds}, report.accuracies, report.time_ms
             )
         ]
@@ -156,24 +156,24 @@ class Mirror:
         self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
 
 
-class _Driver(threading.Thread):
+class _DriverListener(threading.Thread):
     """Listens to the driver; without one there is nothing to mirror, and the next one's mirror must be alone."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.said_last = threading.Event()
-        self.closing = Closing(complete=False, over="", patience_s=0.0)
+        self.closing = CloseMessage(complete=False, over="", patience_s=0.0)
 
     def run(self) -> None:
         try:
             for line in sys.stdin:
-                self.closing = Closing.model_validate_json(line)
+                self.closing = CloseMessage.model_validate_json(line)
                 self.said_last.set()
         finally:
             os._exit(1)
 
 
-def follow(errand: Errand, driver: _Driver) -> bool:
+def follow(start: StartMessage, driver: _DriverListener) -> bool:
     """Send differences until the driver says its last, then all that is left; whether MLflow took it.
 
     A failure is only a later try.
@@ -183,15 +183,15 @@ def follow(errand: Errand, driver: _Driver) -> bool:
     def with_mirror(do: Callable[[Mirror], None]) -> None:
         """A failed request may have arrived all the same: the next try looks at what is there with new eyes."""
         nonlocal current
-        mirror, current = current or Mirror(errand.sweep, errand.folder, errand.uri, errand.tags), None
+        mirror, current = current or Mirror(start.sweep, start.folder, start.uri, start.tags), None
         do(mirror)
         current = mirror
 
-    wait_s = errand.every_s
+    wait_s = start.every_s
     while not driver.said_last.wait(wait_s):
         try:
             with_mirror(Mirror.sync)
-            wait_s = errand.every_s
+            wait_s = start.every_s
         except Exception as error:  # a server may fail in any way; the study still holds what it missed
             wait_s = min(2 * wait_s, 30.0)
             logger.warning("MLflow is behind (%s); trials go on, the next try is in %.0f s", error, wait_s)
@@ -214,10 +214,10 @@ def main() -> None:
     """A mirror's own process: told what to do on its input, it warns on its output and ends with how it went."""
     for name in ("mlflow", "alembic", "optuna"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    errand = Errand.model_validate_json(sys.stdin.readline())
-    driver = _Driver()
+    start = StartMessage.model_validate_json(sys.stdin.readline())
+    driver = _DriverListener()
     driver.start()
-    code = DELIVERED if follow(errand, driver) else BEHIND
+    code = DELIVERED if follow(start, driver) else BEHIND
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the thread that listens would wait for the driver's end

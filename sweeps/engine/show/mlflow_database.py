@@ -89,13 +89,13 @@ def _is_known_whole(file: Path) -> bool:
 
 
 def _is_unfinished(file: Path, whole: Path) -> bool:
-    """Whether a database never became what ``whole`` is, and has no row that a new one has not."""
+    """True if a database never became what ``whole`` is, and has no row that a new one has not."""
     ours, new = _rows(file), _rows(whole)
     return _version(file) != _version(whole) and all(count <= new.get(table, 0) for table, count in ours.items())
 
 
 def _rows(file: Path) -> dict[str, int]:
-    """How many rows each table has."""
+    """The number of rows in each table."""
     with closing(sqlite3.connect(file)) as database:
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {name: database.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in tables}

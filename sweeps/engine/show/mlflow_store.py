@@ -1,4 +1,4 @@
-"""What a sweep needs of MLflow: a client, an experiment, runs found by tags, batches."""
+"""MLflow as a sweep needs it: a client, an experiment, runs found by tags, batches."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def _to_read(uri: str) -> Iterator[str | None]:
 
 
 def how_to_look(uri: str) -> str:
-    """What to type, or to open, to see the runs."""
+    """The command to type, or the address to open, to see the runs."""
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
@@ -172,7 +172,7 @@ def params_of(config: RunConfig) -> list[Param]:
 
 
 def params_of_sweep(sweep: Sweep) -> list[Param]:
-    """What a sweep is, as its run's parameters: what it searches, what it may cost, and the base of every trial.
+    """A sweep as its run's parameters: its space, its budget, and the base of every trial.
 
     A searched setting stands under ``space/`` alone: the base's own value is no trial's, least of all the best's.
     """
@@ -184,10 +184,10 @@ def params_of_sweep(sweep: Sweep) -> list[Param]:
     return [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in every.items()]
 
 
-def task_metrics(
+def mlflow_metrics(
     tasks_done: int, metrics: Mapping[str, float], accuracies: Sequence[float], time_ms: int
 ) -> list[Metric]:
-    """What is known after a task; the same ``time_ms`` makes sending twice the same as once."""
+    """A task's metrics for MLflow; the same ``time_ms`` makes sending twice the same as once."""
     values = {**metrics, **{f"acc_on_task/{j + 1}": value for j, value in enumerate(accuracies)}}
     return [Metric(name, value, time_ms, tasks_done) for name, value in values.items()]
 

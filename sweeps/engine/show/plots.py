@@ -13,7 +13,7 @@ def accuracy_matrix(matrix: Sequence[Sequence[float]]) -> Figure:
 
 
 def drift(metrics: Sequence[Mapping[str, float]]) -> Figure | None:
-    """How far features of old tasks' images have moved, ``drift/task<j>``, from each task's metrics; None without."""
+    """The drift of old tasks' features, ``drift/task<j>`` of each task's metrics; None without."""
     matrix = [[known[name] for j in range(i) if (name := f"drift/task{j}") in known] for i, known in enumerate(metrics)]
     if not any(matrix):
         return None

@@ -1,4 +1,4 @@
-"""How a sweep is going, while it goes: one live table on a terminal, plain lines elsewhere."""
+"""A sweep's progress while it runs: one live table on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Callable

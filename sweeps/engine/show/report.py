@@ -77,7 +77,7 @@ def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
 
 
 def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
-    """How the search went: history, where good settings lie, what matters; for every objective."""
+    """Plots of the search for every objective: its history, where good settings lie, which of them matter."""
     finished = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     if not finished:
         return

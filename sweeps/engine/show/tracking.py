@@ -20,11 +20,11 @@ DELIVERED, BEHIND = 0, 3
 
 _AGAIN_S = 5.0
 _LIMIT_S = 600.0
-"""How much longer than asked for the last delivery may take while it gets on."""
+"""The time beyond its patience that the last delivery may take while it gets on."""
 
 
-class Errand(BaseModel):
-    """What the process is told when it starts."""
+class StartMessage(BaseModel):
+    """The first message to the process."""
 
     sweep: Sweep
     folder: Path
@@ -33,8 +33,8 @@ class Errand(BaseModel):
     every_s: float
 
 
-class Closing(BaseModel):
-    """What it is told at the end: whether the sweep is ``complete``, or why it is ``over``, and how long to try."""
+class CloseMessage(BaseModel):
+    """The last message: the sweep is ``complete`` or not, why it is ``over``, and how long to try."""
 
     complete: bool
     over: str
@@ -50,10 +50,10 @@ class Tracker(threading.Thread):
 
     def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], every_s: float = 1.0) -> None:
         super().__init__(name="mlflow-tracker", daemon=True)
-        self._errand = Errand(sweep=sweep, folder=folder, uri=uri, tags=dict(tags), every_s=every_s)
+        self._start_message = StartMessage(sweep=sweep, folder=folder, uri=uri, tags=dict(tags), every_s=every_s)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
-        self._closing: Closing | None = None
+        self._closing: CloseMessage | None = None
         self._is_closing = threading.Event()
         self._code: int | None = None
 
@@ -80,7 +80,7 @@ class Tracker(threading.Thread):
         ``patience_s`` is for a server that fails; one that takes what is sent gets longer.
         """
         with self._lock:
-            self._closing = Closing(complete=complete, over=over, patience_s=patience_s)
+            self._closing = CloseMessage(complete=complete, over=over, patience_s=patience_s)
             self._is_closing.set()
             self._tell(self._closing)
         self.join(patience_s + _LIMIT_S)
@@ -90,7 +90,7 @@ class Tracker(threading.Thread):
         """Start a process and pass its warnings on, so that it does not write over a live table; its exit code."""
         with self._lock:
             self._process = process = _start()
-            self._tell(self._errand)
+            self._tell(self._start_message)
             if self._closing is not None:
                 self._tell(self._closing)
         assert process.stdout is not None
@@ -98,7 +98,7 @@ class Tracker(threading.Thread):
             logger.warning("%s", line.rstrip())
         return process.wait()
 
-    def _tell(self, what: Errand | Closing) -> None:
+    def _tell(self, what: StartMessage | CloseMessage) -> None:
         if self._process is None:
             return  # it will be told when it starts
         assert self._process.stdin is not None

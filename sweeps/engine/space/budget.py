@@ -57,11 +57,13 @@ def patience(sweep: Sweep, records: Sequence[TrialRecord], hours: float, stored_
     best, most = best_record(records), sweep.budget.patience
     if most is None or best is None:
         return Standing()
+    # Ends are compared, not numbers: a trial that began before the best one may end long after it.
     since = sum(r.end_ms is not None and r.end_ms > (best.end_ms or 0) for r in records)
     reason = f"patience over: {since} trials ended since trial {best.number} was the best"
     return Standing(f"patience: {since} of {most} trials without a new best", reason if since >= most else "")
 
 
+# In this order: of two reasons at the same moment the first is told.
 RULES: tuple[Rule, ...] = (time, gpu_time, storage, target, patience)
 
 

@@ -1,4 +1,4 @@
-"""What is searched: domains of settings, some of which exist only where another setting was chosen so."""
+"""Domains of settings; some settings are active only where another one was chosen so."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,8 +23,8 @@ class Conditional(Settings):
 
     when: dict[str, tuple[Scalar, ...]] = {}
 
-    def is_asked(self, chosen: Mapping[str, Any]) -> bool:
-        """Whether the setting exists beside what was chosen before it."""
+    def is_active(self, chosen: Mapping[str, Any]) -> bool:
+        """True if the setting exists beside those chosen before it."""
         return all(path in chosen and chosen[path] in options for path, options in self.when.items())
 
     def transformed(self) -> "Domain":
@@ -51,7 +51,7 @@ class _Bounded(Conditional):
         return self.low, self.high
 
     def contains(self, value: Any) -> bool:
-        """Whether the sampler could choose ``value``."""
+        """True if the sampler could choose ``value``."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 
@@ -102,7 +102,7 @@ class Real(_Range):
 
 
 class NearOne(_Bounded):
-    """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in what is missing to 1."""
+    """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in the complement to 1."""
 
     kind: Literal["near_one"] = "near_one"
     low: Annotated[Number, Field(ge=0, le=1 - 1e-10)]
@@ -113,11 +113,11 @@ class NearOne(_Bounded):
         return trial.suggest_float(path, self.low, self.high)
 
     def transformed(self) -> "Domain":
-        """What is missing to 1, on a logarithmic scale."""
+        """Its complement to 1, on a logarithmic scale."""
         return Real(low=_missing(self.high), high=_missing(self.low), log=True, when=self.when)
 
     def transform(self, value: Any) -> Any:
-        """What is missing to 1."""
+        """The complement to 1."""
         return _missing(value)
 
     def inverse_transform(self, value: Any) -> Any:
@@ -131,7 +131,7 @@ class NearOne(_Bounded):
 
 
 def _missing(share: float) -> float:
-    """What is missing to 1, free of rounding noise: 0.05 and not 0.050000000000000044."""
+    """The complement to 1, free of rounding noise: 0.05 and not 0.050000000000000044."""
     return round(1 - share, 10)
 
 
@@ -150,7 +150,7 @@ class Choice(Conditional):
         return self.options
 
     def contains(self, value: Any) -> bool:
-        """Whether the sampler could choose ``value``."""
+        """True if the sampler could choose ``value``."""
         return value in self.options
 
     def points(self, count: int) -> list[Scalar]:
@@ -167,19 +167,19 @@ def suggest(space: Space, trial: optuna.trial.BaseTrial) -> dict[str, Scalar]:
     """Settings chosen by the sampler."""
     chosen: dict[str, Scalar] = {}
     for path, domain in space.items():
-        if domain.is_asked(chosen):
+        if domain.is_active(chosen):
             chosen[path] = domain.suggest(trial, path)
     return chosen
 
 
-def asked(space: Space, settings: Mapping[str, Any]) -> list[str]:
+def active(space: Space, settings: Mapping[str, Any]) -> list[str]:
     """The settings that exist where the choices are those of ``settings``."""
-    return [path for path, domain in space.items() if domain.is_asked(settings)]
+    return [path for path, domain in space.items() if domain.is_active(settings)]
 
 
-def holds(space: Space, settings: Mapping[str, Any]) -> bool:
-    """Whether the sampler could propose exactly these settings."""
-    return set(settings) == set(asked(space, settings)) and all(
+def contains(space: Space, settings: Mapping[str, Any]) -> bool:
+    """True if the sampler could propose exactly these settings."""
+    return set(settings) == set(active(space, settings)) and all(
         space[path].contains(value) for path, value in settings.items()
     )
 
@@ -189,20 +189,20 @@ def grid(space: Space, points: int) -> list[dict[str, Scalar]]:
     rows: list[dict[str, Scalar]] = [{}]
     for path, domain in space.items():
         rows = [
-            {**row, path: value} if domain.is_asked(row) else row
+            {**row, path: value} if domain.is_active(row) else row
             for row in rows
-            for value in (domain.points(points) if domain.is_asked(row) else [None])
+            for value in (domain.points(points) if domain.is_active(row) else [None])
         ]
     return rows
 
 
 def grid_size(space: Space, points: int) -> int:
-    """How many rows ``grid`` has at most: conditions only make them fewer."""
+    """The number of rows that ``grid`` has at most: conditions only make them fewer."""
     return math.prod(len(domain.points(points)) for domain in space.values())
 
 
 def is_conditional(space: Space) -> bool:
-    """Whether some settings exist only beside some choices."""
+    """True if some settings exist only beside some choices."""
     return any(domain.when for domain in space.values())
 
 

@@ -1,4 +1,4 @@
-"""What a sweep can look for: metrics of a trial, and which way each is better."""
+"""The metrics that a sweep can optimise or bound, and which way each is better."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from sweeps.engine.ledger.records import TaskReport
 
 Objective = Literal["acc/final", "acc/avg_incremental", "bwt", "acc/current"]
-"""What names the best trial: more is better."""
+"""The metrics that can name the best trial: more is better."""
 
 Metric = Literal[
     "acc/final", "acc/avg_incremental", "bwt", "acc/current", "forgetting", "params/trainable", "cost/gpu_hours"
@@ -34,5 +34,5 @@ def measure(metric: Metric, reports: Sequence[TaskReport], gpus: float) -> float
 
 
 def gpu_hours(reports: Sequence[TaskReport], gpus: float) -> float:
-    """What a trial's tasks have cost."""
+    """The cost of a trial's tasks."""
     return sum(report.seconds for report in reports) * gpus / 3600

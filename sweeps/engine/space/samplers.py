@@ -66,15 +66,16 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
     were drawn before nor others than it would have drawn without the stop.
     """
     (seed,) = np.random.SeedSequence((sweep.sampler_seed, number)).generate_state(1).tolist()
+    # Optuna's 10 random trials would be most of a small sweep.
     startup = min(10, sweep.trials // 3)
     match name:
         case "tpe":
             return TPESampler(
                 seed=seed,
                 n_startup_trials=startup,
-                multivariate=True,
+                multivariate=True,  # rank and learning rate depend on each other
                 group=domains.is_conditional(sweep.space),
-                constant_liar=True,
+                constant_liar=True,  # trials that run side by side keep their distance
             )
         case "gp":
             return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)

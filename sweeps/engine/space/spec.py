@@ -1,4 +1,4 @@
-"""A sweep as a value: what is fixed, what is searched, what it may cost."""
+"""A sweep as a value: the fixed settings, the searched ones, the cost it may have."""
 
 import hashlib
 import json
@@ -35,8 +35,8 @@ SPEC_FILE = "sweep.json"
 MOST_ROWS = 100_000
 """Of a grid, whose rows are all kept in memory."""
 
-Protocol = Literal["end-of-training", "first-task", "two-phase", "current-task"]
-"""How settings are chosen, recorded with every result.
+SelectionProtocol = Literal["end-of-training", "first-task", "two-phase", "current-task"]
+"""The data by which settings are chosen, recorded with every result.
 
 - end-of-training: by validation images of all tasks, after the last one;
 - first-task: by the first task alone (what only later tasks feel cannot be chosen so);
@@ -55,7 +55,7 @@ Bound = Annotated[Number, Field(ge=-1e30, le=1e30)]
 
 
 class Resources(Settings):
-    """What one trial asks the cluster for."""
+    """The machines that one trial asks the cluster for."""
 
     workers: Machines = 1
     cpus_per_worker: Machines = 1
@@ -96,7 +96,7 @@ class Constraint(Settings):
         )
 
     def excess(self, value: float) -> float:
-        """How far ``value`` is on the wrong side (in the metric's unit); 0 or less: kept."""
+        """The distance of ``value`` beyond the bound (in the metric's unit); 0 or less: kept."""
         return value - self.at_most if self.at_most is not None else (self.at_least or 0.0) - value
 
 
@@ -127,7 +127,7 @@ class Sweep(Settings):
     objective: Objective = "acc/final"
     tradeoffs: tuple[Metric, ...] = ()
     constraints: tuple[Constraint, ...] = ()
-    protocol: Protocol = "end-of-training"
+    protocol: SelectionProtocol = "end-of-training"
     judge_orders: tuple[Seed, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
     trials: Count = 16
     budget: Budget = Budget()
@@ -156,8 +156,8 @@ class Sweep(Settings):
             raise ValueError(f"executor inline runs one worker, got resources.workers={self.resources.workers}")
         domains.check_order(self.space)
         for settings in self.first:
-            if set(settings) != set(domains.asked(self.space, settings)):
-                exactly = sorted(domains.asked(self.space, settings))
+            if set(settings) != set(domains.active(self.space, settings)):
+                exactly = sorted(domains.active(self.space, settings))
                 raise ValueError(f"each of first must set exactly {exactly}, got {sorted(settings)}")
         if self.base.data.train_on != "train":
             raise ValueError(
@@ -193,7 +193,7 @@ class Sweep(Settings):
 
     @property
     def objectives(self) -> tuple[Metric, ...]:
-        """What the search looks for: the objective, then what it is traded against."""
+        """The metrics that the search optimises: the objective, then those it is traded against."""
         return self.objective, *self.tradeoffs
 
     @property
@@ -203,17 +203,18 @@ class Sweep(Settings):
 
     @property
     def rung_metric(self) -> str:
-        """What trials are compared by at equal numbers of tasks done."""
+        """The metric by which early stopping compares trials at equal numbers of tasks done."""
         return "acc/new" if self.protocol == "current-task" else "acc/seen"
 
     @property
     def tasks_learnt(self) -> int | None:
-        """How many tasks a trial learns; None: the whole stream."""
+        """The number of tasks that a trial learns; None: the whole stream."""
         return 1 if self.protocol == "first-task" else None
 
     @property
     def study_name(self) -> str:
         """One study per sweep and whatever changes what its numbers mean."""
+        # Trials, budget, sampler and resources are not among it: another start may change them and go on.
         meaning = {
             "base": config_hash(self.base),
             "space": {path: domain.model_dump() for path, domain in sorted(self.space.items())},
