@@ -1,5 +1,7 @@
 """When a sweep ends: by its trials, its time, its GPU-hours, its target or its patience, and it says by which."""
 
+import inspect
+
 import pytest
 
 from inflora.config import ConfigError
@@ -7,8 +9,8 @@ from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome
 from sweeps.engine.show.status import status_lines
-from sweeps.engine.space.spec import Sweep
-from sweeps.recipe import parse_duration_s
+from sweeps.engine.space.spec import Budget, Sweep
+from sweeps.recipe import parse_duration_s, with_budget_options
 
 from .conftest import learn_all, report
 
@@ -112,6 +114,14 @@ def test_progress_tells_trials_time_budget_and_best(tiny_sweep, tmp_path):
     assert "best so far: trial 0, acc/final 0.5000" in text
     assert "target: acc/final 0.9" in text
     assert "patience: 0 of 5 trials" in text
+
+
+def test_every_budget_is_an_option_of_a_recipe():
+    def command(time_budget: str, **budget) -> None:
+        pass
+
+    options = inspect.signature(with_budget_options(command)).parameters
+    assert set(options) == {*Budget.model_fields} - {"hours"} | {"time_budget"}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])
