@@ -25,7 +25,7 @@ def exists(path: Path) -> bool:
 
 def nearest(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if exists(each))
+    return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
 
 
 def why_unwritable(folder: Path) -> str:
@@ -35,10 +35,12 @@ def why_unwritable(folder: Path) -> str:
     """
     there = nearest(folder)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a name that no folder can have
         with TemporaryFile(dir=there):  # rights alone do not tell of file systems that are read-only or full
             return ""
-    except OSError:
-        return f"{there} is not a folder that may be written to"
+    except OSError as error:
+        return f"{str(there)[:200]} is not a folder that may be written to ({error.strerror})"
 
 
 def require_regular(path: Path) -> int:
