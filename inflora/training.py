@@ -117,13 +117,6 @@ def train_task(
     return epochs
 
 
-class EpochLosses(NamedTuple):
-    """The loss of each global batch of an epoch, and for how many seconds the device waited for images."""
-
-    losses: list[float]
-    waited: float
-
-
 def train_epoch(
     model: ContinualModel,
     adapter: Adapter[Any],
@@ -131,14 +124,17 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     trained: Trainable,
     batches: Iterable[Batch],
-) -> EpochLosses:
-    """Take one update for each batch. The host waits for the device once, at the end, for the losses of all of them."""
+) -> tuple[list[float], float]:
+    """Take one update for each batch: the loss of each global batch, and the seconds that the device waited for images.
+
+    The host waits for the device once, at the end, for the losses of all of them.
+    """
     parts, waits = [], []
     for batch in batches:
         parts.append(train_step(model, adapter, task, optimizer, trained, batch))
         waits.append(batch.waited)
     losses = distributed.all_sum(torch.stack(parts)).tolist()
-    return EpochLosses(losses, sum(waited() for waited in waits))
+    return losses, sum(waited() for waited in waits)
 
 
 def train_step(

@@ -15,11 +15,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "frozen": {"adapter": "none", "classifier": "linear"},
     "ncm": {"adapter": "none", "classifier": "ncm"},
     "joint": {"adapter": "lora", "classifier": "linear", "data.joint": True},
-    "olora": {"adapter": "olora", "classifier": "linear"},
-    "sdlora": {"adapter": "sdlora", "classifier": "linear"},
-    "l2p": {"adapter": "l2p", "classifier": "linear"},
-    "dualprompt": {"adapter": "dualprompt", "classifier": "linear"},
-    "codaprompt": {"adapter": "codaprompt", "classifier": "linear"},
+    **{
+        name: {"adapter": name, "classifier": "linear"}
+        for name in ("olora", "sdlora", "l2p", "dualprompt", "codaprompt")
+    },
 }
 """Name in the papers' tables -> the settings that make it, each with its own defaults."""
 

@@ -24,20 +24,13 @@ def _renamed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for name, value in settings.items():
         path = f"{prefix}{name}"
         if path == "method.name" or (path == "method" and isinstance(value, str)):
-            yield (
-                path,
-                " ".join(f"{new}={_plain(given)}" for new, given in METHODS.get(str(value), {}).items())
-                or ("adapter.name and classifier.name"),
-            )
-        elif isinstance(value, Mapping):
+            pair = METHODS.get(str(value), {"adapter.name": "...", "classifier.name": "..."})
+            yield path, " ".join(f"{new}={str(given).lower()}" for new, given in pair.items())
+        elif isinstance(value, Mapping) and value:
             yield from _renamed(value, f"{path}.")
         elif path in _FILES and (path != "optim.head_init" or str(value).endswith(".safetensors")):
             yield path, _FILES[path]
-        elif path.startswith(f"{_ALIGNMENT}."):
-            yield path, f"classifier.{cut(path.removeprefix(f'{_ALIGNMENT}.'))} of classifier.name=aligned"
+        elif path == _ALIGNMENT or path.startswith(f"{_ALIGNMENT}."):
+            yield path, f"classifier{cut(path.removeprefix(_ALIGNMENT))} of classifier.name=aligned"
         elif path.split(".")[0] == "method":
             yield path, f"adapter.{cut(path.removeprefix('method.'))}" if "." in path else "adapter and classifier"
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
