@@ -8,13 +8,15 @@ one tensor for each pass ("covariance-before", "train-0", "train-1"..., "covaria
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from inflora.adapters import Adapter
+from inflora.classifiers import Classifier
 from inflora.config import AlignedSettings, ConfigError, RunConfig, cut
 from inflora.data.stream import Stream, Task
 from inflora.draws import Draws
@@ -58,31 +60,29 @@ class Replay(Draws):
         features_ND, classes_N = (self.features[f"{task}/{part}-{epoch}"] for part in ("features", "classes"))
         return features_ND.float().to(classes_C.device), classes_N.to(classes_C.device, torch.int64)
 
-    def check(self, config: RunConfig, stream: Stream, width: int, passes: Sequence[str]) -> None:
-        """Raise ConfigError unless the files hold all that the run will ask for, and nothing else.
-
-        ``passes`` are those that the adapter makes besides the epochs of training.
-        """
+    def check(self, config: RunConfig, stream: Stream, adapter: Adapter[Any], classifier: Classifier[Any]) -> None:
+        """Raise ConfigError unless the files hold all that the run will ask for, and nothing else."""
         for setting, recorded, check in (
             ("replay.orders", self.orders, _check_orders),
             ("replay.heads", self.heads, _check_heads),
             ("replay.draws", self.features, _check_features),
         ):
             if recorded:
-                asked = check(recorded, config, stream, width, passes)
+                asked = check(recorded, config, stream, adapter, classifier)
                 # A file that holds more is of another run: its numbers would be compared with this one's.
                 if foreign := sorted(recorded.keys() - set(asked)):
                     raise ConfigError(f"{setting} holds {cut(foreign[0])}, which this run does not ask for")
 
 
 def _check_orders(
-    recorded: dict[str, Tensor], config: RunConfig, stream: Stream, _: int, passes: Sequence[str]
+    recorded: dict[str, Tensor], config: RunConfig, stream: Stream, adapter: Adapter[Any], classifier: Classifier[Any]
 ) -> list[str]:
     """Every pass is over all images of its task, each once."""
     asked = []
     for task in stream.tasks:
-        epochs = config.optim.of_task(task.index).epochs
-        for purpose in (*passes, *(f"train-{epoch}" for epoch in range(epochs))):
+        trains = adapter.is_trained or classifier.trained_alone
+        epochs = config.optim.of_task(task.index).epochs if trains else 0
+        for purpose in (*adapter.passes, *(f"train-{epoch}" for epoch in range(epochs))):
             asked.append(f"{task.index}/{purpose}")
             rows = _recorded(recorded, asked[-1], "replay.orders").to(torch.int64)
             if not torch.equal(rows.sort().values, task.train_rows.sort().values):
@@ -93,12 +93,14 @@ def _check_orders(
     return asked
 
 
-def _check_heads(recorded: dict[str, Tensor], _: RunConfig, stream: Stream, width: int, __: Sequence[str]) -> list[str]:
+def _check_heads(
+    recorded: dict[str, Tensor], config: RunConfig, stream: Stream, adapter: Adapter[Any], classifier: Classifier[Any]
+) -> list[str]:
     """Every task's classifier has its weight and bias."""
     asked = []
     for task in stream.tasks:
         classes = len(task.classes)
-        for name, shape in (("weight", (classes, width)), ("bias", (classes,))):
+        for name, shape in (("weight", (classes, classifier.width)), ("bias", (classes,))):
             asked.append(f"{task.index}.{name}")
             found = _recorded(recorded, asked[-1], "replay.heads")
             if tuple(found.shape) != shape:
@@ -107,7 +109,7 @@ def _check_heads(recorded: dict[str, Tensor], _: RunConfig, stream: Stream, widt
 
 
 def _check_features(
-    recorded: dict[str, Tensor], config: RunConfig, stream: Stream, width: int, _: Sequence[str]
+    recorded: dict[str, Tensor], config: RunConfig, stream: Stream, adapter: Adapter[Any], classifier: Classifier[Any]
 ) -> list[str]:
     """Every epoch of alignment has features of the classes seen by then."""
     asked: list[str] = []
@@ -117,10 +119,12 @@ def _check_features(
             names = f"{task.index}/features-{epoch}", f"{task.index}/classes-{epoch}"
             features, labels = (_recorded(recorded, name, "replay.draws") for name in names)
             asked += names
-            if features.shape != (labels.numel(), width) or not torch.isin(labels, torch.arange(classes)).all():
+            shape = (labels.numel(), classifier.width)
+            fits = labels.dim() == 1 and not labels.is_floating_point() and features.shape == shape
+            if not fits or not torch.isin(labels, torch.arange(classes)).all():
                 raise ConfigError(
-                    f"replay.draws must hold in {names[0]} rows of {width} numbers and in {names[1]} as many classes "
-                    f"below {classes}, got {tuple(features.shape)} and {tuple(labels.shape)}"
+                    f"replay.draws must hold in {names[0]} rows of {shape[1]} numbers and in {names[1]} as many "
+                    f"classes below {classes}, got {tuple(features.shape)} and {tuple(labels.shape)}"
                 )
     return asked
 

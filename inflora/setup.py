@@ -49,9 +49,9 @@ def set_up(config: RunConfig, state: RunState | None, evaluate_on: EvaluateOn) -
         _check_goes_on(config, state, fresh)
     shape, adapter = shape_of(backbone), make_adapter(config.adapter)
     draws = Replay(config)
-    draws.check(config, stream, shape.width, adapter.passes)
-    precision = pick_precision(config.precision, device, shape.width)
-    model = ContinualModel(backbone, make_classifier(config.classifier, shape.width), precision)
+    classifier = make_classifier(config.classifier, shape.width)
+    draws.check(config, stream, adapter, classifier)
+    model = ContinualModel(backbone, classifier, pick_precision(config.precision, device, shape.width))
     adapter.prepare(model)
     if state is not None:
         restore(model, adapter, state)

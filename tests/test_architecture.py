@@ -45,11 +45,11 @@ FLOORS = {
         "inflora.draws",
         "inflora.predictions",
     ),
-    4: ("inflora.prompts", "inflora.task_data", "inflora.replay"),
+    4: ("inflora.prompts", "inflora.task_data"),
     5: ("inflora.classifiers",),
     6: ("inflora.model",),
     7: ("inflora.adapters",),
-    8: ("inflora.training", "inflora.integrity"),
+    8: ("inflora.training", "inflora.integrity", "inflora.replay"),
     9: ("inflora.setup",),
     10: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.

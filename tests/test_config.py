@@ -571,11 +571,13 @@ def test_an_old_method_is_refused_with_the_settings_that_make_it(old, new):
 
 
 def test_a_whole_config_of_the_old_form_is_refused_in_one_line():
-    alignment = dict.fromkeys(["epochs", "lr", "weight_decay", "samples", "temperature", "draws"])
+    alignment = dict.fromkeys(["epochs", "lr", "weight_decay", "samples", "temperature", "draws"]) | {"epochs": 5}
     method = {"name": "inflora", **dict.fromkeys(OF_ADAPTERS[:8]), "classifier_alignment": alignment}
     line = refusal_of(parse_config, {"data": {"tasks": 5, "order": None}, "method": method, "seed": 0})
     assert line.startswith("old names of settings: data.order is now replay.orders; method.name is now adapter=inflora")
-    assert line.endswith("; and 8 more")
+    assert "adapter=inflora classifier=aligned" in line and line.endswith("; and 8 more")
+    idle = refusal_of(parse_config, {"method": {"name": "inflora", "classifier_alignment": {"epochs": 0, "lr": 0.01}}})
+    assert idle == "old names of settings: method.name is now adapter=inflora classifier=linear"
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())

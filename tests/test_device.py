@@ -169,7 +169,7 @@ def counted(gpu: Gpu, patch: pytest.MonkeyPatch) -> list[Count]:
     counts: list[Count] = []
     real = training.train_epoch
 
-    def train_epoch(*args) -> training.EpochLosses:
+    def train_epoch(*args) -> tuple[list[float], float]:
         before = replace(gpu.count)
         losses = real(*args)
         counts.append(gpu.count - before)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from inflora.config import Settings
 from inflora.layout import Layout
-from inflora.lora import adapter_parameters
 from inflora.model import ContinualModel
 from inflora.task_data import TaskData
 
@@ -17,10 +16,12 @@ S = TypeVar("S", bound=Settings)
 class Adapter(Generic[S]):
     """Adapts nothing: the frozen backbone. A subclass says what changes while a task is learnt, and what stays.
 
-    ``passes`` are the augmented passes that it makes over a task's images besides the epochs of training.
+    ``passes`` are the augmented passes that it makes over a task's images besides the epochs of training;
+    ``is_trained``: there are parameters of it to train.
     """
 
     passes: ClassVar[tuple[str, ...]] = ()
+    is_trained: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -37,7 +38,7 @@ class Adapter(Generic[S]):
 
     def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         """The parameters that the task that has begun trains; nothing else of the backbone changes until its end."""
-        return adapter_parameters(model)
+        return []
 
     def penalties(self, model: ContinualModel) -> Iterable[Tensor]:
         """Terms that are added to each batch's loss."""

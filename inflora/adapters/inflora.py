@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inflora.adapters.base import Adapter
 from inflora.adapters.covariances import input_covariances
@@ -13,7 +13,7 @@ from inflora.config import InfLoRASettings
 from inflora.distributed import broadcast
 from inflora.injection import inject
 from inflora.layout import Layout, Spec
-from inflora.lora import adapted_layers, merge_all
+from inflora.lora import adapted_layers, adapter_parameters, merge_all
 from inflora.model import ContinualModel
 from inflora.subspace import Memory, design, energy_inside, taken_count, threshold, update
 from inflora.task_data import TaskData
@@ -27,6 +27,7 @@ class InfLoRA(Adapter[InfLoRASettings]):
     """
 
     passes = ("covariance-before", "covariance-after")
+    is_trained = True
 
     def __init__(self, settings: InfLoRASettings) -> None:
         super().__init__(settings)
@@ -56,6 +57,9 @@ class InfLoRA(Adapter[InfLoRASettings]):
             self._diagnostics[f"memory/{short_name(name)}/overlap"] = energy_inside(
                 covariances[name], memory, energy_of
             )
+
+    def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
+        return adapter_parameters(model)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         """Merge ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""

@@ -35,8 +35,4 @@ from inflora.config.run import (
     Precision,
     ReplaySettings,
     RunConfig,
-    complete,
 )
-
-# Plug-ins import from here: they are looked for when all else is there.
-complete()

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from inflora.config.alternatives import Alternative, by_name
+from inflora.config.alternatives import Alternative, Alternatives
 from inflora.config.base import Count, Depth, Share, Weight, Whole, Width
 
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -128,7 +128,8 @@ class CODAPromptSettings(Alternative):
     orthogonality: Weight = Field(default=0.1, description="weight of the components' squared overlaps")
 
 
-ADAPTERS = by_name(
+ADAPTERS = Alternatives(
+    "inflora.adapters",
     NoAdapterSettings,
     LoRASettings,
     InfLoRASettings,

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from inflora.config.alternatives import Alternative, by_name
+from inflora.config.alternatives import Alternative, Alternatives
 from inflora.config.base import Epochs, Rate, Scale, Weight, Width
 
 
@@ -38,7 +38,8 @@ class NCMSettings(Alternative):
     built_by: ClassVar = "inflora.classifiers.ncm:NCM"
 
 
-CLASSIFIERS = by_name(
+CLASSIFIERS = Alternatives(
+    "inflora.classifiers",
     LinearSettings,
     AlignedSettings,
     NCMSettings,

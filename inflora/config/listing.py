@@ -33,7 +33,8 @@ def all_settings(name: str | None = None) -> list[Setting]:
     found = list(_settings(RunConfig))
     if name is None:
         return found
-    known = ADAPTERS | CLASSIFIERS
+    known = {**ADAPTERS.with_plugins(), **CLASSIFIERS.with_plugins()}
+    found = list(_settings(RunConfig))
     if name not in known:
         raise ConfigError(f"unknown adapter or classifier {cut(repr(name))}; known: {listing(known)}")
     return [setting for setting in found if setting.choice.endswith(f"={name}")]

@@ -31,7 +31,7 @@ def settings_of_method(name: str) -> dict[str, Any]:
     """
     if name not in METHODS:
         raise ConfigError(f"unknown method {cut(repr(name))}; known: {listing(METHODS)}")
-    return METHODS[name]
+    return {"data.joint": False, **METHODS[name]}
 
 
 def method_of(config: RunConfig) -> str:

@@ -63,7 +63,8 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         if path in ("adapter.name", "classifier.name") and value != node.get("name"):
             node.clear()
         if path in ("adapter", "classifier") and isinstance(value, str):
-            value = {"name": value}
+            # The one that is there already keeps its settings; another begins with its own defaults.
+            value = node[name] if value == node[name]["name"] else {"name": value}
         changed |= {path} if node.get(name) != value else set()
         node[name] = value
     if changed and provenance and settings["provenance"] is provenance:

@@ -14,10 +14,23 @@ _FIRST = 8  # more are not told of in one line
 
 def refuse_old_names(settings: Mapping[str, Any]) -> None:
     """Raise ConfigError with the new names where ``settings`` (a whole config, or dotted paths) are of the old form."""
-    renamed = [f"{old} is now {new}" for old, new in _renamed(settings)]
+    renamed = [f"{old} is now {new}" for old, new in _renamed(_without_idle_alignment(settings))]
     if renamed:
         more = f"; and {len(renamed) - _FIRST} more" if len(renamed) > _FIRST else ""
         raise ConfigError(f"old names of settings: {'; '.join(renamed[:_FIRST])}{more}")
+
+
+def _without_idle_alignment(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An old config with its method's name told with its alignment; one of no epochs was none."""
+    method = settings.get("method")
+    alignment = method.get("classifier_alignment") if isinstance(method, Mapping) else None
+    if not isinstance(method, Mapping) or not isinstance(alignment, Mapping | None):
+        return settings
+    rest = {name: value for name, value in method.items() if name != "classifier_alignment"}
+    if not alignment or not alignment.get("epochs", True):
+        return {**settings, "method": rest}
+    aligned = {"name": "inflora-ca"} if method.get("name") == "inflora" else {}
+    return {**settings, "method": {**rest, **aligned, "classifier_alignment": alignment}}
 
 
 def _renamed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from inflora.config.adapters import ADAPTERS, InfLoRASettings
-from inflora.config.alternatives import Alternative, add_plugins, one_of
+from inflora.config.alternatives import Alternative, one_of
 from inflora.config.base import (
     Count,
     Epochs,
@@ -174,9 +174,11 @@ class ReplaySettings(Settings):
     draws: File | None = Field(default=None, description="features that classifiers are aligned on")
 
 
-if TYPE_CHECKING:  # when the program runs: one of those known here and of the plug-ins, see complete()
+if TYPE_CHECKING:  # which ones there are is known when the program runs
     AdapterSettings = Alternative
     ClassifierSettings = Alternative
+else:
+    AdapterSettings, ClassifierSettings = one_of(ADAPTERS), one_of(CLASSIFIERS)
 
 
 class RunConfig(Settings):
@@ -184,8 +186,8 @@ class RunConfig(Settings):
 
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
-    adapter: "AdapterSettings" = Field(default=InfLoRASettings(), description="what adapts the backbone")
-    classifier: "ClassifierSettings" = Field(default=LinearSettings(), description="what tells features apart")
+    adapter: AdapterSettings = Field(default=InfLoRASettings(), description="what adapts the backbone")
+    classifier: ClassifierSettings = Field(default=LinearSettings(), description="what tells features apart")
     optim: OptimSettings = OptimSettings()
     replay: ReplaySettings = ReplaySettings()
     seed: Seed = Field(default=0, description="draws beginnings, orders of images and augmentation")
@@ -201,8 +203,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        if self.data.joint and self.classifier.name == "aligned":
-            raise ValueError("classifier aligned needs several tasks: data.joint leaves nothing to align")
+        if self.data.task_count == 1 and self.classifier.name == "aligned":
+            raise ValueError("classifier aligned needs several tasks: with one there is nothing to align")
         if self.replay.draws is not None and self.classifier.name != "aligned":
             raise ValueError(f"replay.draws are for classifier aligned, got classifier {self.classifier.name}")
         return self
@@ -214,11 +216,3 @@ class RunConfig(Settings):
         if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
             raise ValueError("must have a list of names of settings as changed")
         return provenance
-
-
-def complete() -> None:
-    """Let a run have the adapters and classifiers of plug-ins too; they import from here, so they come last."""
-    add_plugins(ADAPTERS, "inflora.adapters")
-    add_plugins(CLASSIFIERS, "inflora.classifiers")
-    known = {"AdapterSettings": one_of(ADAPTERS), "ClassifierSettings": one_of(CLASSIFIERS)}
-    RunConfig.model_rebuild(_types_namespace=known)

@@ -19,6 +19,8 @@ S = TypeVar("S", bound=Settings)
 class PromptAdapter(Adapter[S]):
     """The backbone stays as it is; prompts are trained. A subclass says which prompts."""
 
+    is_trained = True
+
     def begin_task(self, model: ContinualModel, data: TaskData) -> None:
         assert model.prompts is not None
         model.prompts.requires_grad_(False)

@@ -1,7 +1,6 @@
 """Final training: the chosen configs, on all training images, over seeds; the test set is opened here.
 
-Every run lies in a folder of its own with its state, so the same command after an interruption goes on, and a run that
-is complete is not trained again.
+Every run lies in a folder of its own with its state: the same command goes on, and trains no complete run again.
 """
 
 import hashlib
