@@ -59,9 +59,10 @@ bench: $(READY)  ## data path, engine, start of a trial and training step, each 
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step.py
 
-format: $(READY)
+format: $(READY)  ## the code, and what docs/architecture.md says of it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m tests.pages
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from inflora.config import AugmentSettings, DataSettings
-from inflora.data.loader import Input, training_batches
+from inflora.data.loader import InputFormat, training_batches
 from inflora.data.preparation import prepare
 from inflora.data.source import Arrays, Entry, Files, Options, Source
 from inflora.data.source import Dataset as Kind
@@ -74,10 +74,10 @@ def photographs(count: int) -> list[bytes]:
 def our_passes(folder: Path) -> Iterator[int]:
     """Sizes of augmented batches, pass after pass."""
     images = open_split(folder, "train")
-    input = Input(DataSettings(augment=AugmentSettings()), SIDE, 3, torch.device("cpu"))
+    input_format = InputFormat(DataSettings(augment=AugmentSettings()), SIDE, 3, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     while True:
-        for batch in training_batches(images, torch.arange(len(images.labels)), input, BATCH, generator):
+        for batch in training_batches(images, torch.arange(len(images.labels)), input_format, BATCH, generator):
             yield len(batch.images)
 
 

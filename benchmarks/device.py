@@ -68,7 +68,7 @@ def steps_of(root: Path, data: str, precision: str = "fp32", **normalisation: An
                 "options": {"in_chans": 3, "embed_dim": 48, "depth": 12, "num_heads": 3},
             },
             "optim": {"epochs": 1, "batch_size": BATCH},
-            "method": {"name": "inflora"},
+            "adapter": "inflora",
             "device": "cuda",
             "precision": precision,
         }

@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora.config import DataSettings, RunConfig
-from sweeps.engine.cluster import connect
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import TaskReport, now_ms
-from sweeps.engine.runner import fit
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
-from sweeps.engine.tracking import Tracker
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import TaskReport, now_ms
+from sweeps.engine.run.cluster import connect
+from sweeps.engine.run.tune import run_trials
+from sweeps.engine.show.tracking import Tracker
+from sweeps.engine.space.domains import Integer, NearOne, Real
+from sweeps.engine.space.spec import Sweep
 
 
 def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
@@ -42,8 +43,8 @@ def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
             "name": "bench",
             "base": RunConfig(data=DataSettings(tasks=tasks)),
             "space": {
-                "method.rank": Integer(low=1, high=96, log=True),
-                "method.energy": NearOne(low=0.8, high=0.9999),
+                "adapter.rank": Integer(low=1, high=96, log=True),
+                "adapter.energy": NearOne(low=0.8, high=0.9999),
                 "optim.lr": Real(low=1e-5, high=1e-1, log=True),
             },
             "trials": trials,
@@ -82,7 +83,7 @@ def drive_with_ray(ledger: Ledger, folder: Path, tasks: int) -> None:
             report = make_report(done, tasks, settings["config"]["optim"]["lr"])
             tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
 
-    fit(ledger.sweep, folder, ledger, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None)
+    run_trials(ledger, folder, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None)
 
 
 def measure(sweep: Sweep, with_mlflow: bool, with_ray: bool) -> dict[str, float]:

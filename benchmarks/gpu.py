@@ -155,7 +155,7 @@ def whole_trial(size: Size) -> dict[str, float]:
         config = RunConfig(
             data=DataSettings(dataset="generated", root=root, tasks=10, train_on="train+validation"),
             backbone=BackboneSettings(name=size.model, pretrained=False),
-            method=InfLoRASettings(),
+            adapter=InfLoRASettings(),
             optim=OptimSettings(epochs=size.epochs, batch_size=size.batch if size.device == "cuda" else 128),
             device=size.device,
             precision="bf16",

@@ -1,4 +1,4 @@
-"""Every method on two streams of tasks, and InfLoRA over fifty tasks: writes docs/results.md.
+"""Every method on two streams of tasks, and InfLoRA over fifty tasks: writes its part of docs/results.md.
 
 python benchmarks/methods.py            about half an hour on one core of its own; what is done is not done again
 
@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from inflora.adapters.inflora import memory_of
 from inflora.config import (
+    METHODS,
     AugmentSettings,
     DataSettings,
     InfLoRASettings,
-    LoRASettings,
-    NCMSettings,
+    LowRankSettings,
     OptimSettings,
     RunConfig,
     config_hash,
+    method_of,
     override,
 )
 from inflora.continual import TaskResult, run
@@ -36,8 +38,6 @@ from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.data.store import Split
 from inflora.data.stream import EvaluateOn
 from inflora.files import write_atomically
-from inflora.methods import METHODS
-from inflora.methods.inflora import memory_of
 from inflora.metrics import accuracy_row
 from inflora.training import EpochDone
 
@@ -53,14 +53,16 @@ STREAMS = {
 }
 LONG = RunConfig(
     data=DataSettings(dataset="many_strokes", tasks=50, augment=AUGMENT),
-    method=InfLoRASettings(rank=RANK),
+    adapter=InfLoRASettings(rank=RANK),
     optim=OptimSettings(epochs=5, lr=1e-3, batch_size=16, head_init="zero"),
     device="cpu",
 )
-ALIGNED = "inflora-aligned"
-ROWS: dict[str, dict[str, Any]] = {method: {"name": method} for method in METHODS}
-ROWS[ALIGNED] = {"name": "inflora", "classifier_alignment": {"epochs": 5, "temperature": 0.1}}
-"""A row of the tables, by its name: settings of a method that are not its defaults."""
+TITLE = "## Methods side by side"
+ALIGNED = "inflora-ca"
+ROWS: dict[str, dict[str, Any]] = METHODS | {
+    ALIGNED: {"adapter": "inflora", "classifier": {"name": "aligned", "epochs": 5, "temperature": 0.1}}
+}
+"""A row of the tables, by its name: the pair of adapter and classifier, and what differs from their defaults."""
 COLUMNS = {
     "acc/final": "final",
     "acc/avg_incremental": "average incremental",
@@ -117,8 +119,8 @@ STORES = {"digits": DATASETS["digits"], "strokes": strokes(20, 40, 30), "many_st
 def config_of(stream: DataSettings, row: str, lr: float, seed: int) -> RunConfig:
     """One run's settings: a method's own defaults, but the common rank and budget."""
     base = RunConfig(data=stream, optim=OPTIM, seed=seed, device="cpu")
-    config = override(base, {"method": ROWS[row], "optim.lr": lr, "optim.epochs": EPOCHS[stream.dataset]})
-    return override(config, {"method.rank": RANK}) if isinstance(config.method, LoRASettings) else config
+    config = override(base, {**ROWS[row], "optim.lr": lr, "optim.epochs": EPOCHS[stream.dataset]})
+    return override(config, {"adapter.rank": RANK}) if isinstance(config.adapter, LowRankSettings) else config
 
 
 def shown_by(config: RunConfig, evaluate_on: EvaluateOn) -> dict[str, float]:
@@ -137,7 +139,7 @@ def shown_by(config: RunConfig, evaluate_on: EvaluateOn) -> dict[str, float]:
 
 def remembered(config: RunConfig, evaluate_on: EvaluateOn, folder: Path) -> dict[str, float]:
     """``shown_by``, or what it gave when it was asked before."""
-    method = config.method.name
+    method = method_of(config)
     file = folder / f"{config.data.dataset}-{method}-{config_hash(config)}-{evaluate_on}.json"
     if not file.exists():
         start = time.perf_counter()
@@ -150,7 +152,7 @@ def remembered(config: RunConfig, evaluate_on: EvaluateOn, folder: Path) -> dict
 
 def compared(stream: DataSettings, row: str, folder: Path) -> dict[str, Any]:
     """The chosen learning rate of a row, and what its final runs show, seed by seed."""
-    lrs = LRS if row != NCMSettings().name else LRS[:1]  # nothing is trained
+    lrs = LRS if row != "ncm" else LRS[:1]  # nothing is trained
     tried = {lr: remembered(config_of(stream, row, lr, 0), "validation", folder)["acc/final"] for lr in lrs}
     lr = max(tried, key=lambda each: tried[each])
     whole = stream.model_copy(update={"train_on": "train+validation"})
@@ -172,7 +174,7 @@ def fifty_tasks(folder: Path, root: Path) -> dict[str, Any]:
 
         errors, sizes, accuracies = [], [], []
         for result in run(override(LONG, {"data.root": str(root)}), evaluate_on="test", on_epoch=on_epoch):
-            bases = [memory.basis_DK for memory in memory_of(result.state.method).values()]
+            bases = [memory.basis_DK for memory in memory_of(result.state.adapter).values()]
             errors.append(max(float((M.T @ M - torch.eye(M.shape[1])).abs().max()) for M in bases if M.numel()))
             sizes.append(max(M.shape[1] for M in bases))
             accuracies.append(result.metrics["acc/task_aware"])
@@ -190,7 +192,7 @@ def fifty_lines(shown: Mapping[str, Any]) -> list[str]:
     early, late = (f"{1000 * statistics.median(part):.0f}" for part in (epochs[:10], epochs[-10:]))
     first, last = (f"{min(part) * 1000:.0f}-{max(part) * 1000:.0f}" for part in (epochs[:10], epochs[-10:]))
     return [
-        "## Fifty tasks",
+        "### Fifty tasks",
         "",
         f"InfLoRA with glyph_vit on {len(epochs)} tasks of 2 generated classes each (10 training images a class):",
         "",
@@ -253,9 +255,9 @@ def at_the_edge(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def report(streams: Mapping[str, Mapping[str, Mapping[str, Any]]], fifty: Mapping[str, Any]) -> str:
-    """docs/results.md."""
+    """The part of docs/results.md from its title on."""
     lines = [
-        "# Methods side by side",
+        TITLE,
         "",
         "Written by `python benchmarks/methods.py`, where every setting is to be seen. The shipped glyph_vit,",
         f"batches of {OPTIM.batch_size}, rank {RANK} where a method has one; all else are the methods' defaults, and",
@@ -274,7 +276,7 @@ def report(streams: Mapping[str, Mapping[str, Mapping[str, Any]]], fifty: Mappin
     for name, rows in streams.items():
         stream = STREAMS[name]
         what = {"digits": "Real scans", "strokes": "Generated: two bent strokes a class, drawn with an unsteady hand"}
-        lines += [f"## {name}, {stream.task_count} tasks", "", f"{what[name]}; {EPOCHS[name]} epochs a task.", ""]
+        lines += [f"### {name}, {stream.task_count} tasks", "", f"{what[name]}; {EPOCHS[name]} epochs a task.", ""]
         lines += [*table(rows), "", *reading(rows, "inflora"), *reading(rows, ALIGNED)]
         lines += [at_the_edge(rows), ""]
     return "\n".join(lines + fifty_lines(fifty))
@@ -297,7 +299,8 @@ def main() -> None:
         name: {row: compared(stream.model_copy(update={"root": str(root)}), row, arguments.folder) for row in ROWS}
         for name, stream in STREAMS.items()
     }
-    write_atomically(arguments.out, report(streams, fifty).encode())
+    before = arguments.out.read_text().partition(TITLE)[0] if arguments.out.exists() else ""
+    write_atomically(arguments.out, f"{before}{report(streams, fifty)}".encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How soon a sweep of the digits finds a good setting: early stopping and sharing against plain TPE and random search.
+"""How soon a sweep of the digits finds a good setting: early stopping against plain TPE and random search.
 
 python benchmarks/search.py                 half an hour on one core; tables, and benchmarks/search.json
 python benchmarks/search.py --seeds 0       one seed; what is done is not done again, another process may do the rest
@@ -47,22 +47,20 @@ from inflora.files import write_atomically
 from inflora.state import RunState
 from sweeps.cli import parse_seeds, quiet_libraries
 from sweeps.digits import inflora as digits
-from sweeps.engine.checkpoints import SHARED
-from sweeps.engine.cluster import Cluster
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.mlflow_store import default_tracking_uri
-from sweeps.engine.progress import describe
-from sweeps.engine.records import Outcome, TaskReport, TrialRecord, best_record
-from sweeps.engine.runner import claimed, run_sweep, say_to_stdout
-from sweeps.engine.samplers import Rungs
-from sweeps.engine.search import StudyScheduler, StudySearcher
-from sweeps.engine.spec import Sweep
-from sweeps.engine.trial import learn
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, best_record, describe
+from sweeps.engine.run.cluster import Cluster
+from sweeps.engine.run.runner import locked, run_sweep, say_to_stdout
+from sweeps.engine.run.trial import learn
+from sweeps.engine.run.tune import StudyScheduler, StudySearcher
+from sweeps.engine.show.mlflow_store import default_tracking_uri
+from sweeps.engine.space.early_stopping import Rungs
+from sweeps.engine.space.spec import Sweep
 
-DEFAULT = "tpe + asha + sharing"
+DEFAULT = "tpe + asha"
 ARMS: dict[str, dict[str, Any]] = {
-    "random": {"sampler": "random", "early_stopping": "none", "share": False},
-    "tpe": {"sampler": "tpe", "early_stopping": "none", "share": False},
+    "random": {"sampler": "random", "early_stopping": "none"},
+    "tpe": {"sampler": "tpe", "early_stopping": "none"},
     DEFAULT: {},
 }
 """What each arm changes of the product's defaults."""
@@ -128,9 +126,9 @@ class Heard:
 
 def drive(sweep: Sweep, folder: Path) -> list[TrialRecord]:
     """What is left of a sweep, one trial after another in this process."""
-    with claimed(sweep, folder):
+    with locked(sweep, folder):
         ledger = Ledger(sweep, folder)
-        searcher = StudySearcher(ledger, str(folder / SHARED) if sweep.share else None)
+        searcher = StudySearcher(ledger)
         scheduler = StudyScheduler(ledger)
         while (settings := searcher.suggest("the only one")) != StudySearcher.FINISHED:
             with contextlib.suppress(Stopped):
@@ -227,7 +225,6 @@ def summary(found: Mapping[str, Sequence[Sequence[TrialRecord]]]) -> dict[str, A
         arms[arm] = {
             "best": [record.value if (record := best_record(trials)) else None for trials in sweeps],
             "whole": median([cost_of(trials) for trials in sweeps])._asdict(),
-            "saved_s": [sum(report.saved_s for trial in trials for report in trial.reports) for trials in sweeps],
             "until": {share: None if cost is NEVER else cost._asdict() for share, cost in until.items()},
             "each": {
                 share: [None if cost is NEVER else cost._asdict() for cost in costs] for share, costs in each.items()
@@ -259,15 +256,14 @@ def until_table(arms: Mapping[str, Any], share: float, best: float) -> Table:
 
 
 def whole_table(arms: Mapping[str, Any]) -> Table:
-    """What all of an arm's trials took, what they found, what sharing saved."""
+    """What all of an arm's trials took, what they found."""
     table = Table(title="all trials, medians over seeds")
     table.add_column("")
-    for column in ("tasks learnt", "training s", "clock s", "best, each seed", "saved by sharing (s), each seed"):
+    for column in ("tasks learnt", "training s", "clock s", "best, each seed"):
         table.add_column(column, justify="right")
     for arm, row in arms.items():
         took = (f"{value:.0f}" for value in row["whole"].values())
-        best, saved = (f"{value:.4f}" for value in row["best"]), (f"{value:.1f}" for value in row["saved_s"])
-        table.add_row(arm, *took, ", ".join(best), ", ".join(saved))
+        table.add_row(arm, *took, ", ".join(f"{value:.4f}" for value in row["best"]))
     return table
 
 

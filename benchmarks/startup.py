@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sweeps.digits import inflora as digits
-from sweeps.engine import driver
-from sweeps.engine.cluster import connect
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.runner import fit
-from sweeps.engine.spec import Sweep
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.run import driver
+from sweeps.engine.run.cluster import connect
+from sweeps.engine.run.tune import run_trials
+from sweeps.engine.space.spec import Sweep
 
 MOMENTS = ("driver", "process", "worker", "checked", "data", "backbone", "model", "step")
 """Each is the end of one part: Tune has called the trial; the worker's process exists; it has imported everything and
@@ -84,7 +84,7 @@ def stamped_trial(sweep: Sweep, folder: str, file: str) -> Callable[[dict[str, A
         with Path(file).open("a") as out:
             out.write(json.dumps([number, "driver", time.time()]) + "\n")
         if sweep.executor == "inline":
-            from sweeps.engine.trial import inline_trial
+            from sweeps.engine.run.trial import inline_trial
 
             whole = inline_trial(sweep.resources, Path(folder), sweep.study_name)
             stamped(number, file, lambda: whole(settings), process=False)
@@ -108,7 +108,7 @@ def measure(executor: str, trials: int) -> list[dict[str, float]]:
         ledger = Ledger(sweep, folder)
         needs = {"CPU": 1} if executor == "inline" else {"node:__internal_head__": 0.001}
         trainable = tune.with_resources(stamped_trial(sweep, str(folder / "trials"), str(file)), needs)
-        fit(sweep, folder, ledger, trainable, 1, lambda line: None)
+        run_trials(ledger, folder, trainable, 1, lambda line: None)
         stamps: dict[int, dict[str, float]] = {}
         for line in file.read_text().splitlines():
             number, moment, at = json.loads(line)

@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from inflora.adapters import make_adapter
 from inflora.backbone import build_backbone, gather_covariance, shape_of
-from inflora.config import BackboneSettings, InfLoRASettings, OptimSettings, Precision
+from inflora.classifiers.linear import Linear
+from inflora.config import BackboneSettings, InfLoRASettings, LinearSettings, OptimSettings, Precision
 from inflora.data.loader import Batch
 from inflora.data.stream import Task
 from inflora.lora import adapted_layers
-from inflora.methods import make_method
-from inflora.methods.inflora import InfLoRA
 from inflora.model import ContinualModel
 from inflora.subspace import Memory, design, energy_inside, update
-from inflora.training import make_optimizer, train_step
+from inflora.training import make_optimizer, train_step, trainable
 
 CLASSES = 10
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -48,7 +48,8 @@ Step = Callable[[], object]
 def network(name: str, precision: Precision, device: str) -> ContinualModel:
     """A randomly initialised backbone without adapters."""
     backbone = build_backbone(BackboneSettings(name=name, pretrained=False))
-    return ContinualModel(backbone, backbone.embed_dim, precision).to(device)
+    classifier = Linear(LinearSettings(), backbone.embed_dim)
+    return ContinualModel(backbone, classifier, precision).to(device)
 
 
 def batch_for(model: ContinualModel, size: int) -> Batch:
@@ -82,21 +83,21 @@ def floor_step(name: str, precision: str, size: int, device: str) -> Step:
 def our_step(name: str, precision: str, size: int, device: str, tasks_done: int = 0, *, compiled: bool = False) -> Step:
     """A training step of InfLoRA as a run makes it, after ``tasks_done`` tasks."""
     model, rank = network(name, precision, device), 10
-    method: InfLoRA = make_method(InfLoRASettings(rank=rank))  # type: ignore[assignment]
-    method.prepare(model)
+    adapter = make_adapter(InfLoRASettings(rank=rank))
+    adapter.prepare(model)
     model.settle_on(torch.device(device))
     if compiled:
         model.backbone.compile()
+    task = Task(tasks_done, 0, tuple(map(str, range(CLASSES))), torch.arange(0), torch.arange(0))
     generator = torch.Generator().manual_seed(0)
     for _ in range(tasks_done + 1):
         for _, layer in adapted_layers(model):
             layer.merge()
             layer.attach(torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5)
-        model.add_head(CLASSES, "uniform", generator)
-    task = Task(tasks_done, 0, tuple(map(str, range(CLASSES))), torch.arange(0), torch.arange(0))
-    trainable, batch = method.trainable(model), batch_for(model, size)
-    optimizer = make_optimizer(trainable, OptimSettings())
-    return lambda: train_step(model, method, task, optimizer, trainable, batch)
+        model.classifier.heads.append(nn.Linear(model.width, CLASSES, device=device))
+    trained, batch = trainable(model, adapter), batch_for(model, size)
+    optimizer = make_optimizer(trained, OptimSettings())
+    return lambda: train_step(model, adapter, task, optimizer, trained, batch)
 
 
 SIDES = {"floor": floor_step, "ours": our_step}
@@ -117,7 +118,7 @@ def forward_pass(name: str, precision: str, size: int, device: str) -> Step:
 def covariance_pass(name: str, precision: str, size: int, device: str) -> Step:
     """The same while the covariances of all blocks' inputs are gathered."""
     model = network(name, precision, device)
-    make_method(InfLoRASettings()).prepare(model)
+    make_adapter(InfLoRASettings()).prepare(model)
     model.settle_on(torch.device(device))
     batch = batch_for(model, size)
 

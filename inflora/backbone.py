@@ -27,11 +27,11 @@ GLYPH_VIT: dict[str, Any] = {
     "depth": 5,
     "num_heads": 4,
 }
-"""The shipped backbone, pre-trained on rendered letters by ``python -m inflora.glyphs``."""
+"""The shipped backbone, pre-trained on rendered letters by ``python docs/glyphs.py``."""
 
 
 class BackboneShape(NamedTuple):
-    """What other settings must agree with."""
+    """The sizes that other settings must agree with."""
 
     width: int
     depth: int

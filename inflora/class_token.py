@@ -18,7 +18,7 @@ from inflora.lora import LoRALinear, adapted_layers
 
 
 def finish_attention(attention: Attention, attended_BHNE: Tensor, read_BND: Tensor) -> Tensor:
-    """What timm's attention makes of attended values, for the tokens whose input ``read_BND`` is."""
+    """Do as timm's attention does with attended values, for the tokens whose input ``read_BND`` is."""
     merged_BND = attention.norm(attended_BHNE.transpose(1, 2).flatten(2))
     if attention.gate is not None:
         merged_BND = merged_BND * attention.gate(read_BND).sigmoid()

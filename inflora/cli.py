@@ -17,12 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from inflora.config import (
+    METHODS,
     ConfigError,
     RunConfig,
     config_hash,
     load_config,
     override,
     parse_assignments,
+    settings_of_method,
 )
 from inflora.config.listing import lines_of_settings
 from inflora.console import OneLineGroup, path
@@ -49,16 +51,18 @@ def _main() -> None:
 @app.command()
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; method.rank=8 ...")
+        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; adapter.rank=8 ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"A published pair: {', '.join(METHODS)}.")] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,
     evaluate_on: Annotated[str, typer.Option(help="test (final training) or validation (while choosing).")] = "test",
 ) -> None:
     """Learn the stream of tasks once, print the accuracies and keep the model."""
     base, assignments = _base_config(arguments or [], preset)
-    config = override(base, parse_assignments(assignments))
+    published = settings_of_method(method) if method else {}
+    config = override(base, {**published, **parse_assignments(assignments)})
     split = _parse_split(evaluate_on)
     from inflora.runs import train_into
 
@@ -85,7 +89,7 @@ def _base_config(arguments: list[str], preset: str | None) -> tuple[RunConfig, l
 
 
 def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: Mapping[str, float]) -> list[str]:
-    """What is to be said of a preset's result and the published one."""
+    """Set a preset's result beside the published one, or say why they cannot be compared."""
     from inflora.data import ensure_store
     from inflora.data.store import read_manifest
 
@@ -129,10 +133,10 @@ def predict_command(
 
 @app.command()
 def settings(
-    method: Annotated[str | None, typer.Argument(help="Only the settings of this method.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Only the settings of this adapter or classifier.")] = None,
 ) -> None:
     """List every setting: its dotted path, type, default, what is allowed and what it does."""
-    for line in lines_of_settings(method):
+    for line in lines_of_settings(name):
         print(line)
 
 

@@ -1,20 +1,18 @@
-"""How a command ends: done, one line about what a user can mend, or one line about what only we can."""
+"""The ends of a command: done, one line about a mistake that a user can mend, or one about one that only we can."""
 
 import os
 import platform
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from typer import BadParameter, Exit
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
+import inflora.interrupt  # noqa: F401  its import is its work
 from inflora.errors import UserError, one_line
 
 MENDABLE = 2
@@ -27,29 +25,6 @@ def path(text: str) -> Path:
     if not str(text).strip():
         raise BadParameter("a path must not be empty")
     return Path(text)
-
-
-_excepthook, _unraisablehook = sys.excepthook, sys.unraisablehook
-
-
-def _interrupted_outside(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C before a command has begun or after it has ended, while a script's own imports take their time."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        _excepthook(kind, error, trace)
-
-
-def _interrupted_unheard(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C in a callback of Python's own, which may not raise (import locks have one): it comes again."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        main = threading.main_thread().ident or 0
-        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
-    else:
-        _unraisablehook(unraisable)
-
-
-sys.excepthook, sys.unraisablehook = _interrupted_outside, _interrupted_unheard
 
 
 class _EndsInOneLine:

@@ -1,4 +1,4 @@
-"""What of CUDA is there: driver, PyTorch's build, devices."""
+"""The CUDA that is there: driver, PyTorch's build, devices."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def driver_version(loaded: Path = _LOADED) -> str | None:
 
 
 def versions() -> str:
-    """Those of the driver, of the CUDA that PyTorch was built for, and of PyTorch."""
+    """The versions of the driver, of the CUDA that PyTorch was built for, and of PyTorch."""
     driver = driver_version()
     return ", ".join(
         (
@@ -39,10 +39,10 @@ def versions() -> str:
     )
 
 
-def require_cuda() -> None:
-    """Raise ConfigError, with what there is instead, unless there is a CUDA device."""
+def missing_cuda() -> str:
+    """Say why PyTorch finds no CUDA device here, and which versions there are; empty where it finds one."""
     if torch.cuda.is_available():
-        return
+        return ""
     try:
         torch.cuda.init()
         why = "it counts 0"
@@ -50,4 +50,28 @@ def require_cuda() -> None:
         why = str(error).split(". ")[0].strip()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
-    raise ConfigError(f"PyTorch finds no CUDA device here ({why}): {versions()}{hidden}")
+    return f"PyTorch finds no CUDA device here ({why}): {versions()}{hidden}"
+
+
+def require_cuda() -> None:
+    """Raise ConfigError unless there is a CUDA device."""
+    if missing := missing_cuda():
+        raise ConfigError(missing)
+
+
+def require_device(name: str) -> None:
+    """Raise ConfigError where ``config.device`` asks for CUDA and there is none; takes hold of no GPU."""
+    if name == "cuda" and (missing := missing_cuda()):
+        raise ConfigError(f"device must be auto or cpu, got cuda: {missing}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``config.device`` names, with its index; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    require_device(name)
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

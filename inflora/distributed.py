@@ -24,16 +24,16 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def everywhere(yes: bool) -> bool:
-    """Whether it is so in every process."""
+def all_true(condition: bool) -> bool:
+    """True where the condition holds in every process."""
     if world_size() == 1:
-        return yes
+        return condition
     # NCCL knows tensors on GPUs only.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return int(all_sum(torch.tensor(int(yes), device=device))) == world_size()
+    return int(all_sum(torch.tensor(int(condition), device=device))) == world_size()
 
 
-def from_first(tensor: Tensor) -> Tensor:
+def broadcast(tensor: Tensor) -> Tensor:
     """The first process's ``tensor`` in all of them; the others' may have other sizes, but as many dimensions.
 
     What decides the subspace of an adapter goes through here: on unlike devices the same decomposition may differ in

@@ -1,9 +1,10 @@
-"""How far the features of old tasks' images have moved since their task was learnt.
+"""Drift: the distance that the features of old tasks' images have moved since their task was learnt.
 
 A few evaluation images of every task are remembered by their features; nothing is learnt from them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from inflora import distributed
 from inflora.data.stream import Task
 
 PROBES = 64
-"""So many images of a task are remembered by their features, at most."""
+"""The most images of a task that are remembered by their features."""
 
 
 class Probes:
@@ -43,6 +44,12 @@ class Probes:
         """The features by the index of their task, on the CPU, when all images of all workers have been seen."""
         parts = distributed.all_sum(self._features[:-1]).cpu().split(self.counts)
         return {str(task.index): part.clone() for task, part in zip(self.tasks, parts, strict=True)}
+
+
+def drifts(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """``drift/task<j>`` of every old task, and ``drift/mean`` over them."""
+    moved = {f"drift/task{task}": drift(features, now[task]) for task, features in before.items()}
+    return moved | ({"drift/mean": fmean(moved.values())} if moved else {})
 
 
 def drift(before: Tensor, now: Tensor) -> float:

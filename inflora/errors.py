@@ -1,4 +1,4 @@
-"""What a user can mend, and how it is said."""
+"""Mistakes that a user can mend, each told in one line."""
 
 LONGEST_LINE = 2000
 

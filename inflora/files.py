@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 from pathlib import Path
+from tempfile import TemporaryFile
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -20,6 +21,26 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+
+
+def why_unwritable(folder: Path) -> str:
+    """The reason why no file can be written into ``folder``, or the folder cannot be made; empty where it can.
+
+    Nothing is left behind.
+    """
+    there = nearest(folder)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a name that no folder can have
+        with TemporaryFile(dir=there):  # rights alone do not tell of file systems that are read-only or full
+            return ""
+    except OSError as error:
+        return f"{str(there)[:200]} is not a folder that may be written to ({error.strerror})"
 
 
 def require_regular(path: Path) -> int:

@@ -33,7 +33,7 @@ from inflora.serving import load, predict
 from inflora.state import RunState, load_state, save_state
 
 TOLERANCE = 5e-5
-"""How far losses, and features in relation to their size, may lie apart on two ways to the same float32 numbers.
+"""The most by which losses, and features in relation to their size, may differ on two ways to the same float32 numbers.
 
 Rounding as other kernels do it, 2^-23 a product, moves ``exact_run`` by 4e-7 at most; products as coarse as TF32's
 (2^-11) move its losses by 5e-5 and its features by 8e-4, bfloat16's by 7e-4 and 5e-3. It holds for SGD: Adam makes
@@ -45,7 +45,7 @@ _SMALL_VIT = BackboneSettings(
     pretrained=False,
     options={"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
 )
-_ALIGNED = {"method.classifier_alignment.epochs": 2, "method.classifier_alignment.temperature": 0.1}
+_ALIGNED = {"classifier": {"name": "aligned", "epochs": 2, "temperature": 0.1}}
 _WORKERS_PATIENCE_S = 60
 
 
@@ -146,7 +146,7 @@ def learnt(results: Sequence[TaskResult], at_least: float, metric: str = "acc/se
 
 
 class Course(NamedTuple):
-    """How a run went: every step's loss, some features of every task's images, every task's row of accuracies."""
+    """Numbers of a run: every step's loss, some features of every task's images, every task's row of accuracies."""
 
     losses: np.ndarray
     features: dict[str, np.ndarray]
@@ -184,7 +184,7 @@ def exact_run(bench: Bench) -> RunConfig:
     small = BackboneSettings(pretrained=False, options={"embed_dim": 32, "depth": 2, "num_heads": 2})
     backbone = BackboneSettings() if bench.device == "cuda" else small
     optim = {"optim.name": "sgd", "optim.lr": 0.02, "optim.batch_size": 64}
-    exact = {"backbone": backbone.model_dump(), "precision": "fp32", "method.rank": 4}
+    exact = {"backbone": backbone.model_dump(), "precision": "fp32", "adapter.rank": 4}
     return override(digits_run(bench), optim | exact)
 
 
@@ -278,4 +278,4 @@ CHECKS: dict[str, Check] = {
 """Name -> check, in the order of the table."""
 
 BEYOND_A_TRIAL = ("device", "as on the CPU", "resume")
-"""What a trial's first task does not show."""
+"""Checks of all that a trial's first task does not show."""

@@ -19,7 +19,7 @@ _OF_QKV: dict[Target, int] = {"q": 0, "k": 1, "v": 2}
 
 _RANK = 2
 _CLOSE, _ROUNDING = 0.05, 1e-5
-"""How far merged features may be from unmerged ones: shares of what the adapters change, and of the features."""
+"""The most by which merged features may differ from unmerged ones: shares of the adapters' effect, and of features."""
 _PROVEN: set[str] = set()
 """Models of which this process knows."""
 
@@ -43,7 +43,7 @@ def inject(
     if not isinstance(layers, nn.Sequential | nn.ModuleList) or not len(layers):
         raise ConfigError(f"{kind} cannot be adapted: it has no list of transformer blocks named 'blocks'")
     if blocks is not None and blocks > len(layers):
-        raise ConfigError(f"method.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
+        raise ConfigError(f"adapter.blocks must be at most the backbone's depth {len(layers)}, got {blocks}")
     paths = dict.fromkeys("attn.qkv" if target in _OF_QKV else target for target in targets)
     for index, block in enumerate(layers[:blocks]):
         for path in paths:
@@ -68,7 +68,7 @@ def _descend(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
 
 
 def _qkv_rows(width: int, targets: Sequence[Target]) -> tuple[slice, ...]:
-    """Where the chosen ones of queries, keys and values are in the fused output; neighbours are one slice."""
+    """Find the chosen ones of queries, keys and values in the fused output; neighbours are one slice."""
     parts = sorted(_OF_QKV[target] for target in targets if target in _OF_QKV)
     starts = [part for part in parts if part - 1 not in parts]
     ends = [part + 1 for part in parts if part + 1 not in parts]

@@ -1,15 +1,16 @@
-"""What a state says of its data, and whether it holds what its config says: else it is refused, not answered from."""
+"""The facts that a state keeps of its data, and the check that it holds all that its config says."""
 
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from inflora.adapters import make_adapter
 from inflora.backbone import meta_backbone, shape_of
+from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, config_hash
-from inflora.data.stream import Stream
+from inflora.data.stream import Stream, task_sizes
 from inflora.drift import PROBES
 from inflora.layout import Layout, Spec, misfit
-from inflora.methods import make_method
 from inflora.model import ContinualModel
 from inflora.state import DataFacts, RunState, StateError
 
@@ -25,7 +26,7 @@ def _brightness(stream: Stream) -> tuple[float, float]:
 
 
 def facts_of(stream: Stream) -> DataFacts:
-    """What a run's state says of its data."""
+    """Describe a run's data for its state."""
     names = [name for task in stream.tasks for name in task.classes]
     class_of = stream.class_of.tolist()
     return DataFacts(
@@ -54,8 +55,8 @@ def check_state(config: RunConfig, state: RunState) -> None:
 
 
 def _problems(config: RunConfig, state: RunState, data: DataFacts) -> Iterator[str]:
-    """What is wrong; each check relies on those before it."""
-    classes, outputs, sizes = len(data.classes), len(data.class_of), _task_sizes(config, data)
+    """Find what is wrong with a state; each check relies on those before it."""
+    classes, outputs, sizes = len(data.classes), len(data.class_of), task_sizes(config.data, len(data.classes))
     if data.class_of != tuple(label % max(classes, 1) for label in range(outputs)) or outputs % max(classes, 1):
         yield f"class_of does not give each output one of the {classes} classes"
     if sum(sizes) != outputs or not all(sizes):
@@ -65,30 +66,21 @@ def _problems(config: RunConfig, state: RunState, data: DataFacts) -> Iterator[s
     channels = shape_of(meta_backbone(config.backbone)).channels
     if data.channels not in (1, channels):
         yield f"channels must be 1 or the backbone's {channels}, got {data.channels}"
-    layouts = layouts_of(config, sizes[: state.tasks_done], state.method.keys())
-    for group, tensors in (("model", state.model), ("method", state.method), ("probes", state.probes)):
+    layouts = layouts_of(config, sizes[: state.tasks_done], state.adapter.keys())
+    for group, tensors in state.tensors.items():
         if problem := misfit(tensors, layouts[group]):
             yield f"{group}/{problem}"
 
 
-def _task_sizes(config: RunConfig, data: DataFacts) -> tuple[int, ...]:
-    """How many outputs each of the run's tasks brings."""
-    classes, tasks = len(data.classes), config.data.tasks
-    if make_method(config.method).joins_tasks:
-        return (classes,)
-    if config.data.scenario == "domain":
-        return (classes,) * config.data.task_count
-    return tasks if isinstance(tasks, tuple) else (classes // tasks,) * tasks
-
-
 def layouts_of(config: RunConfig, sizes: Sequence[int], names: Collection[str]) -> dict[str, Layout]:
-    """The tensors of a state after tasks of so many classes each; ``names`` are those of what its method remembers."""
-    method, backbone = make_method(config.method), meta_backbone(config.backbone)
+    """The tensors of a state after tasks of so many classes each; ``names`` are those of its adapter's tensors."""
+    adapter, backbone = make_adapter(config.adapter), meta_backbone(config.backbone)
     width = shape_of(backbone).width
-    model = ContinualModel(backbone, width)
-    method.prepare(model)
+    model = ContinualModel(backbone, make_classifier(config.classifier, width))
+    adapter.prepare(model)
     return {
-        "model": method.model_layout(model, sizes),
-        "method": method.state_layout(model, sizes, names),
+        "model": adapter.model_layout(model, sizes),
+        "adapter": adapter.state_layout(model, sizes, names),
+        "classifier": model.classifier.layout(sizes),
         "probes": {str(task): Spec((range(1, PROBES + 1), width)) for task in range(len(sizes))},
     }

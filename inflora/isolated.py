@@ -23,11 +23,11 @@ from inflora.errors import one_line
 
 Device = Literal["cuda", "cpu"]
 LIMIT_S = 240.0
-"""How long a check may take: a driver or a collective that hangs is a finding too."""
+"""Seconds that a check may take: a driver or a collective that hangs is a finding too."""
 
 
 class Bench(NamedTuple):
-    """What a check is given: the device, a folder of its own, and one for the stores that checks have in common."""
+    """The means of a check: the device, a folder of its own, and one for the stores that checks have in common."""
 
     device: Device
     folder: Path
@@ -47,7 +47,7 @@ class NotTried(Exception):
 
 
 class Verdict(StrEnum):
-    """How a check ended."""
+    """The end of a check."""
 
     PASSED = "passed"
     FAILED = "FAILED"
@@ -125,7 +125,7 @@ def called(function: Callable[..., Any], *arguments: object, output: Path) -> It
 
 
 def _call(function: Callable[..., Any], arguments: tuple[object, ...], output: Path, sender: Connection) -> None:
-    """What the process does."""
+    """Run one check in a process of its own."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What tensors a saved state must hold: their names, shapes and types."""
+"""The tensors that a saved state must hold: their names, shapes and types."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Spec(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def admits(self, tensor: Tensor) -> bool:
-        """Whether a tensor is such a one."""
+        """True of a tensor of this shape and type."""
         sides = [side if isinstance(side, range) else range(side, side + 1) for side in self.shape]
         fits = len(sides) == tensor.dim() and all(n in side for n, side in zip(tensor.shape, sides, strict=True))
         return fits and tensor.dtype == self.dtype

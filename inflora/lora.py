@@ -201,7 +201,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What the attached adapters train."""
+    """The parameters that the attached adapters train."""
     factors = (factor for _, layer in adapted_layers(model) for factor in (layer.lora_A, layer.lora_B))
     return [factor for factor in factors if factor is not None and factor.requires_grad]
 

@@ -1,4 +1,4 @@
-"""What a continual learner is judged by, from counts of right answers (pure).
+"""The metrics of a continual learner, from counts of right answers (pure).
 
 Notation: ``a[i][j]`` is the accuracy on task j's images after learning task i (both from 0), over all classes seen,
 with no task identity given. Other libraries mean other things by the same words, so each formula stands here.
@@ -35,6 +35,11 @@ def accuracy_row(evaluation: Evaluation) -> list[float]:
     return [counts.correct / counts.images for counts in evaluation]
 
 
+def task_aware_row(evaluation: Evaluation) -> list[float]:
+    """The accuracy on each task seen so far among the classes of that task alone."""
+    return [counts.correct_in_task / counts.images for counts in evaluation]
+
+
 def accuracy_matrix(evaluations: Sequence[Evaluation]) -> list[list[float]]:
     """``a[i][j]`` for j <= i; row i has i + 1 entries."""
     return [accuracy_row(evaluation) for evaluation in evaluations]
@@ -46,7 +51,7 @@ def seen(evaluation: Evaluation) -> float:
 
 
 def task_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """What is known after the last of ``evaluations``.
+    """Metrics that exist after every task, of the last of ``evaluations``.
 
     ``acc/seen_macro``: mean over tasks of a[i][j]; ``acc/new``: a[i][i]; ``acc/task_aware``: accuracy when the task
     is known; ``acc/task_identity``: how often the predicted class lies in the right task.
@@ -64,7 +69,7 @@ def task_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
 
 
 def final_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """What is known only when the last task is done.
+    """Metrics that exist only when the last task is done.
 
     ``acc/final``: ``acc/seen`` after the last task; ``acc/avg_incremental``: mean over i of ``acc/seen``;
     ``forgetting`` and ``bwt`` as below.

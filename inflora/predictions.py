@@ -1,4 +1,4 @@
-"""What a model says of images, and how it is written down: lines, JSON or CSV."""
+"""A model's answers about images, written as lines, JSON or CSV."""
 
 import csv
 import io

@@ -7,11 +7,12 @@ validation images instead: the base of a sweep.
 from typing import NamedTuple
 
 from inflora.config import (
-    AlignmentSettings,
+    AlignedSettings,
     BackboneSettings,
     ConfigError,
     DataSettings,
     InfLoRASettings,
+    LinearSettings,
     OptimSettings,
     RunConfig,
     override,
@@ -40,8 +41,15 @@ PAPER, LOGS = "the paper", "the authors' released logs"
 _BACKBONE = BackboneSettings(name="vit_base_patch16_224.augreg_in21k")
 
 
-def _preset(data: DataSettings, method: InfLoRASettings, optim: OptimSettings, *published: Published) -> Preset:
-    return Preset(RunConfig(data=data, backbone=_BACKBONE, method=method, optim=optim), published)
+def _preset(
+    data: DataSettings,
+    adapter: InfLoRASettings,
+    optim: OptimSettings,
+    *published: Published,
+    classifier: LinearSettings | AlignedSettings = LinearSettings(),  # noqa: B008 - a frozen value
+) -> Preset:
+    run = RunConfig(data=data, backbone=_BACKBONE, adapter=adapter, classifier=classifier, optim=optim)
+    return Preset(run, published)
 
 
 def _cifar100() -> DataSettings:
@@ -60,7 +68,7 @@ def _adam(epochs: int, lr: float = 5e-4) -> OptimSettings:
     return OptimSettings(name="adam", lr=lr, epochs=epochs, batch_size=128)
 
 
-_ALIGNED = AlignmentSettings(epochs=5, temperature=0.1)
+_ALIGNED = AlignedSettings(epochs=5, temperature=0.1)
 _STEPPED_SGD = OptimSettings(
     name="sgd", lr=5e-3, head_lr=1e-2, schedule="step", milestones=(4,), epochs=5, batch_size=128
 )
@@ -98,7 +106,7 @@ PRESETS: dict[str, Preset] = {
     # The authors' run also begins with a new final norm; here the pre-trained one stays, as everywhere.
     "cifar100-10-ca": _preset(
         _cifar100(),
-        InfLoRASettings(rank=5, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
+        InfLoRASettings(rank=5, energy=0.95, memory="gpm"),
         OptimSettings(
             name="sgd",
             lr=1e-3,
@@ -109,12 +117,14 @@ PRESETS: dict[str, Preset] = {
             epochs=20,
             batch_size=128,
         ),
+        classifier=_ALIGNED,
     ),
     # One rate for all, no weight decay: as in the authors' configuration.
     "imagenet-r-10-ca": _preset(
         _imagenet_r(10),
-        InfLoRASettings(rank=10, energy=0.95, memory="gpm", classifier_alignment=_ALIGNED),
+        InfLoRASettings(rank=10, energy=0.95, memory="gpm"),
         OptimSettings(name="sgd", lr=1e-3, epochs=50, batch_size=128),
+        classifier=_ALIGNED,
     ),
 }
 

@@ -23,7 +23,7 @@ from inflora.files import require_regular
 WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 _HUB_FILE = "model.safetensors"
 _HUB_PATIENCE_S = 5.0
-"""How long the hub may take to say that it has a file."""
+"""Seconds that the hub may take to say that it has a file."""
 
 
 def load_weights(vit: VisionTransformer, path: Path) -> VisionTransformer:
@@ -59,7 +59,7 @@ def require_finite(vit: nn.Module) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in one line, without a library's advice to its programmers."""
+    """Tell an error in one line, without a library's advice to its programmers."""
     if "weights_only" in str(error):  # PyTorch's advice is to let the file run its code
         return "it holds other things than tensors and plain values, which are not read"
     return cut(f"{type(error).__name__}: {error}", 250)
@@ -124,7 +124,7 @@ def _backbone_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def from_cache(name: str) -> dict[str, str] | None:
-    """What tells timm to read the hub's cached file, without asking the hub whether there is a newer one."""
+    """The option that makes timm read the hub's cached file without asking the hub for a newer one."""
     source = timm.get_pretrained_cfg(name)
     path = source and source.hf_hub_id and try_to_load_from_cache(source.hf_hub_id, _HUB_FILE)
     return {"file": path} if isinstance(path, str) else None
@@ -152,7 +152,7 @@ def unavailable(name: str, error: Exception) -> ConfigError:
 
 
 def _where_to_get(name: str) -> str:
-    """What to download and where to put it."""
+    """Say which file to download and where to put it."""
     source = timm.get_pretrained_cfg(name)
     hub_id = source.hf_hub_id if source else None
     ways = "load the model once where there is a network and take its cache along ($HF_HOME)"

@@ -17,15 +17,15 @@ from inflora.class_token import finish_attention
 from inflora.config import ConfigError
 
 
-class Prompted(NamedTuple):
-    """Features (B x D) of prompted images, and the mean penalty that training adds to their loss."""
+class Encoded(NamedTuple):
+    """Features (B x D) of images, and the penalties that training adds to their mean loss."""
 
     features: Tensor
-    penalty: Tensor
+    penalties: tuple[Tensor, ...] = ()
 
 
 class Prompts(nn.Module, ABC):
-    """What a prompt method learns besides classifiers: parameters of its own, some of them new with every task."""
+    """Learnt tokens and what chooses them: parameters of its own, some of them new with every task."""
 
     @abstractmethod
     def shapes(self, vit: VisionTransformer, task: int) -> dict[str, tuple[int, ...]]:
@@ -36,7 +36,7 @@ class Prompts(nn.Module, ABC):
         """Add what ``task`` brings, and leave gradients to what it trains."""
 
     @abstractmethod
-    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Prompted:
+    def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
         """Ask the backbone with prompts; ``task`` is known while it is learnt, and never when it is tested."""
 
     def learn(self, name: str, start: Tensor, like: Tensor) -> None:
@@ -52,7 +52,7 @@ class Prompts(nn.Module, ABC):
 
 
 def query(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """What prompts are chosen by: the features (B x D) of the model without any."""
+    """The query by which prompts are chosen: the features (B x D) of the model without any."""
     with torch.no_grad():
         return vit(images)
 

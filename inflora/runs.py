@@ -2,18 +2,17 @@
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from pydantic import BaseModel
 
-from inflora.adapters import save_adapter
 from inflora.config import ConfigError, RunConfig, dump_config
-from inflora.continual import TaskResult, identity, run
+from inflora.continual import TaskResult, run
 from inflora.data.stream import EvaluateOn
-from inflora.files import write_atomically
+from inflora.files import why_unwritable, write_atomically
 from inflora.metrics import accuracy_matrix
+from inflora.peft_export import save_adapter
+from inflora.setup import identity
 from inflora.state import RunState, has_state, load_state, of_folder, save_state
 from inflora.training import EpochDone
 
@@ -55,12 +54,12 @@ def train_into(
 
 def _claim(out: Path, *, resume: bool) -> RunState | None:
     """The state to go on from; refuses a folder with a run that is not to be resumed, or files in its way."""
-    try:
-        with suppress(FileNotFoundError):
-            out.stat()  # a name that no folder can have
-        _check_writable(out)
-    except OSError as error:
-        raise ConfigError(f"cannot write into {str(out)[:200]}: {error.strerror}") from None
+    for folder in (out, *(out / name for name in _FOLDERS)):
+        if problem := why_unwritable(folder):
+            raise ConfigError(f"cannot write into {str(out)[:200]}: {problem}")
+    for file in (out / name for name in _FILES):
+        if os.path.lexists(file) and not file.is_file():
+            raise ConfigError(f"cannot write into {out}: {file} is not a file")
     if has_state(out / "state"):
         if not resume:
             raise ConfigError(f"{out} already holds a run; choose another folder with --out, or go on with --resume")
@@ -74,19 +73,6 @@ _FOLDERS = ("state", "adapters")
 _FILES = ("config.yaml", "result.json")
 
 
-def _check_writable(out: Path) -> None:
-    """Raise ConfigError or OSError where what a run keeps could not be written later; leaves nothing behind."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
-    for folder in (there, *(out / name for name in _FOLDERS if os.path.lexists(out / name))):
-        if not folder.is_dir():
-            raise ConfigError(f"cannot write into {out}: {folder} is not a folder")
-        with TemporaryFile(dir=folder):  # rights alone do not tell of file systems that are read-only or full
-            pass
-    for file in (out / name for name in _FILES if os.path.lexists(out / name)):
-        if not file.is_file():
-            raise ConfigError(f"cannot write into {out}: {file} is not a file")
-
-
 class Result(BaseModel):
     """A finished run: metrics, accuracy matrix, settings and what the numbers depend on."""
 
@@ -98,7 +84,7 @@ class Result(BaseModel):
 
 
 def result_of(config: RunConfig, state: RunState) -> Result:
-    """What there is to know of a finished run."""
+    """Gather what is reported of a finished run."""
     return Result(
         evaluated_on=state.evaluate_on,
         metrics=state.metrics(state.tasks_done),

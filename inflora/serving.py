@@ -12,19 +12,21 @@ from PIL import Image, ImageOps, ImageStat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.adapters import make_adapter
 from inflora.backbone import backbone_hash, build_backbone, shape_of
+from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, load_config
-from inflora.continual import pick_device
+from inflora.cuda import pick_device
 from inflora.data.errors import DataError
 from inflora.data.images import as_rgb, read_image
-from inflora.data.loader import Input, evaluation_batches
+from inflora.data.loader import InputFormat, evaluation_batches
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
 from inflora.data.store import Images
 from inflora.integrity import check_state
 from inflora.lora import make_plain
-from inflora.methods import make_method
-from inflora.model import ContinualModel, joined
+from inflora.model import ContinualModel
 from inflora.predictions import Prediction
+from inflora.setup import restore
 from inflora.state import DataFacts, RunState, StateError, load_state, of_folder
 
 _BATCH = 64
@@ -33,14 +35,14 @@ _BATCH = 64
 class EvaluationView:
     """An image, or the path of one, as the model's input (C, S, S): the pixels that the run was evaluated on."""
 
-    def __init__(self, input: Input, facts: DataFacts) -> None:
-        self._input, self._facts = input, facts
+    def __init__(self, input_format: InputFormat, facts: DataFacts) -> None:
+        self._input_format, self._facts = input_format, facts
 
     def __call__(self, image: Image.Image | Path | str) -> Tensor:
         """Raises DataError where a file cannot be read as an image."""
         opened = as_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         row = torch.zeros(1, dtype=torch.int64)
-        (batch,) = evaluation_batches(Images(self._stored(opened), row, row), row, self._input, 1)
+        (batch,) = evaluation_batches(Images(self._stored(opened), row, row), row, self._input_format, 1)
         return batch.images[0]
 
     def _stored(self, image: Image.Image) -> Pixels:
@@ -52,7 +54,7 @@ class EvaluationView:
         return FilePixels([content], torch.tensor([[image.height, image.width]]), encoded=False, store="")
 
     def doubt(self, image: Image.Image) -> str:
-        """What is to be said of an image that is as bright as a training image's negative; mostly nothing."""
+        """Warn of an image that is as bright as a training image's negative; empty of all others."""
         if self._facts.brightness is None:
             return ""
         (low, high), mean = self._facts.brightness, ImageStat.Stat(image.convert("L")).mean[0] / 255
@@ -63,7 +65,7 @@ class EvaluationView:
 
 
 class Served(Protocol):
-    """What ``load`` adds to a model."""
+    """A model with the attributes that ``load`` adds."""
 
     class_names: tuple[str, ...]
     class_of: tuple[int, ...]
@@ -72,23 +74,11 @@ class Served(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
-class Prompted(nn.Module):
-    """What a prompt method has learnt: asks the backbone with prompts, which no plain timm model can."""
-
-    def __init__(self, learnt: ContinualModel) -> None:
-        super().__init__()
-        self.learnt = learnt
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B x outputs)."""
-        return self.learnt.logits(self.learnt.features(images))
-
-
 def load(path: str | PathLike[str]) -> nn.Module:
     """The model that a run's folder (``config.yaml`` and ``state/``) holds: on the CPU, in float32, in eval mode.
 
-    A plain timm ``VisionTransformer``: adapters merged, the tasks' classifiers concatenated into its head. Only a
-    prompt method's model is a module of our own around one. Either gives logits (B x outputs) and has
+    A plain timm ``VisionTransformer``: adapters merged, the classifier as its head. Where prompts are learnt, or the
+    classifier is not linear in the features, it is a ``ContinualModel``. Either gives logits (B x outputs) and has
 
     - ``class_names``: the class that each output means. In domain-incremental runs every domain has outputs of its
       own, so that names come again: the class of the largest logit is the answer, as in the run's evaluation;
@@ -108,16 +98,17 @@ def load(path: str | PathLike[str]) -> nn.Module:
             f"{config.backbone.name!r} and backbone.weights give here ({backbone_hash(backbone)})"
         )
     shape = shape_of(backbone)
-    learnt = ContinualModel(backbone, shape.width)
-    make_method(config.method).prepare(learnt)
-    learnt.load_learnt_state(state.model)
-    model = Prompted(learnt) if learnt.prompts is not None else _plain(learnt)
-    outputs = learnt.logits(torch.zeros(1, shape.width)).shape[1]
-    input = Input(config.data, shape.image_size, shape.channels, torch.device("cpu"))
+    learnt = ContinualModel(backbone, make_classifier(config.classifier, shape.width))
+    adapter = make_adapter(config.adapter)
+    adapter.prepare(learnt)
+    restore(learnt, adapter, state)
+    outputs = learnt.classifier.classes
+    model = _as_timm(learnt) or learnt
+    input_format = InputFormat(config.data, shape.image_size, shape.channels, torch.device("cpu"))
     about = {
         "class_of": state.data.class_of[:outputs],
         "class_names": tuple(state.data.classes[label] for label in state.data.class_of[:outputs]),
-        "transform": EvaluationView(input, state.data),
+        "transform": EvaluationView(input_format, state.data),
     }
     for name, value in about.items():
         setattr(model, name, value)
@@ -137,13 +128,15 @@ def _load_run(folder: Path) -> tuple[RunConfig, RunState]:
     return config, state
 
 
-def _plain(learnt: ContinualModel) -> VisionTransformer:
-    """The backbone alone, with everything learnt in it."""
+def _as_timm(learnt: ContinualModel) -> VisionTransformer | None:
+    """The backbone alone, with everything learnt in it; None where timm's model could not compute the same."""
+    head = learnt.classifier.as_linear()
+    if head is None or learnt.prompts is not None:
+        return None
     vit = cast(VisionTransformer, learnt.backbone)
     make_plain(vit)
-    weight, bias = joined(learnt.heads)
-    vit.reset_classifier(len(bias))
-    cast(nn.Linear, vit.head).load_state_dict({"weight": weight, "bias": bias})
+    vit.reset_classifier(head.out_features)
+    cast(nn.Linear, vit.head).load_state_dict(head.state_dict())
     return vit
 
 
@@ -151,7 +144,7 @@ def _plain(learnt: ContinualModel) -> VisionTransformer:
 def predict(
     model: nn.Module, files: Iterable[Path], top: int = 1, *, device: str = "auto", invert: bool = False
 ) -> Iterator[Prediction]:
-    """What a model that ``load`` gave says of some images, on the ``device`` of that setting, in their order.
+    """Answer for some images, in their order, with a model that ``load`` gave, on the ``device`` of that setting.
 
     With ``invert`` of their negatives: dark ink on white paper is light on dark then, as in most sets of digits.
 

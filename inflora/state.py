@@ -4,10 +4,10 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataFacts(BaseModel):
-    """What of the data a model needs where its dataset is not: the meaning of its outputs, how images were read.
+    """Facts of the data that a model needs where its dataset is not: the meaning of its outputs, how images were read.
 
     ``class_of`` has an entry for every output of the whole stream: the class, a place in ``classes``, that it means.
     ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB. ``brightness``: the
@@ -51,12 +51,16 @@ class DataFacts(BaseModel):
         return self
 
 
+_GROUPS = ("model", "adapter", "classifier", "probes")
+
+
 class RunState(NamedTuple):
     """A run after some of its tasks.
 
-    ``model`` holds what learning has changed, ``method`` what the method remembers, ``probes`` a few features of every
-    task's images when it had just been learnt; random numbers need no state, each task draws from generators of its
-    own. ``diagnostics`` are what is known after each task besides the evaluations. ``data`` says what the outputs mean.
+    ``model`` holds all that an adapter has changed of the backbone, ``adapter`` and ``classifier`` what those remember,
+    ``probes`` a few features of every task's images when it had just been learnt. Random numbers need no state: each
+    task draws from generators of its own. ``diagnostics`` are the numbers known after each task besides the
+    evaluations. ``data`` says what the outputs mean.
     """
 
     config_hash: str
@@ -65,10 +69,16 @@ class RunState(NamedTuple):
     tasks: int
     evaluations: tuple[Evaluation, ...] = ()
     model: dict[str, Tensor] = {}
-    method: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
+    classifier: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
     diagnostics: tuple[dict[str, float], ...] = ()
     data: DataFacts | None = None
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Its tensors by group."""
+        return {group: getattr(self, group) for group in _GROUPS}
 
     def metrics(self, tasks_done: int) -> dict[str, float]:
         """Everything known after the first ``tasks_done`` tasks, by metric name."""
@@ -76,17 +86,17 @@ class RunState(NamedTuple):
 
     @property
     def tasks_done(self) -> int:
-        """How many tasks have been learnt."""
+        """The number of tasks that have been learnt."""
         return len(self.evaluations)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every task of the stream has been learnt."""
+        """True when every task of the stream has been learnt."""
         return self.tasks_done == self.tasks
 
 
 class _Facts(BaseModel):
-    """What a state says besides its tensors."""
+    """A state without its tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -162,17 +172,18 @@ def load_state(folder: Path) -> RunState:
         if _sha256(content) != sha256:
             raise StateError(f"{file} is damaged: its content does not match its hash")
         tensors |= _unpacked(file, content)
-    model, method, probes = (
-        {name.removeprefix(group): tensor for name, tensor in tensors.items() if name.startswith(group)}
-        for group in ("model/", "method/", "probes/")
-    )
-    return RunState(**dict(manifest.facts), model=model, method=method, probes=probes)
+    groups: dict[str, Any] = {group: _with_prefix(tensors, f"{group}/") for group in _GROUPS}
+    return RunState(**dict(manifest.facts), **groups)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _finite_facts(state: RunState) -> _Facts:
-    """What there is to say of a state whose numbers are all finite."""
-    groups = {"model": state.model, "method": state.method, "probes": state.probes}
-    strange = [f"{group}/{name}" for group, tensors in groups.items() for name in tensors if not _finite(tensors[name])]
+    """Describe a state whose numbers are all finite."""
+    every = {f"{group}/{name}": tensor for group, tensors in state.tensors.items() for name, tensor in tensors.items()}
+    strange = [name for name, tensor in every.items() if not tensor.isfinite().all()]
     strange += [name for known in state.diagnostics for name, value in known.items() if not math.isfinite(value)]
     if strange:
         raise FloatingPointError(
@@ -180,10 +191,6 @@ def _finite_facts(state: RunState) -> _Facts:
             "try a smaller optim.lr"
         )
     return _Facts.model_validate(state._asdict(), extra="ignore")
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _unpacked(file: Path, content: bytes) -> dict[str, Tensor]:
@@ -203,7 +210,7 @@ def _parts(state: RunState) -> Iterator[dict[str, Tensor]]:
     The former stay as they are when the task has been learnt, most of the latter change with every task.
     """
     parts: dict[str | None, dict[str, Tensor]] = {}
-    for group, tensors in (("model", state.model), ("method", state.method), ("probes", state.probes)):
+    for group, tensors in state.tensors.items():
         for name, tensor in tensors.items():
             task = re.search(r"/(\d+)$", name)
             parts.setdefault(task and task[1], {})[f"{group}/{name}"] = tensor.contiguous()
@@ -259,7 +266,7 @@ def of_folder(folder: Path) -> Iterator[None]:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a state has been saved in ``folder``."""
+    """True when a state has been saved in ``folder``."""
     return os.path.lexists(folder / _MANIFEST)
 
 

@@ -23,7 +23,7 @@ class SharedFolder:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder, and not a bucket."""
+        """True of a folder, false of a bucket."""
         return "://" not in self.address
 
     def read(self, name: str) -> bytes | None:

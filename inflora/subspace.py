@@ -81,10 +81,10 @@ def update(
     """
     layers = []
     for memory, cov_DD in zip(memories, covs_DD, strict=True):
-        claimed = partial(_claimed, memory=memory, total=_total(cov_DD, energy_of), threshold=threshold)
-        layers.append(_Layer(cov_DD.double(), _exact(memory, cov_DD), energy_of, claimed))
-    claims = zip(layers, _leading_free(layers), strict=True)
-    return [_with(layer.memory, directions_DN, may_flip) for layer, directions_DN in claims]
+        wanted = partial(_wanted, memory=memory, total=_total(cov_DD, energy_of), threshold=threshold)
+        layers.append(_Layer(cov_DD.double(), _exact(memory, cov_DD), energy_of, wanted))
+    taken = zip(layers, _leading_free(layers), strict=True)
+    return [_with(layer.memory, directions_DN, may_flip) for layer, directions_DN in taken]
 
 
 def taken_count(memory: Memory | None, width: int) -> int:
@@ -123,7 +123,7 @@ def _exact(memory: Memory | None, cov_DD: Tensor) -> Memory | None:
 
 
 def _with(memory: Memory | None, new_DN: Tensor, may_flip: bool) -> Memory:
-    """The memory that has taken the orthonormal free directions ``new_DN`` in (algorithm.md, after task t)."""
+    """The memory that has taken the orthonormal free directions ``new_DN`` in as DualGPM does."""
     if memory is not None and memory.kind == "retain":
         return _kept("retain", memory.basis_DK @ complement(memory.basis_DK.T @ new_DN))
     taken_DK = new_DN if memory is None else torch.cat([memory.basis_DK, new_DN], dim=1)
@@ -137,23 +137,23 @@ def _kept(kind: Literal["remove", "retain"], basis_DK: Tensor) -> Memory:
     return Memory(kind, basis_DK.float().contiguous())
 
 
-def _claimed(
+def _wanted(
     energies_B: Tensor, free: Tensor, slack: float, *, memory: Memory | None, total: Tensor, threshold: float
 ) -> Tensor:
-    """How many leading free directions the finished task claims (algorithm.md, after task t, steps 2 to 4)."""
+    """Count the leading free directions that the finished task takes: GPM, equation 9, and DualGPM's form of it."""
     threshold, shares_B = threshold + slack, energies_B / total
     if memory is None:
         # The direction that crosses the threshold is left out in the first task, and taken in later: as published.
         number = (shares_B.cumsum(0) < threshold).sum().clamp_min(1)
     else:
-        unclaimed_B = free / total - shares_B.cumsum(0) + shares_B
-        more_B = 1 - unclaimed_B < threshold if memory.kind == "remove" else unclaimed_B >= 1 - threshold
+        left_B = free / total - shares_B.cumsum(0) + shares_B
+        more_B = 1 - left_B < threshold if memory.kind == "remove" else left_B >= 1 - threshold
         number = more_B.sum()
     return torch.where(total > 0, number, 0)
 
 
 class _Layer(NamedTuple):
-    """What is asked of a layer: the leading directions of its inputs that the old tasks leave free.
+    """A question about a layer: the leading directions of its inputs that the old tasks leave free.
 
     ``wanted`` says how many, given leading energies, the sum of all free ones, and a slack of the threshold.
     """

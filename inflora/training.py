@@ -2,28 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inflora import distributed
+from inflora.adapters import Adapter
 from inflora.config import OptimSettings
-from inflora.data.loader import Batch, Input, evaluation_batches
+from inflora.data.loader import Batch, InputFormat, evaluation_batches
 from inflora.data.stream import Stream, Task
-from inflora.methods import Method
-from inflora.methods.base import Trainable
 from inflora.metrics import Evaluation, TaskCounts
 from inflora.model import ContinualModel
 from inflora.precision import float32_products
+from inflora.task_data import TaskData
 
 _EVALUATION_BATCH = 256
 
 
 class EpochDone(NamedTuple):
-    """Where a run is: for progress displays."""
+    """An epoch's end, for progress displays."""
 
     task: int
     epoch: int
@@ -50,11 +50,30 @@ def lr_factor(settings: OptimSettings, epoch: int) -> float:
     return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * (epochs - 1)))
 
 
-def make_optimizer(trainable: Trainable, settings: OptimSettings) -> torch.optim.Optimizer:
-    """A fresh optimiser over what the task trains and nothing else, so that nothing else is decayed either."""
+class Trainable(NamedTuple):
+    """The parameters that a task trains: its classifier's, and its adapter's."""
+
+    classifier: list[nn.Parameter]
+    adapter: list[nn.Parameter]
+
+    @property
+    def size(self) -> int:
+        """The count of numbers in them: ``params/trainable``."""
+        return sum(parameter.numel() for parameter in (*self.classifier, *self.adapter))
+
+
+def trainable(model: ContinualModel, adapter: Adapter[Any]) -> Trainable:
+    """The parameters that the task that has begun trains; nothing else changes."""
+    adapted = adapter.task_parameters(model)
+    alone = not adapted and not model.classifier.trained_alone
+    return Trainable([] if alone else model.classifier.task_parameters(), adapted)
+
+
+def make_optimizer(trained: Trainable, settings: OptimSettings) -> torch.optim.Optimizer:
+    """A fresh optimiser over the parameters that the task trains, so that nothing else is decayed either."""
     groups = [
-        {"params": trainable.classifier, "lr": settings.head_lr or settings.lr},
-        {"params": trainable.adapted, "lr": settings.lr},
+        {"params": trained.classifier, "lr": settings.head_lr or settings.lr},
+        {"params": trained.adapter, "lr": settings.lr},
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
@@ -62,82 +81,91 @@ def make_optimizer(trainable: Trainable, settings: OptimSettings) -> torch.optim
     return torch.optim.Adam(groups, weight_decay=settings.weight_decay)
 
 
+class Epoch(NamedTuple):
+    """One epoch of a task: the loss of each global batch, and the learning rates of classifier and adapter."""
+
+    losses: list[float]
+    head_lr: float
+    lr: float
+
+
 def train_task(
-    model: ContinualModel,
-    method: Method[Any],
-    task: Task,
-    settings: OptimSettings,
-    passes: Callable[[str], Iterator[Batch]],
-    on_epoch: Callable[[EpochDone], None],
-) -> list[list[float]]:
-    """All epochs of one task; the loss of each global batch, epoch by epoch (none where nothing is trained).
+    model: ContinualModel, adapter: Adapter[Any], data: TaskData, on_epoch: Callable[[EpochDone], None]
+) -> list[Epoch]:
+    """Train a task for all its epochs; none where there is nothing to train.
 
     Raises:
         FloatingPointError: The loss is no longer a finite number.
     """
-    trainable = method.trainable(model)
-    if not trainable.size:
+    trained, settings, task = trainable(model, adapter), data.optim, data.task.index
+    if not trained.size:
         return []
-    optimizer = make_optimizer(trainable, settings)
+    optimizer = make_optimizer(trained, settings)
     full_lrs = [group["lr"] for group in optimizer.param_groups]
-    step_losses = []
+    epochs = []
     for epoch in range(settings.epochs):
+        factor = lr_factor(settings, epoch)
         for group, full_lr in zip(optimizer.param_groups, full_lrs, strict=True):
-            group["lr"] = full_lr * lr_factor(settings, epoch)
+            group["lr"] = full_lr * factor
         start = time.perf_counter()
-        losses, waited = train_epoch(model, method, task, optimizer, trainable, passes(f"train-{epoch}"))
+        losses, waited = train_epoch(model, adapter, data.task, optimizer, trained, data.augmented(f"train-{epoch}"))
         loss = fmean(losses)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of task {task.index}, epoch {epoch} is {loss}; try a smaller optim.lr")
-        step_losses.append(losses)
-        data_wait = waited / (time.perf_counter() - start)
-        on_epoch(EpochDone(task.index, epoch + 1, settings.epochs, loss, data_wait))
-    return step_losses
-
-
-class EpochLosses(NamedTuple):
-    """The loss of each global batch of an epoch, and for how many seconds the device waited for images."""
-
-    losses: list[float]
-    waited: float
+            raise FloatingPointError(f"the loss of task {task}, epoch {epoch} is {loss}; try a smaller optim.lr")
+        epochs.append(Epoch(losses, factor * (settings.head_lr or settings.lr), factor * settings.lr))
+        on_epoch(EpochDone(task, epoch + 1, settings.epochs, loss, waited / (time.perf_counter() - start)))
+    return epochs
 
 
 def train_epoch(
     model: ContinualModel,
-    method: Method[Any],
+    adapter: Adapter[Any],
     task: Task,
     optimizer: torch.optim.Optimizer,
-    trainable: Trainable,
+    trained: Trainable,
     batches: Iterable[Batch],
-) -> EpochLosses:
-    """One update for each batch. The host waits for the device once, at the end, for the losses of all of them."""
+) -> tuple[list[float], float]:
+    """Take one update for each batch: the loss of each global batch, and the seconds that the device waited for images.
+
+    The host waits for the device once, at the end, for the losses of all of them.
+    """
     parts, waits = [], []
     for batch in batches:
-        parts.append(train_step(model, method, task, optimizer, trainable, batch))
+        parts.append(train_step(model, adapter, task, optimizer, trained, batch))
         waits.append(batch.waited)
     losses = distributed.all_sum(torch.stack(parts)).tolist()
-    return EpochLosses(losses, sum(waited() for waited in waits))
+    return losses, sum(waited() for waited in waits)
 
 
 def train_step(
     model: ContinualModel,
-    method: Method[Any],
+    adapter: Adapter[Any],
     task: Task,
     optimizer: torch.optim.Optimizer,
-    trainable: Trainable,
+    trained: Trainable,
     batch: Batch,
 ) -> Tensor:
-    """One update; this worker's part of the global batch's mean loss."""
+    """Take one update; this worker's part of the global batch's mean loss."""
     optimizer.zero_grad()
+    # The last batch of a pass may be smaller than the number of workers: some of them have no image then.
     if batch.share:
-        loss = method.loss(model, batch, task) * batch.share
+        loss = batch_loss(model, adapter, task, batch) * batch.share
         with float32_products(model.precision):
             loss.backward()
     else:
         loss = torch.zeros((), device=batch.images.device)
-    distributed.sum_gradients((*trainable.classifier, *trainable.adapted))
+    distributed.sum_gradients((*trained.classifier, *trained.adapter))
     optimizer.step()
     return loss.detach()
+
+
+def batch_loss(model: ContinualModel, adapter: Adapter[Any], task: Task, batch: Batch) -> Tensor:
+    """The classifier's mean loss of a batch, plus what prompts and adapter add."""
+    features, penalties = model.encode(batch.images, task.index)
+    loss = model.classifier.loss(features, batch.labels, task)
+    for penalty in (*penalties, *adapter.penalties(model)):
+        loss = loss + penalty
+    return loss
 
 
 @torch.no_grad()
@@ -145,7 +173,7 @@ def evaluate(
     model: ContinualModel,
     stream: Stream,
     tasks: Sequence[Task],
-    input: Input,
+    input_format: InputFormat,
     on_features: Callable[[Tensor, Tensor], None] = lambda places, features: None,
 ) -> Evaluation:
     """Count right answers on the images of the stream's first ``tasks``, all classes they have together competing.
@@ -156,18 +184,18 @@ def evaluate(
     Raises:
         FloatingPointError: The model's answers are no longer finite numbers.
     """
-    counts = torch.zeros(len(tasks), 5, dtype=torch.int64, device=input.device)
-    first_labels = torch.tensor([task.first_label for task in tasks], device=input.device)
-    class_of = stream.class_of.to(input.device)
+    counts = torch.zeros(len(tasks), 5, dtype=torch.int64, device=input_format.device)
+    first_labels = torch.tensor([task.first_label for task in tasks], device=input_format.device)
+    class_of = stream.class_of.to(input_format.device)
     rows = torch.cat([task.eval_rows for task in tasks])
-    places = torch.arange(len(rows), device=input.device)[distributed.rank() :: distributed.world_size()]
-    classes = torch.arange(model.classes, device=input.device)
+    places = torch.arange(len(rows), device=input_format.device)[distributed.rank() :: distributed.world_size()]
+    classes = torch.arange(model.classifier.classes, device=input_format.device)
     class_tasks = torch.bucketize(classes, first_labels, right=True) - 1
-    for batch in evaluation_batches(stream.evaluate, rows, input, _EVALUATION_BATCH):
+    for batch in evaluation_batches(stream.evaluate, rows, input_format, _EVALUATION_BATCH):
         features = model.features(batch.images)
         here, places = places.tensor_split([len(features)])
         on_features(here, features)
-        logits = model.logits(features)
+        logits = model.classifier(features)
         label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
         predicted = logits.argmax(1)
         own = logits.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)

@@ -6,18 +6,17 @@ python sweeps/cifar100.py --smoke                                   the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 cifar100 = Sweep(
     name="cifar100",
     base=for_tuning("cifar100-10"),
     space={
-        "method.rank": Integer(low=2, high=64, log=True),
-        "method.energy": NearOne(low=0.8, high=0.999),
+        "adapter.rank": Integer(low=2, high=64, log=True),
+        "adapter.energy": NearOne(low=0.8, high=0.999),
         "optim.lr": Real(low=1e-4, high=5e-3, log=True),
     },
-    first=({"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4},),  # the paper's
+    first=({"adapter.rank": 10, "adapter.energy": 0.95, "optim.lr": 5e-4},),  # the paper's
     trials=32,
     grace_tasks=3,
     resources=Resources(cpus_per_worker=2, gpus_per_worker=1),

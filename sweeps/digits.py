@@ -9,18 +9,16 @@ aligned: rank 69, energy 0.9997, lr 6.2e-4: 92.7 ± 1.2 %;  plain: rank 56, ener
 """
 
 from inflora.config import (
-    AlignmentSettings,
+    AlignedSettings,
     AugmentSettings,
     DataSettings,
-    FrozenSettings,
     InfLoRASettings,
-    JointSettings,
+    LoRASettings,
+    NoAdapterSettings,
     OptimSettings,
     RunConfig,
-    SequentialSettings,
 )
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Sweep, main
 
 # 1993 is the usual seed for shuffled class orders.
 data = DataSettings(
@@ -33,9 +31,9 @@ lr = Real(low=1e-4, high=1e-2, log=True)
 
 inflora = Sweep(
     name="digits",
-    base=RunConfig(data=data, optim=optim, method=InfLoRASettings()),
-    space={"method.rank": rank, "method.energy": NearOne(low=0.8, high=0.9999), "optim.lr": lr},
-    first=({"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4},),  # the paper's, for CIFAR-100
+    base=RunConfig(data=data, optim=optim, adapter=InfLoRASettings()),
+    space={"adapter.rank": rank, "adapter.energy": NearOne(low=0.8, high=0.9999), "optim.lr": lr},
+    first=({"adapter.rank": 10, "adapter.energy": 0.95, "optim.lr": 5e-4},),  # the paper's, for CIFAR-100
     trials=12,
 )
 aligned = Sweep(
@@ -43,7 +41,8 @@ aligned = Sweep(
     base=RunConfig(
         data=data,
         optim=optim,
-        method=InfLoRASettings(classifier_alignment=AlignmentSettings(epochs=5, temperature=0.1)),
+        adapter=InfLoRASettings(),
+        classifier=AlignedSettings(epochs=5, temperature=0.1),
     ),
     space=inflora.space,
     first=inflora.first,
@@ -51,24 +50,24 @@ aligned = Sweep(
 )
 sequential = Sweep(
     name="digits-sequential",
-    base=RunConfig(data=data, optim=optim, method=SequentialSettings()),
+    base=RunConfig(data=data, optim=optim, adapter=LoRASettings()),
     # As slow as it likes: the slower plain LoRA learns, the less it forgets.
-    space={"method.rank": rank, "optim.lr": Real(low=1e-5, high=1e-2, log=True)},
-    first=({"method.rank": 10, "optim.lr": 5e-4},),
+    space={"adapter.rank": rank, "optim.lr": Real(low=1e-5, high=1e-2, log=True)},
+    first=({"adapter.rank": 10, "optim.lr": 5e-4},),
     trials=12,
 )
 frozen = Sweep(
     name="digits-frozen",
-    base=RunConfig(data=data, optim=optim, method=FrozenSettings()),
+    base=RunConfig(data=data, optim=optim, adapter=NoAdapterSettings()),
     space={"optim.lr": lr},
     first=({"optim.lr": 5e-4},),
     trials=12,
 )
 joint = Sweep(
     name="digits-joint",
-    base=RunConfig(data=data, optim=optim, method=JointSettings()),
-    space={"method.rank": rank, "optim.lr": lr},
-    first=({"method.rank": 10, "optim.lr": 5e-4},),
+    base=RunConfig(data=data.model_copy(update={"joint": True}), optim=optim, adapter=LoRASettings()),
+    space={"adapter.rank": rank, "optim.lr": lr},
+    first=({"adapter.rank": 10, "optim.lr": 5e-4},),
     trials=12,
 )
 

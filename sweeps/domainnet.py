@@ -6,18 +6,17 @@ python sweeps/domainnet.py --smoke                                  the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 domainnet = Sweep(
     name="domainnet",
     base=for_tuning("domainnet-5"),
     space={
-        "method.rank": Integer(low=4, high=64, log=True),
-        "method.energy": NearOne(low=0.8, high=0.999),
+        "adapter.rank": Integer(low=4, high=64, log=True),
+        "adapter.energy": NearOne(low=0.8, high=0.999),
         "optim.lr": Real(low=5e-4, high=5e-2, log=True),
     },
-    first=({"method.rank": 30, "method.energy": 0.95, "optim.lr": 5e-3},),  # the paper's
+    first=({"adapter.rank": 30, "adapter.energy": 0.95, "optim.lr": 5e-3},),  # the paper's
     # An epoch is 410,000 images: few trials, stopped early.
     trials=16,
     grace_tasks=1,

@@ -7,15 +7,14 @@ python sweeps/imagenet_r.py --smoke                                 the whole pa
 """
 
 from inflora.presets import for_tuning
-from sweeps.cli import main
-from sweeps.engine.spec import Integer, NearOne, Real, Resources, Sweep
+from sweeps.recipe import Integer, NearOne, Real, Resources, Sweep, main
 
 space = {
-    "method.rank": Integer(low=2, high=64, log=True),
-    "method.energy": NearOne(low=0.9, high=0.9995),
+    "adapter.rank": Integer(low=2, high=64, log=True),
+    "adapter.energy": NearOne(low=0.9, high=0.9995),
     "optim.lr": Real(low=1e-4, high=5e-3, log=True),
 }
-paper = {"method.rank": 10, "method.energy": 0.98, "optim.lr": 5e-4}
+paper = {"adapter.rank": 10, "adapter.energy": 0.98, "optim.lr": 5e-4}
 # JPEGs are decoded on the worker's CPUs.
 resources = Resources(cpus_per_worker=8, gpus_per_worker=1)
 

@@ -1,8 +1,9 @@
-"""Fixtures of the core's tests: a tiny run, and a folder for its data that is not the home folder."""
+"""What the core's tests share: a tiny run, tasks of noise, and a folder for data that is not the home folder."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import hypothesis
@@ -11,9 +12,20 @@ import torch
 from moto.server import ThreadedMotoServer
 from torch import Tensor
 
-from inflora.config import RunConfig, parse_config
+from inflora.adapters import Adapter, make_adapter
+from inflora.backbone import build_backbone
+from inflora.classifiers import make_classifier
+from inflora.config import DataSettings, OptimSettings, RunConfig, override, parse_config, settings_of_method
 from inflora.data import ensure_store
+from inflora.data.loader import InputFormat
+from inflora.data.pixels import RawPixels
+from inflora.data.store import Images
+from inflora.data.stream import Task
+from inflora.draws import Draws
+from inflora.model import ContinualModel
 from inflora.state import RunState
+from inflora.task_data import TaskData
+from inflora.training import train_task
 
 # No deadline, and none of hypothesis's own: a loaded machine is no failure.
 hypothesis.settings.register_profile(
@@ -54,31 +66,65 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def same_state(a: RunState, b: RunState) -> bool:
     """Bit for bit."""
-    rest = [state._replace(model={}, method={}, probes={}) for state in (a, b)]
-    tensors = (same_tensors(x, y) for x, y in ((a.model, b.model), (a.method, b.method), (a.probes, b.probes)))
-    return rest[0] == rest[1] and all(tensors)
+    rest = [state._replace(**dict.fromkeys(state.tensors)) for state in (a, b)]
+    return rest[0] == rest[1] and all(same_tensors(a.tensors[group], b.tensors[group]) for group in a.tensors)
 
 
 SMALL = {
     "l2p": {"pool": 4, "length": 2, "top": 2},
     "dualprompt": {"general_blocks": 1, "general_length": 2, "expert_blocks": 1, "expert_length": 3},
     "codaprompt": {"components": 3, "length": 4, "blocks": 2},
-    "aligned": {"name": "inflora", "classifier_alignment": {"epochs": 2, "samples": 16, "temperature": 0.1}},
+    "aligned": {"epochs": 2, "samples": 16, "temperature": 0.1},
 }
-"""Settings with which a method fits the tiny run, where its own are too large for it."""
+"""Settings with which an adapter or a classifier fits the tiny run, where its own are too large for it."""
 
 
-def method_of(name: str) -> dict:
-    """The settings of a method in the tiny run; "aligned" is InfLoRA with classifier alignment."""
-    return {"name": name} | SMALL.get(name, {})
+def pair_of(adapter: str, classifier: str = "linear") -> dict[str, Any]:
+    """The settings of an adapter and a classifier in the tiny run, to be given to ``override``."""
+    names = {"adapter": adapter, "classifier": classifier}
+    return {group: {"name": name} | SMALL.get(name, {}) for group, name in names.items()}
+
+
+def tiny_method(name: str) -> dict[str, Any]:
+    """The settings of a published method in the tiny run, to be given to ``override``."""
+    settings = settings_of_method(name)
+    return settings | pair_of(settings["adapter"], settings["classifier"])
 
 
 @pytest.fixture(scope="session")
 def tiny() -> RunConfig:
     """A run of a second: random weights, two blocks of width 32, one epoch a task, five tasks of two digits."""
     backbone = {"name": "glyph_vit", "pretrained": False, "options": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
-    method = {"name": "inflora", "rank": 4}
-    return parse_config({"backbone": backbone, "method": method, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
+    adapter = {"name": "inflora", "rank": 4}
+    return parse_config({"backbone": backbone, "adapter": adapter, "optim": {"epochs": 1, "lr": 5e-3}, "device": "cpu"})
+
+
+def task_of_noise(index: int = 0, seed: int = 0, **optim: Any) -> TaskData:
+    """Task ``index`` of three: two classes of twelve images of noise each, not augmented, in batches of eight."""
+    task = Task(index, 2 * index, ("a", "b"), torch.arange(24), torch.arange(0))
+    pixels = torch.randint(256, (24, 32, 32, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+    images = Images(RawPixels(pixels), task.first_label + torch.arange(24) % 2, torch.zeros(24, dtype=torch.int64))
+    input_format = InputFormat(DataSettings(augment="none"), 32, 1, torch.device("cpu"))
+    return TaskData(task, 3, images, input_format, OptimSettings(batch_size=8, **optim), Draws(seed))
+
+
+def begun(
+    tiny: RunConfig, pair: dict[str, Any], tasks: int = 1, **optim: Any
+) -> tuple[ContinualModel, Adapter[Any], TaskData]:
+    """A model of the tiny run's kind that has learnt all of so many tasks of noise but the last, which has begun."""
+    config = override(tiny, pair)
+    model = ContinualModel(build_backbone(config.backbone), make_classifier(config.classifier, 32))
+    adapter = make_adapter(config.adapter)
+    adapter.prepare(model)
+    for index in range(tasks):
+        data = task_of_noise(index, **{"lr": 0.01, "epochs": 2} | optim)
+        model.classifier.begin_task(data)
+        adapter.begin_task(model, data)
+        if index + 1 < tasks:
+            train_task(model, adapter, data, lambda _: None)
+            adapter.end_task(model, data)
+            model.classifier.fit(model, data)
+    return model, adapter, data
 
 
 @pytest.fixture(scope="module")

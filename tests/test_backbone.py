@@ -17,9 +17,9 @@ from inflora.backbone import (
     shape_of,
 )
 from inflora.config import BackboneSettings, ConfigError, parse_config
-from inflora.continual import check
 from inflora.injection import inject
 from inflora.lora import adapted_layers
+from inflora.setup import check
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
 VARIANTS = pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from inflora.config import ConfigError
 from inflora.console import OneLineCommand, OneLineGroup
 from inflora.errors import one_line
 from sweeps import digits
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.spec import SPEC_FILE
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.space.spec import SPEC_FILE
 
 HEAVY = {"torch", "mlflow", "ray", "timm", "pyarrow", "scipy", "matplotlib"}
 
@@ -112,12 +112,12 @@ RECIPE = str(Path(__file__).parents[1] / "sweeps" / "digits.py")
     [
         (["inflora", "--help"], 0),
         (["inflora", "train", "--hlp"], 2),
-        (["inflora", "train", "--preset", "cifar100-10", "method.rnk=3"], 2),
+        (["inflora", "train", "--preset", "cifar100-10", "adapter.rnk=3"], 2),
         (["sweeps", "--help"], 0),
         (["sweeps", "stats"], 2),
         (["sweeps", "status", "nothing"], 2),
         ([RECIPE, "--help"], 0),
-        ([RECIPE, "method.rnk=3"], 2),
+        ([RECIPE, "adapter.rnk=3"], 2),
     ],
 )
 def test_help_and_a_mistyped_word_wait_for_no_library(line, code, tmp_path):

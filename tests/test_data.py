@@ -17,11 +17,11 @@ from torchvision.transforms import RandomResizedCrop, functional
 from inflora.config import AugmentSettings, ConfigError, DataSettings
 from inflora.data import ensure_store, prepare_store
 from inflora.data.augment import Crops, central_views, crop_and_resize, sample_crops
-from inflora.data.loader import Input, evaluation_batches, seeded, training_batches
+from inflora.data.loader import InputFormat, evaluation_batches, seeded, training_batches
 from inflora.data.preparation import prepare
 from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.data.store import DataError, Manifest, open_split, read_manifest, verify_split
-from inflora.data.stream import class_order, make_stream, rows_hash, split_validation
+from inflora.data.stream import class_order, make_stream, rows_hash, split_validation, task_sizes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -311,12 +311,28 @@ def test_a_task_without_images_is_refused_before_anything_is_learnt(empty, image
     assert len(make_stream(settings.model_copy(update={"tasks": (1, 2)}), "test").tasks) == 2
 
 
-def test_a_merged_stream_is_one_task_with_the_images_of_all(digits):
+def test_a_joint_stream_is_one_task_with_the_very_images_of_all(digits):
     stream = make_stream(DataSettings(order_seed=3), "validation")
-    (whole,) = stream.merged().tasks
+    (whole,) = make_stream(DataSettings(order_seed=3, joint=True), "validation").tasks
     assert whole.classes == tuple(str(c) for c in stream.class_order)
-    assert len(whole.train_rows) == sum(len(task.train_rows) for task in stream.tasks)
-    assert len(whole.eval_rows) == sum(len(task.eval_rows) for task in stream.tasks)
+    for rows in ("train_rows", "eval_rows"):
+        assert torch.equal(getattr(whole, rows), torch.cat([getattr(task, rows) for task in stream.tasks]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"tasks": 5}, (2, 2, 2, 2, 2)),
+        ({"tasks": (7, 3)}, (7, 3)),
+        ({"tasks": 5, "joint": True}, (10,)),
+        ({"tasks": (7, 3), "joint": True}, (10,)),
+        ({"tasks": 3, "scenario": "domain"}, (10, 10, 10)),
+    ],
+)
+def test_the_sizes_of_tasks_are_known_without_their_images(settings, sizes):
+    """A saved state is checked by them where its dataset is not at hand."""
+    assert task_sizes(DataSettings(**settings), 10) == sizes
+    assert DataSettings(**settings).task_count == len(sizes)
 
 
 # Crops.
@@ -428,8 +444,8 @@ def test_the_whole_image_at_its_own_size_is_the_image():
 # Batches.
 
 
-def input_of(**settings) -> Input:
-    return Input(DataSettings(**settings), side=8, channels=settings.pop("channels", 1), device=torch.device("cpu"))
+def input_of(**settings) -> InputFormat:
+    return InputFormat(DataSettings(**settings), side=8, channels=1, device=torch.device("cpu"))
 
 
 def one_pass(digits, seed: int = 0, rows=range(50), **settings):
@@ -471,7 +487,7 @@ def test_images_are_shifted_and_scaled_as_configured(digits):
 
 def test_grey_images_are_repeated_for_a_backbone_that_reads_colours(digits):
     images = open_split(digits, "train")
-    (batch,) = evaluation_batches(images, torch.arange(4), Input(DataSettings(), 8, 3, torch.device("cpu")), 16)
+    (batch,) = evaluation_batches(images, torch.arange(4), InputFormat(DataSettings(), 8, 3, torch.device("cpu")), 16)
     assert batch.images.shape == (4, 3, 8, 8)
     assert torch.equal(batch.images[:, 0], batch.images[:, 2])
 

@@ -4,7 +4,6 @@ What no machine without a GPU could see before: which device tensors are on, wha
 host waits. Each kind of mistake is planted at the end, and found.
 """
 
-import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,22 +18,27 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from inflora import backbone, continual, training
-from inflora.config import RunConfig, override
-from inflora.continual import TaskResult, pick_device, run
+from inflora import backbone, setup, training
+from inflora.adapters import inflora as inflora_adapter
+from inflora.classifiers import make_classifier
+from inflora.config import METHODS, LinearSettings, RunConfig, override
+from inflora.continual import TaskResult, run
+from inflora.cuda import pick_device
 from inflora.data import DATASETS, augment, loader, pixels, prepare_store, staging
 from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.data.stream import make_stream
+from inflora.draws import Draws
 from inflora.drift import Probes
-from inflora.methods import METHODS
-from inflora.methods import inflora as inflora_method
 from inflora.model import ContinualModel
 from inflora.runs import train_into
 from inflora.serving import load, predict
 from inflora.state import load_state, save_state
-from tests.conftest import method_of, same_state
+from inflora.task_data import TaskData
+from tests.conftest import pair_of, same_state, tiny_method
 from tests.simulated_gpu import DEVICE, Count, DeviceError, DeviceTensor, Gpu, nccl, simulated_gpu
 
 CLASSES, PER_CLASS, TASKS = 6, 12, 3
+ALIGNED = pair_of("inflora", "aligned")
 FORMS = ("raw", "encoded", "decoded", *(f"{form}, too large to stay" for form in ("raw", "encoded", "decoded")))
 
 
@@ -96,20 +100,13 @@ KINDS += [
 
 @pytest.mark.parametrize(("method", "form", "precision"), KINDS)
 def test_a_run_on_the_device_learns_what_a_run_on_the_cpu_learns(method, form, precision, tiny, root):
-    config = config_of(tiny, root, form, method=method_of(method), precision=precision)
+    config = config_of(tiny, root, form, precision=precision, **tiny_method(method))
     with gpu_for(form):
         on_device = learnt(config)
     on_cpu = learnt(override(config, {"device": "cpu"}))
     for ours, theirs in zip(on_device, on_cpu, strict=True):
         torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-3, atol=1e-3)
         torch.testing.assert_close(ours.accuracies, theirs.accuracies, rtol=0, atol=0.13)  # one of eight images
-
-
-def test_classifiers_are_aligned_on_the_device(tiny, root):
-    config = config_of(tiny, root, **{"method.classifier_alignment.epochs": 2})
-    with gpu_for():
-        results = learnt(config)
-    assert all(math.isfinite(value) for value in results[-1].metrics.values())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,9 +125,9 @@ def test_images_and_labels_of_a_batch_are_on_the_device_and_those_of_the_cpu(for
 
 def batches_of(config: RunConfig, device: torch.device) -> list[loader.Batch]:
     """An augmented pass over the first task."""
-    stream = continual.make_stream(config.data, "validation").resident_on(device)
-    input = loader.Input(config.data, 32, 3, device)
-    return list(loader.training_batches(stream.train, stream.tasks[0].train_rows, input, 10, torch.Generator()))
+    stream = make_stream(config.data, "validation").resident_on(device)
+    input_format = loader.InputFormat(config.data, 32, 3, device)
+    return list(loader.training_batches(stream.train, stream.tasks[0].train_rows, input_format, 10, torch.Generator()))
 
 
 # What is kept, and used again.
@@ -147,14 +144,14 @@ def test_a_run_that_is_stopped_and_restored_on_the_device_ends_as_one_that_is_no
 
 def test_a_state_holds_tensors_of_the_host_only(tiny, root):
     with gpu_for():
-        state = learnt(config_of(tiny, root, **{"method.classifier_alignment.epochs": 1}))[-1].state
-    for part in (state.model, state.method, state.probes):
+        state = learnt(config_of(tiny, root, **ALIGNED))[-1].state
+    for part in state.tensors.values():
         assert part and not any(isinstance(tensor, DeviceTensor) for tensor in part.values())
 
 
-@pytest.mark.parametrize("method", ["inflora", "dualprompt"])
-def test_predictions_on_the_device_are_those_of_the_cpu(method, tiny, root, tmp_path):
-    config = override(config_of(tiny, root, "encoded", method=method_of(method)), {"device": "cpu"})
+@pytest.mark.parametrize("adapter", ["inflora", "dualprompt"])
+def test_predictions_on_the_device_are_those_of_the_cpu(adapter, tiny, root, tmp_path):
+    config = override(config_of(tiny, root, "encoded", **pair_of(adapter)), {"device": "cpu"})
     train_into(tmp_path / "run", config, "validation")
     files = sorted((root / "source" / "test").rglob("*.png"))[:5]
     expected = list(predict(load(tmp_path / "run"), files))
@@ -172,7 +169,7 @@ def counted(gpu: Gpu, patch: pytest.MonkeyPatch) -> list[Count]:
     counts: list[Count] = []
     real = training.train_epoch
 
-    def train_epoch(*args) -> training.EpochLosses:
+    def train_epoch(*args) -> tuple[list[float], float]:
         before = replace(gpu.count)
         losses = real(*args)
         counts.append(gpu.count - before)
@@ -204,7 +201,7 @@ def test_an_epoch_waits_for_the_device_once_and_copies_from_pinned_memory_only(f
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_device_whatever_the_method(method, tiny, root):
-    counts = counts_of(config_of(tiny, root, method=method_of(method)), tasks=2)
+    counts = counts_of(config_of(tiny, root, **tiny_method(method)), tasks=2)
     if method != "ncm":  # trains nothing: no epochs
         assert_free_of_waiting(counts)
 
@@ -239,13 +236,14 @@ def test_evaluation_waits_for_the_device_no_more_often_for_many_images_than_for_
         monkeypatch.setattr(training, "_EVALUATION_BATCH", size)
         with gpu_for() as gpu:
             config = config_of(tiny, root)
-            stream = continual.make_stream(config.data, "validation").resident_on(DEVICE)
-            model = ContinualModel(backbone.build_backbone(config.backbone), 32)
-            model.add_head(2, "uniform", torch.Generator())
+            stream = make_stream(config.data, "validation").resident_on(DEVICE)
+            model = ContinualModel(backbone.build_backbone(config.backbone), make_classifier(LinearSettings(), 32))
             model.settle_on(DEVICE)
-            watched = Probes(stream.tasks[:1], 32, DEVICE)
+            first, input_format = stream.tasks[0], loader.InputFormat(config.data, 32, 3, DEVICE)
+            model.classifier.begin_task(TaskData(first, 1, stream.train, input_format, config.optim, Draws(0)))
+            watched = Probes([first], 32, DEVICE)
             before = replace(gpu.count)
-            training.evaluate(model, stream, stream.tasks[:1], loader.Input(config.data, 32, 3, DEVICE), watched.see)
+            training.evaluate(model, stream, [first], input_format, watched.see)
             counts.append(gpu.count - before)
     few, many = counts
     assert many.kernels > 2 * few.kernels
@@ -255,7 +253,7 @@ def test_evaluation_waits_for_the_device_no_more_often_for_many_images_than_for_
 def test_more_epochs_of_alignment_ask_and_copy_no_more_than_one(tiny, root):
     def count_of(epochs: int) -> Count:
         with gpu_for() as gpu:
-            learnt(config_of(tiny, root, **{"method.classifier_alignment.epochs": epochs}))
+            learnt(config_of(tiny, root, **ALIGNED, **{"classifier.epochs": epochs}))
         return gpu.count
 
     one, four = count_of(1), count_of(4)
@@ -270,7 +268,7 @@ def work(rank: int, folder: Path, config: RunConfig) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     with gpu_for(), nccl():
-        for kind, changes in (("inflora", {}), ("aligned", {"method.classifier_alignment.epochs": 1})):
+        for kind, changes in (("inflora", {}), ("aligned", ALIGNED)):
             save_state(learnt(override(config, changes))[-1].state, folder / f"{kind}{rank}")
     dist.destroy_process_group()
 
@@ -324,12 +322,12 @@ def pageable(shape: Sequence[int], device: torch.device) -> Tensor:
 
 LARGE = "encoded, too large to stay"
 MISTAKES: dict[str, tuple[str, Plant]] = {
-    "a device without its index": ("raw", in_the_place_of(continual, "pick_device", lambda _: torch.device("cuda"))),
+    "a device without its index": ("raw", in_the_place_of(setup, "pick_device", lambda _: torch.device("cuda"))),
     "labels left on the host": ("raw", in_the_place_of(loader, "to_device", lambda tensor, device: tensor)),
     "a model left on the host": ("raw", in_the_place_of(ContinualModel, "to", lambda model, *_: model)),
     "a classifier made on the host": (
         "raw",
-        in_the_place_of(ContinualModel, "device", property(lambda model: torch.device("cpu"))),
+        in_the_place_of(torch.nn.Linear, "to", lambda head, *_: head),
     ),
     "a covariance summed on the host": (
         "raw",
@@ -338,7 +336,7 @@ MISTAKES: dict[str, tuple[str, Plant]] = {
     "a memory kept on another device": (
         "raw",
         in_the_place_of(
-            inflora_method, "energy_inside", lambda covariance, *_: float((covariance @ torch.eye(32))[0, 0])
+            inflora_adapter, "energy_inside", lambda covariance, *_: float((covariance @ torch.eye(32))[0, 0])
         ),
     ),
     "a value read in every step": ("raw", beside_every_step(lambda batch: batch.labels.sum().item())),

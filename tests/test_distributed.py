@@ -4,8 +4,10 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,29 +15,33 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from inflora import distributed
+from inflora.adapters import Adapter, make_adapter
+from inflora.adapters import inflora as adapter_module
+from inflora.adapters.covariances import input_covariances
+from inflora.adapters.inflora import memory_of
 from inflora.backbone import build_backbone
+from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, override
 from inflora.continual import run
-from inflora.data.loader import Batch, Input, evaluation_batches, seeded, training_batches
+from inflora.data.loader import Batch, InputFormat, evaluation_batches
 from inflora.data.store import open_split
 from inflora.data.stream import make_stream
-from inflora.methods import TaskData, make_method
-from inflora.methods import inflora as method_module
-from inflora.methods.inflora import memory_of
-from inflora.methods.statistics import input_covariances
+from inflora.draws import Draws
 from inflora.metrics import accuracy_matrix
 from inflora.model import ContinualModel
+from inflora.setup import restore
 from inflora.state import RunState, load_state, save_state
 from inflora.subspace import Memory, design, update
-from tests.conftest import same_state
+from inflora.task_data import TaskData
+from tests.conftest import pair_of, same_state
 
 pytestmark = pytest.mark.cluster
 
 TASKS, BATCH = 2, 40
 RUNS = {
     "inflora": {},
-    "every target": {"method.targets": ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]},
-    "aligned": {"method.classifier_alignment.epochs": 2, "method.classifier_alignment.samples": 16},
+    "every target": {"adapter.targets": ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]},
+    "aligned": {"classifier": pair_of("inflora", "aligned")["classifier"]},
 }
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
@@ -44,18 +50,27 @@ def config_of(tiny: RunConfig, kind: str) -> RunConfig:
     return override(tiny, RUNS[kind] | {"optim.batch_size": BATCH})
 
 
-def passes_of(config: RunConfig, device: torch.device):
-    """The passes over the first task's images as a run makes them."""
+INPUT = partial(InputFormat, side=32, channels=1, device=torch.device("cpu"))
+
+
+def first_task(config: RunConfig) -> TaskData:
+    """The first task's images as a run reads them."""
     stream = make_stream(config.data, "validation")
-    input = Input(config.data, 32, 1, device)
-    rows = stream.tasks[0].train_rows
+    return TaskData(stream.tasks[0], 5, stream.train, INPUT(config.data), config.optim, Draws(config.seed))
 
-    def passes(purpose: str):
-        generator = seeded(0, 0, purpose)
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        return training_batches(stream.train, shuffled, input, BATCH, generator)
 
-    return stream, passes, evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows, input, 7)
+def evaluated(config: RunConfig) -> Iterator[Batch]:
+    """The first task's evaluation images, in batches that do not divide evenly."""
+    stream = make_stream(config.data, "validation")
+    return evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows, INPUT(config.data), 7)
+
+
+def fresh_model(config: RunConfig) -> tuple[ContinualModel, Adapter[Any]]:
+    """A prepared model and its adapter, before the first task."""
+    model = ContinualModel(build_backbone(config.backbone), make_classifier(config.classifier, 32))
+    adapter = make_adapter(config.adapter)
+    adapter.prepare(model)
+    return model, adapter
 
 
 def named(prefix: str, batches: list[Batch]) -> dict[str, torch.Tensor]:
@@ -64,10 +79,7 @@ def named(prefix: str, batches: list[Batch]) -> dict[str, torch.Tensor]:
 
 
 def covariances_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    stream, passes, _ = passes_of(config, torch.device("cpu"))
-    model, method = ContinualModel(build_backbone(config.backbone), 32), make_method(config.method)
-    method.prepare(model)
-    return input_covariances(model, TaskData(stream.tasks[0], 5, 0, passes, lambda: passes("")), "before")
+    return input_covariances(fresh_model(config)[0], first_task(config), "before")
 
 
 @contextmanager
@@ -82,8 +94,8 @@ def unlike_the_first(rank: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr(method_module, "design", other_design)
-            patch.setattr(method_module, "update", other_update)
+            patch.setattr(adapter_module, "design", other_design)
+            patch.setattr(adapter_module, "update", other_update)
         yield
 
 
@@ -102,8 +114,8 @@ def work(rank: int, world: int, folder: Path, tiny: RunConfig) -> None:
         *_, last = islice(run(config_of(tiny, "inflora")), TASKS)
         save_state(last.state, out / "unlike")
     config = config_of(tiny, "inflora")
-    _, passes, plain = passes_of(config, torch.device("cpu"))
-    save_file(named("train", list(passes("train-0"))) | named("plain", list(plain)), out / "batches.safetensors")
+    augmented, plain = list(first_task(config).augmented("train-0")), list(evaluated(config))
+    save_file(named("train", augmented) | named("plain", plain), out / "batches.safetensors")
     save_file(covariances_of(config), out / "covariances.safetensors")
     total = distributed.all_sum(torch.tensor([1.0, rank]))
     assert total.tolist() == [world, sum(range(world))]
@@ -134,13 +146,11 @@ def state_of(processes: dict[int, Path], world: int, rank: int, kind: str) -> Ru
 
 
 def logits_of(state: RunState, config: RunConfig, digits: Path) -> torch.Tensor:
-    model = ContinualModel(build_backbone(config.backbone), 32)
-    make_method(config.method).prepare(model)
-    model.load_learnt_state(state.model)
-    images, input = open_split(digits, "test"), Input(config.data, 32, 1, torch.device("cpu"))
-    (batch,) = evaluation_batches(images, torch.arange(100), input, 100)
+    model, adapter = fresh_model(config)
+    restore(model, adapter, state)
+    (batch,) = evaluation_batches(open_split(digits, "test"), torch.arange(100), INPUT(config.data), 100)
     with torch.no_grad():
-        return model.logits(model.features(batch.images))
+        return model(batch.images)
 
 
 def batches_of(processes: dict[int, Path], world: int, kind: str) -> list[list[tuple[torch.Tensor, float]]]:
@@ -182,14 +192,15 @@ def test_covariances_are_those_of_one_process(world, processes):
 @WORLDS
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_memory_and_the_class_statistics_are_those_of_one_process(world, kind, processes):
-    whole, shared = (state_of(processes, n, 0, kind).method for n in (1, world))
-    assert shared.keys() == whole.keys()
-    for name, basis_DK in memory_of(whole).items():
-        ours = memory_of(shared)[name]
-        assert ours.kind == basis_DK.kind
-        torch.testing.assert_close(projector(ours), projector(basis_DK), atol=1e-4, rtol=0)
-    classes = [{name: t for name, t in state.items() if name.startswith("classes/")} for state in (shared, whole)]
-    torch.testing.assert_close(*classes, atol=1e-4, rtol=1e-3)
+    whole, ours = (state_of(processes, n, 0, kind) for n in (1, world))
+    assert ours.adapter.keys() == whole.adapter.keys()
+    for name, memory in memory_of(whole.adapter).items():
+        torch.testing.assert_close(projector(memory_of(ours.adapter)[name]), projector(memory), atol=1e-4, rtol=0)
+    assert ours.classifier.keys() == whole.classifier.keys()
+    statistics = [name for name in whole.classifier if name.startswith(("means/", "factors/"))]
+    assert bool(statistics) == (kind == "aligned")
+    for name in statistics:
+        torch.testing.assert_close(ours.classifier[name], whole.classifier[name], atol=1e-4, rtol=1e-3)
 
 
 def projector(memory: Memory) -> torch.Tensor:
@@ -227,14 +238,15 @@ def test_a_workers_yes_or_no_travels_on_a_device_that_the_backend_knows(backend,
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(torch, "tensor", lambda value, device: sent.append((value, device)) or torch.full((), value))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(1))
-    assert distributed.everywhere(True) and not distributed.everywhere(False)
+    assert distributed.all_true(True) and not distributed.all_true(False)
     assert sent == [(1, device), (0, device)]
 
 
 def test_without_a_process_group_nothing_is_exchanged():
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
-    assert distributed.everywhere(True) and not distributed.everywhere(False)
+    assert distributed.all_true(True) and not distributed.all_true(False)
     tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
     assert distributed.all_sum(tensor) is tensor
+    assert distributed.broadcast(tensor) is tensor
     distributed.sum_gradients([parameter])
     assert parameter.grad is None

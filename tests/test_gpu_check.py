@@ -8,10 +8,12 @@ import torch
 
 from inflora import cuda, gpu_check
 from inflora.config import ConfigError, override
+from inflora.continual import TaskResult
 from inflora.gpu_check import CHECKS, Course, agree, course, exact_run, first_tasks, learnt, same
 from inflora.isolated import Bench, Failed
 from inflora.model import ContinualModel
 from inflora.serving import Prediction
+from inflora.training import Epoch
 from tests.simulated_gpu import simulated_gpu
 
 QUICK = ("device", "encoded store", "ViT-B/16", "as on the CPU", "resume")
@@ -61,11 +63,9 @@ def test_a_device_that_computes_wrongly_is_found(bench, small_on_cuda, monkeypat
 # What was learnt.
 
 
-@pytest.mark.parametrize(
-    ("step_losses", "losses"), [([[0.7, 0.6]], [0.7]), ([[0.7, math.nan]], [math.nan]), ([[math.inf, 0.1]], [0.1])]
-)
-def test_a_loss_that_did_not_fall_is_found(step_losses, losses, results):
-    wrong = results[1]._replace(step_losses=step_losses, losses=losses)
+@pytest.mark.parametrize("losses", [[[0.7], [0.6, 0.8]], [[0.7, math.nan]], [[math.inf], [0.1]]])
+def test_a_loss_that_did_not_fall_is_found(losses, results):
+    wrong = with_losses(results[1], losses)
     with pytest.raises(Failed, match="the loss of task 2 went from"):
         learnt([falling(results[0]), wrong], at_least=0.0)
 
@@ -78,8 +78,12 @@ def test_an_accuracy_near_chance_is_found(accuracy, results):
     assert "acc/seen 90.0 %" in learnt([wrong._replace(metrics={"acc/seen": 0.9})], at_least=0.6)
 
 
-def falling(result):
-    return result._replace(step_losses=[[0.7, 0.3]], losses=[0.5])
+def with_losses(result: TaskResult, losses: list[list[float]]) -> TaskResult:
+    return result._replace(epochs=[Epoch(of_steps, 0.1, 0.1) for of_steps in losses])
+
+
+def falling(result: TaskResult) -> TaskResult:
+    return with_losses(result, [[0.7, 0.3]])
 
 
 # Two ways to the same numbers.

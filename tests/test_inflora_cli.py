@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from inflora.cli import app
-from inflora.config import dump_config, load_config, override
+from inflora.config import AlignedSettings, InfLoRASettings, dump_config, load_config, method_of, override
 from inflora.continual import run
 from inflora.state import load_state, save_state
 
@@ -20,7 +20,7 @@ from inflora.state import load_state, save_state
 def config_file(tiny, tmp_path) -> Path:
     """The tiny run, with one task that learns all digits, as a file."""
     file = tmp_path / "tiny.yaml"
-    file.write_text(dump_config(override(tiny, {"data.tasks": 2, "method": {"name": "frozen"}})))
+    file.write_text(dump_config(override(tiny, {"data.tasks": 2, "adapter": "none"})))
     return file
 
 
@@ -45,13 +45,13 @@ def refused(result) -> bool:
 @pytest.mark.e2e
 def test_the_command_learns_every_task_prints_the_accuracies_and_keeps_the_run(tiny, tmp_path):
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny))
-    command = [Path(sys.executable).with_name("inflora"), "train", "tiny.yaml", "method.rank=3", "optim.lr=5e-4"]
+    command = [Path(sys.executable).with_name("inflora"), "train", "tiny.yaml", "adapter.rank=3", "optim.lr=5e-4"]
     done = subprocess.run([*command, "--out", "out"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert [f"task {i + 1}/5" in done.stdout for i in range(5)] == [True] * 5
     out = tmp_path / "out"
     config = load_config(out / "config.yaml")
-    assert config == override(tiny, {"method.rank": 3, "optim.lr": 5e-4})
+    assert config == override(tiny, {"adapter.rank": 3, "optim.lr": 5e-4})
     result = json.loads((out / "result.json").read_text())
     assert (result["evaluated_on"], len(result["accuracy_matrix"])) == ("test", 5)
     assert f"{result['metrics']['acc/final']:.4f}" in done.stdout
@@ -64,6 +64,14 @@ def test_the_same_command_gives_the_same_numbers(config_file, tmp_path):
     assert (tmp_path / "a" / "result.json").read_text() == (tmp_path / "b" / "result.json").read_text()
 
 
+def test_a_published_method_is_chosen_by_its_name_and_its_settings_are_changed_beside_it(config_file, tmp_path):
+    changes = ["--method", "inflora-ca", "classifier.epochs=1", "adapter.rank=3"]
+    assert inflora("train", config_file, *changes, "--out", tmp_path / "out").exit_code == 0
+    config = load_config(tmp_path / "out" / "config.yaml")
+    assert method_of(config) == "inflora-ca"
+    assert (config.classifier, config.adapter) == (AlignedSettings(epochs=1), InfLoRASettings(rank=3))
+
+
 def test_validation_can_be_evaluated_instead_of_test(config_file, tmp_path):
     done = inflora("train", config_file, "--out", tmp_path / "out", "--evaluate-on", "validation")
     assert done.exit_code == 0
@@ -71,22 +79,26 @@ def test_validation_can_be_evaluated_instead_of_test(config_file, tmp_path):
 
 
 BAD_SETTINGS = {
-    "unknown setting": ["method.rnk=3"],
-    "unknown group": ["metod.rank=3"],
-    "not an assignment": ["method.rank"],
-    "not YAML": ["method.rank=[1"],
+    "unknown setting": ["adapter.rnk=3"],
+    "unknown group": ["adaptor.rank=3"],
+    "not an assignment": ["adapter.rank"],
+    "not YAML": ["adapter.rank=[1"],
     "out of range": ["optim.lr=-1"],
-    "energy above one": ["method={name: inflora, energy: 1.5}"],
-    "rank above the width": ["method={name: inflora, rank: 33}"],
-    "blocks above the depth": ["method={name: inflora, blocks: 3}"],
+    "energy above one": ["adapter=inflora", "adapter.energy=1.5"],
+    "rank above the width": ["adapter=inflora", "adapter.rank=33"],
+    "blocks above the depth": ["adapter=inflora", "adapter.blocks=3"],
     "tasks that do not divide": ["data.tasks=3"],
     "unknown dataset": ["data.dataset=mnist"],
-    "unknown method": ["method={name: ewc}"],
+    "unknown adapter": ["adapter=ewc"],
+    "unknown classifier": ["classifier.name=ewc"],
+    "unknown method": ["--method", "ewc"],
+    "old names": ["method.rank=3"],
+    "nothing to align": ["data.joint=true", "classifier=aligned"],
     "unknown backbone": ["backbone.name=vit_none"],
     "not a transformer": ["backbone={name: resnet18, pretrained: false}"],
     "unadaptable": [
         "backbone={name: vit_small_patch16_18x2_224, pretrained: false, options: {depth: 1}}",
-        "method={name: inflora}",
+        "adapter=inflora",
     ],
     "heads that do not divide": ["backbone.options.num_heads=3"],
     "missing weights": ["backbone.weights=nowhere.safetensors"],

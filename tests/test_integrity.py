@@ -1,4 +1,4 @@
-"""A saved state that does not hold what its config says is refused, whichever method it is of."""
+"""A saved state that does not hold what its config says is refused, whichever adapter and classifier it is of."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -7,24 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from inflora.config import RunConfig, override
+from inflora.config import METHODS, RunConfig, override
 from inflora.continual import run
 from inflora.integrity import check_state, layouts_of
 from inflora.layout import misfit
-from inflora.methods import METHODS
 from inflora.state import RunState, StateError, save_state
-from tests.conftest import method_of
+from tests.conftest import pair_of, tiny_method
 
-KINDS = (*METHODS, "aligned")
-GROUPS = ("model", "method", "probes")
+KINDS = {name: tiny_method(name) for name in METHODS} | {"frozen, aligned": pair_of("none", "aligned")}
+GROUPS = ("model", "adapter", "classifier", "probes")
 UNKNOWN = torch.zeros(1)
 
 
 @pytest.fixture(scope="module")
 def states(tiny, digits) -> dict[str, list[tuple[RunConfig, RunState]]]:
-    """Every method's states after one task and after two."""
+    """The states of every kind after one task and after two."""
     changes = {"optim.batch_size": 256, "data.tasks": [3, 2, 5]}
-    configs = {kind: override(tiny, {"method": method_of(kind)} | changes) for kind in KINDS}
+    configs = {kind: override(tiny, settings | changes) for kind, settings in KINDS.items()}
     return {kind: [(config, result.state) for result in islice(run(config), 2)] for kind, config in configs.items()}
 
 
@@ -54,15 +53,17 @@ def changed(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def is_an_allowed_memory(kind: str, what: str) -> bool:
     """How many directions a memory holds is the learner's own affair: as few as none."""
-    return kind in ("inflora", "aligned") and what.endswith((".remove of no length in 1", ".retain of no length in 1"))
+    return kind in ("inflora", "inflora-ca") and what.endswith(
+        (".remove of no length in 1", ".retain of no length in 1")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_states_tensors_are_exactly_those_its_method_makes(kind, states):
+def test_a_states_tensors_are_exactly_those_its_adapter_and_classifier_make(kind, states):
     """Untouched it passes; with any tensor gone, of another shape or type, not finite, or one more, it does not."""
     for config, state in states[kind]:
         check_state(config, state)
-        layouts = layouts_of(config, (10,) if kind == "joint" else (3, 2)[: state.tasks_done], state.method.keys())
+        layouts = layouts_of(config, (10,) if kind == "joint" else (3, 2)[: state.tasks_done], state.adapter.keys())
         for group in GROUPS:
             tensors = getattr(state, group)
             assert misfit(tensors, layouts[group]) == ""
@@ -83,7 +84,7 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_tensor(group, states):
 
 def test_a_state_of_other_settings_is_none_of_this_config(states):
     config, state = states["inflora"][0]
-    for change in ({"data.mean": 0.1}, {"method.name": "frozen"}, {"data.tasks": [3, 3, 4]}):
+    for change in ({"data.mean": 0.1}, {"adapter": "lora"}, {"classifier": "ncm"}, {"data.tasks": [3, 3, 4]}):
         with pytest.raises(StateError, match="edited, a file that it names has changed, or of another version"):
             check_state(override(config, change), state)
 

@@ -213,7 +213,7 @@ def test_a_model_without_fused_qkv_is_refused_in_one_line(vit, message):
 
 
 def test_more_blocks_than_there_are_are_refused(plain):
-    with pytest.raises(ConfigError, match=r"method\.blocks must be at most the backbone's depth 1, got 2"):
+    with pytest.raises(ConfigError, match=r"adapter\.blocks must be at most the backbone's depth 1, got 2"):
         inject(stack(plain), 2)
 
 

@@ -7,7 +7,15 @@ import yaml
 from typer.testing import CliRunner
 
 from inflora.cli import app, beside_published
-from inflora.config import ConfigError, dump_config, override, parse_config
+from inflora.config import (
+    AlignedSettings,
+    ConfigError,
+    LinearSettings,
+    dump_config,
+    method_of,
+    override,
+    parse_config,
+)
 from inflora.data import DATASETS, prepare_store
 from inflora.data.manifest import read_manifest
 from inflora.data.samples import cifar100
@@ -37,10 +45,19 @@ def test_a_preset_trains_on_all_images_and_its_tuning_form_holds_some_out(name):
 )
 def test_a_preset_is_the_papers_setting(name, settings):
     config = PRESETS[name].config
-    data, method, optim = config.data, config.method, config.optim
-    found = (data.dataset, data.tasks, method.rank, method.energy, optim.name, optim.lr, optim.epochs, data.eval_resize)
+    data, adapter, optim = config.data, config.adapter, config.optim
+    found = (
+        data.dataset,
+        data.tasks,
+        adapter.rank,
+        adapter.energy,
+        optim.name,
+        optim.lr,
+        optim.epochs,
+        data.eval_resize,
+    )
     assert found == settings
-    assert (optim.batch_size, method.energy_end, data.order_seed) == (128, 1.0, None)
+    assert (optim.batch_size, adapter.energy_end, data.order_seed) == (128, 1.0, None)
     assert (data.mean, data.std, data.augment.scale, data.augment.flip) == (0.0, 1.0, (0.08, 1.0), True)
     assert config.backbone.name == "vit_base_patch16_224.augreg_in21k"
 
@@ -48,10 +65,12 @@ def test_a_preset_is_the_papers_setting(name, settings):
 @pytest.mark.parametrize("name", ["domainnet-5", *(name for name in PRESETS if name.endswith(("b5", "ca")))])
 def test_the_variants_were_published_with_gpm_memory(name):
     config = PRESETS[name].config
-    assert config.method.memory == "gpm"
-    assert (config.method.blocks == 5) == name.endswith("b5")
-    alignment = config.method.classifier_alignment
-    assert (alignment.epochs, alignment.temperature) == ((5, 0.1) if name.endswith("ca") else (0, None))
+    assert config.adapter.memory == "gpm"
+    assert (config.adapter.blocks == 5) == name.endswith("b5")
+    assert config.classifier == (
+        AlignedSettings(epochs=5, temperature=0.1) if name.endswith("ca") else LinearSettings()
+    )
+    assert method_of(config) == ("inflora-ca" if name.endswith("ca") else "inflora")
 
 
 def test_a_result_is_called_within_or_outside_the_published_spread():
@@ -87,7 +106,9 @@ def test_another_seed_or_place_is_still_the_published_experiment(change, whole):
     assert beside_published("cifar100-10", config, "test", METRICS)[0].startswith("the paper: final 86.51")
 
 
-@pytest.mark.parametrize("change", [{"method.rank": 11}, {"optim.epochs": 1}, {"data.tasks": 20}])
+@pytest.mark.parametrize(
+    "change", [{"adapter.rank": 11}, {"classifier": "ncm"}, {"optim.epochs": 1}, {"data.tasks": 20}]
+)
 def test_other_settings_are_not_compared(change):
     config = override(find_preset("cifar100-10").config, change)
     (line,) = beside_published("cifar100-10", config, "test", METRICS)

@@ -7,13 +7,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from inflora.config import CODAPromptSettings, ConfigError, DualPromptSettings, L2PSettings
-from inflora.methods import make_method
-from inflora.methods.codaprompt import ComponentPrompts, orthogonal_rows
-from inflora.methods.dualprompt import DualPrompts
-from inflora.methods.l2p import PromptPool
+from inflora.adapters import make_adapter
+from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows
+from inflora.adapters.prompts.dualprompt import DualPrompts
+from inflora.adapters.prompts.l2p import PromptPool
+from inflora.classifiers import make_classifier
+from inflora.config import CODAPromptSettings, ConfigError, DualPromptSettings, L2PSettings, LinearSettings
 from inflora.model import ContinualModel
-from inflora.prompts import make_promptable, prefixed, prepended_features, query
+from inflora.prompts import Prompts, make_promptable, prefixed, prepended_features, query
 
 SMALL = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 0}
 VARIANTS = pytest.mark.parametrize(
@@ -28,7 +29,7 @@ VARIANTS = pytest.mark.parametrize(
     ],
     ids=lambda variant: ",".join(f"{k}={v}" for k, v in variant.items()) or "plain",
 )
-METHODS = pytest.mark.parametrize(
+ADAPTERS = pytest.mark.parametrize(
     "settings",
     [
         L2PSettings(pool=4, length=2, top=2),
@@ -46,11 +47,17 @@ def vit_of(variant: dict | None = None) -> VisionTransformer:
         return VisionTransformer(**(SMALL | (variant or {}))).eval().requires_grad_(False)
 
 
+def penalty_of(prompts: Prompts, vit: VisionTransformer) -> float:
+    """What a batch's loss is increased by."""
+    (penalty,) = prompts(vit, IMAGES).penalties
+    return penalty.item()
+
+
 @VARIANTS
 def test_without_a_prefix_a_promptable_model_is_the_plain_one(variant):
     vit = vit_of(variant)
     plain, names = vit(IMAGES), list(vit.state_dict())
-    make_promptable(vit, 3, "method.blocks")
+    make_promptable(vit, 3, "adapter.blocks")
     assert torch.equal(vit(IMAGES), plain)
     assert list(vit.state_dict()) == names
 
@@ -59,7 +66,7 @@ def test_without_a_prefix_a_promptable_model_is_the_plain_one(variant):
 def test_a_prefix_that_repeats_the_images_own_keys_and_values_changes_nothing(variant):
     """Softmax over every key twice is softmax over every key once: the prefix is read as keys and values."""
     vit = vit_of(variant)
-    make_promptable(vit, 1, "method.blocks")
+    make_promptable(vit, 1, "adapter.blocks")
     attention, read = vit.blocks[0].attn, []
     handle = attention.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     plain = vit(IMAGES)
@@ -75,7 +82,7 @@ def test_a_prefix_that_repeats_the_images_own_keys_and_values_changes_nothing(va
 
 def test_a_prefix_is_gone_after_an_exception():
     vit = vit_of()
-    make_promptable(vit, 1, "method.blocks")
+    make_promptable(vit, 1, "adapter.blocks")
     with pytest.raises(RuntimeError), prefixed(vit, {0: (torch.zeros(1, 12), torch.zeros(1, 12))}):
         raise RuntimeError
     assert vit.blocks[0].attn.prefix is None
@@ -96,12 +103,12 @@ def test_tokens_put_before_the_images_reach_the_blocks_and_their_outputs_are_ave
 
 
 @VARIANTS
-@METHODS
-def test_every_prompt_method_runs_on_every_kind_of_vision_transformer(variant, settings):
-    model, method = ContinualModel(vit_of(variant), 12), make_method(settings)
-    method.prepare(model)
+@ADAPTERS
+def test_every_prompt_adapter_runs_on_every_kind_of_vision_transformer(variant, settings):
+    model = ContinualModel(vit_of(variant), make_classifier(LinearSettings(), 12))
+    make_adapter(settings).prepare(model)
     model.prompts.begin(model.backbone, 0, seed=0)
-    features, penalty = model.prompts(model.backbone, IMAGES, 0)
+    features, (penalty,) = model.prompts(model.backbone, IMAGES, 0)
     (features.square().mean() + penalty).backward()
     assert all(parameter.grad is not None for parameter in model.prompts.parameters())
     assert not torch.allclose(features, query(model.backbone, IMAGES))
@@ -113,14 +120,14 @@ def test_an_image_picks_the_prompts_with_the_nearest_keys():
     queries = query(vit, IMAGES)
     with torch.no_grad():
         prompts.get_parameter("keys_PD").copy_(3 * queries)
-    features, penalty = prompts(vit, IMAGES)
+    features, (penalty,) = prompts(vit, IMAGES)
     assert penalty.item() == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(features, prepended_features(vit, IMAGES, prompts.get_parameter("pool_PLD")))
 
 
 def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():
     vit = vit_of()
-    make_promptable(vit, 2, "method.blocks")
+    make_promptable(vit, 2, "adapter.blocks")
     prompts = DualPrompts(DualPromptSettings(general_blocks=1, expert_blocks=1))
     for task in range(2):
         prompts.begin(vit, task, seed=0)
@@ -136,7 +143,7 @@ def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():
 
 def test_only_the_newest_expert_and_components_are_trained():
     vit = vit_of()
-    make_promptable(vit, 3, "method.blocks")
+    make_promptable(vit, 3, "adapter.blocks")
     dual, coda = DualPrompts(DualPromptSettings(expert_blocks=1)), ComponentPrompts(CODAPromptSettings(blocks=1))
     for prompts in (dual, coda):
         for task in range(2):
@@ -149,7 +156,7 @@ def test_only_the_newest_expert_and_components_are_trained():
 def test_component_weights_are_cosines_with_the_attended_query():
     """One component with attention one: its weight is the cosine of query and key; half is keys, half is values."""
     vit = vit_of()
-    make_promptable(vit, 1, "method.blocks")
+    make_promptable(vit, 1, "adapter.blocks")
     prompts = ComponentPrompts(CODAPromptSettings(components=1, length=2, blocks=1))
     prompts.begin(vit, 0, seed=0)
     with torch.no_grad():
@@ -173,22 +180,22 @@ def test_components_start_orthogonal_to_each_other_and_to_the_old_ones_while_the
 
 def test_the_penalty_is_the_squared_overlap_of_components_keys_and_attentions():
     vit = vit_of()
-    make_promptable(vit, 1, "method.blocks")
+    make_promptable(vit, 1, "adapter.blocks")
     prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=1, orthogonality=0.5))
     prompts.begin(vit, 0, seed=0)
-    assert prompts(vit, IMAGES).penalty.item() == pytest.approx(0, abs=1e-5)
+    assert penalty_of(prompts, vit) == pytest.approx(0, abs=1e-5)
     with torch.no_grad():
         prompts.get_parameter("keys_0").copy_(torch.ones(1, 2, 12) / math.sqrt(12))
-    assert prompts(vit, IMAGES).penalty.item() == pytest.approx(0.5 * 2, abs=1e-4)
+    assert penalty_of(prompts, vit) == pytest.approx(0.5 * 2, abs=1e-4)
 
 
 def test_too_many_blocks_are_refused_by_the_name_of_the_setting():
-    with pytest.raises(ConfigError, match=r"method\.blocks must be at most the backbone's depth 3, got 4"):
-        make_promptable(vit_of(), 4, "method.blocks")
+    with pytest.raises(ConfigError, match=r"adapter\.blocks must be at most the backbone's depth 3, got 4"):
+        make_promptable(vit_of(), 4, "adapter.blocks")
 
 
 def test_attention_of_another_kind_is_refused():
     vit = vit_of()
     vit.blocks[1].attn = nn.Identity()
     with pytest.raises(ConfigError, match=r"cannot be prompted: blocks\.1 has no plain attention"):
-        make_promptable(vit, 2, "method.blocks")
+        make_promptable(vit, 2, "adapter.blocks")

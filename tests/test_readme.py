@@ -1,4 +1,4 @@
-"""The README followed literally: every command in it, in its order, in one shell, in a copy of the repository.
+"""The README and the pages that go on from it, followed literally: every command, in order, in one shell, in a copy.
 
 A command whose comment begins with "needs" cannot be followed here (a GPU, a cluster, an archive, more than minutes).
 """
@@ -17,8 +17,11 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.pages import ARCHITECTURE, STEP, TREE, defined, tree, with_lines
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FOLLOWED = [README, *((ROOT / "docs" / name).read_text() for name in ("data.md", "search.md", "gpu.md", "results.md"))]
 NEEDS = {"a GPU", "a cluster", "an archive", "five minutes", "half an hour", "40 minutes"}
 
 
@@ -41,10 +44,10 @@ def commands(text: str) -> list[Command]:
     return found
 
 
-COMMANDS = commands(README)
+COMMANDS = [command for page in FOLLOWED for command in commands(page)]
 
 
-def test_the_readme_s_commands_and_what_they_need_are_found():
+def test_the_pages_commands_and_what_they_need_are_found():
     page = (
         "```bash\nls -l     # shows\nmake x  # needs a GPU: of course\n```\n"
         "```console\n$ make y  # z\noutput\n```\n```python\n1\n```\n"
@@ -54,15 +57,18 @@ def test_the_readme_s_commands_and_what_they_need_are_found():
     assert len([command for command in COMMANDS if command.needs is None]) > 10
 
 
-def test_every_file_that_the_readme_names_is_there():
-    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
-    links = {link for page in pages[:1] for link in re.findall(r"\]\(([^)#:]+)\)", page)}
+def test_every_file_that_a_page_names_or_shows_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    linked = {page.parent / link for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())}
     named = {
-        path
+        ROOT / path
         for page in pages
-        for path in re.findall(r"(?<![\w/-])(?:inflora|sweeps|cluster|tests|docs|benchmarks)/[\w/]+\.\w+", page)
+        for path in re.findall(
+            r"(?<![\w/-])(?:inflora|sweeps|cluster|tests|docs|benchmarks)/[\w/]+\.\w+", page.read_text()
+        )
     }
-    assert [path for path in sorted(links | named) if not (ROOT / path).exists()] == []
+    assert [path for path in sorted(linked | named) if not path.exists()] == []
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} <= {path.name for path in linked | named}
 
 
 def test_every_command_is_one_of_ours_or_of_the_libraries():
@@ -70,10 +76,35 @@ def test_every_command_is_one_of_ours_or_of_the_libraries():
     assert first <= {"make", "source", "mlflow", "sweeps", "inflora", "python", "ls", "ray"}
 
 
-def test_the_tree_names_every_module():
-    told = set(re.findall(r"\w+\.py", README))
-    files = [file for package in ("inflora", "sweeps") for file in (ROOT / package).glob("*.py")]
-    assert {file.name for file in files if file.name != "__init__.py"} - told == set()
+def test_the_readme_is_one_screen_and_a_half():
+    assert len(README.splitlines()) <= 110
+    assert len(README.split()) <= 900
+
+
+def test_the_tree_is_that_of_the_code():
+    assert TREE.search(ARCHITECTURE.read_text())[0] == tree(), "python -m tests.pages writes it anew"
+
+
+def test_a_reader_gets_from_a_recipe_to_the_first_loss_in_nine_files_and_1400_lines():
+    walk = ARCHITECTURE.read_text().partition("**From a recipe")[2].partition("\n**")[0]
+    files = {path for path, *_ in STEP.findall(walk)}
+    assert {"sweeps/digits.py", "inflora/training.py"} <= files
+    assert len(files) <= 9
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in files) <= 1400
+
+
+def test_every_step_of_a_walk_is_where_its_name_is_defined():
+    page = ARCHITECTURE.read_text()
+    steps, now = STEP.findall(page), STEP.findall(with_lines(page))
+    assert len(steps) > 20
+    assert [step for step in now if step[1] == "0"] == [], "names that are gone"
+    assert steps == now, "python -m tests.pages writes them anew"
+
+
+def test_a_step_follows_its_name_and_one_whose_name_is_gone_stands_at_line_0(tmp_path):
+    (tmp_path / "m.py").write_text("A = 1\n\n\nclass B:\n    def c(self): ...\n")
+    assert defined((tmp_path / "m.py").read_text()) == {"A": 1, "B": 4, "B.c": 5}
+    assert with_lines("`m.py:9 B.c` `m.py:2 d`", tmp_path) == "`m.py:5 B.c` `m.py:0 d`"
 
 
 class Shell:
@@ -150,9 +181,47 @@ def follow(shell: Shell, shortened: dict[str, str]) -> None:
         assert "Traceback" not in said, f"{line}: {said}"
 
 
+PLUGIN_IN_USE = """
+import sys
+from pathlib import Path
+
+import inflora
+import torch
+from inflora.config import parse_config
+from inflora.runs import train_into
+
+settings = {"optim": {"epochs": 1, "batch_size": 64}, "classifier": {"name": "cosine", "temperature": 0.2}}
+state = train_into(Path("run"), parse_config(settings), "validation")
+scores = inflora.load("run")(torch.rand(4, 1, 32, 32))
+print(scores.shape[1], float(scores.abs().max()) <= 5, state.metrics(5)["acc/final"] > 0.5)
+"""
+
+
+@pytest.mark.e2e
+def test_the_classifier_that_the_readme_adds_learns_and_is_served(tmp_path, data_root):
+    """As a package of its own, which is found by its entry point."""
+    (block,) = re.findall(r"^```python\n(# cosine.py.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (entry,) = re.findall(r'`(cosine = "(?:.*?)")`', README)
+    assert len([line for line in block.splitlines() if line]) <= 20
+    (tmp_path / "cosine.py").write_text(block)
+    package = tmp_path / "cosine-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: cosine\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[inflora.classifiers]\n" + entry.replace('"', "") + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGIN_IN_USE],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["10", "True", "True"]), done.stderr
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_the_readme_followed_with_a_sweep_of_two_short_trials(shell):
+def test_the_pages_followed_with_a_sweep_of_two_short_trials(shell):
     sweep = ".venv/bin/python sweeps/digits.py --num-trials 2 optim.epochs=2"
     follow(shell, {"make sweep": f"{sweep} && .venv/bin/sweeps export digits -o results/digits.yaml"})
 
@@ -160,5 +229,5 @@ def test_the_readme_followed_with_a_sweep_of_two_short_trials(shell):
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_readme_followed_to_the_letter(shell):
+def test_the_pages_followed_to_the_letter(shell):
     follow(shell, {})

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inflora.config import RunConfig, parse_config
+from inflora.adapters.inflora import memory_of
+from inflora.config import ConfigError, RunConfig, override, parse_config
 from inflora.continual import TaskResult, run
 from inflora.data import prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
-from inflora.methods.inflora import memory_of
 
 TRACE = Path(__file__).parents[2] / "shared" / "reference" / "a_adam.npz"
 TASKS, LAYERS = 5, 3
@@ -31,15 +31,21 @@ def trace() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def replayed(trace, tmp_path_factory) -> list[tuple[TaskResult, Tensor]]:
-    """Each task of the recorded run again, from its images, weights, classifiers and orders; and its test logits."""
+def replay(trace, tmp_path_factory) -> RunConfig:
+    """The recorded run's settings, with its images, weights, classifiers and orders."""
     folder = tmp_path_factory.mktemp("replay")
     prepare_store("trace", Dataset(lambda *_: images_of(trace), needs=None), folder, Options(), root=str(folder))
+    return replay_config(trace, folder)
+
+
+@pytest.fixture(scope="module")
+def replayed(trace, replay) -> list[tuple[TaskResult, Tensor]]:
+    """Each task of the recorded run again, and its test logits."""
     results = []
-    for t, result in enumerate(run(replay_config(trace, folder), evaluate_on="test")):
+    for t, result in enumerate(run(replay, evaluate_on="test")):
         images = trace["x_test"][trace[f"t{t}/test_index"].long()].permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            results.append((result, result.model.logits(result.model.features(images))))
+            results.append((result, result.model(images)))
     return results
 
 
@@ -70,11 +76,12 @@ def replay_config(trace: dict[str, Tensor], folder: Path) -> RunConfig:
                 "tasks": TASKS,
                 "train_on": "train+validation",
                 "augment": "none",
-                "order": folder / "orders.safetensors",
             },
             "backbone": {"name": "glyph_vit", "weights": folder / "weights.safetensors", "options": options},
-            "method": {"name": "inflora", "rank": 4, "energy": 0.95},
-            "optim": {"lr": 5e-4, "epochs": 10, "batch_size": 32, "head_init": folder / "heads.safetensors"},
+            "adapter": {"name": "inflora", "rank": 4, "energy": 0.95},
+            "classifier": "linear",
+            "optim": {"lr": 5e-4, "epochs": 10, "batch_size": 32},
+            "replay": {name: folder / f"{name}.safetensors" for name in ("orders", "heads")},
             "device": "cpu",
         }
     )
@@ -97,6 +104,13 @@ def test_losses(t, trace, replayed):
 
 
 @EVERY_TASK
+def test_learning_rates(t, trace, replayed):
+    """One for both: the recorded run trains classifiers as fast as adapters."""
+    for rates in ([epoch.lr for epoch in replayed[t][0].epochs], [epoch.head_lr for epoch in replayed[t][0].epochs]):
+        assert torch.tensor(rates).double() == pytest.approx(trace[f"t{t}/lr_epoch"].double(), rel=1e-6, abs=1e-12)
+
+
+@EVERY_TASK
 @EVERY_LAYER
 def test_designed_and_trained_matrices(t, layer, trace, replayed):
     factors = replayed[t][0].factors
@@ -110,7 +124,7 @@ def test_designed_and_trained_matrices(t, layer, trace, replayed):
 @EVERY_TASK
 @EVERY_LAYER
 def test_memory(t, layer, trace, replayed):
-    memory = memory_of(replayed[t][0].state.method)[f"backbone.blocks.{layer}.attn.qkv"]
+    memory = memory_of(replayed[t][0].state.adapter)[f"backbone.blocks.{layer}.attn.qkv"]
     assert memory.kind == ("retain" if trace[f"t{t}/gpm_retain"][layer] else "remove")
     assert memory.basis_DK.shape[1] == trace[f"t{t}/gpm_dim"][layer]
     projector = memory.basis_DK @ memory.basis_DK.T
@@ -122,7 +136,7 @@ def test_classifiers_and_logits(t, trace, replayed):
     result, logits = replayed[t]
     assert largest_difference(logits, trace[f"t{t}/test_logits"]) < 5e-4
     for j in range(t + 1):
-        weight, bias = (result.state.model[f"heads.{j}.{name}"] for name in ("weight", "bias"))
+        weight, bias = (result.state.classifier[f"heads.{j}.{name}"] for name in ("weight", "bias"))
         assert largest_difference(weight, trace[f"t{t}/head_w"][j]) < 5e-4
         assert largest_difference(bias, trace[f"t{t}/head_b"][j]) < 5e-4
 
@@ -132,5 +146,12 @@ def test_accuracies(t, trace, replayed):
     result, _ = replayed[t]
     assert 100 * result.metrics["acc/seen"] == pytest.approx(float(trace["acc_total"][t]), abs=0.01)
     assert 100 * torch.tensor(result.accuracies).double() == pytest.approx(trace["acc_matrix"][t, : t + 1], abs=0.01)
+    task_aware = trace["acc_with_task_matrix"][t, : t + 1]
+    assert 100 * torch.tensor(result.task_aware).double() == pytest.approx(task_aware, abs=0.01)
     assert 100 * result.metrics["acc/task_aware"] == pytest.approx(float(trace["acc_with_task_total"][t]), abs=0.01)
     assert result.metrics["acc/task_identity"] == pytest.approx(float(trace["acc_task_id"][t]), abs=1e-4)
+
+
+def test_a_recording_of_more_epochs_than_the_run_has_is_refused(replay):
+    with pytest.raises(ConfigError, match=r"^replay\.orders holds 0/train-9, which this run does not ask for$"):
+        next(run(override(replay, {"optim.epochs": 9}), evaluate_on="test"))

@@ -18,41 +18,39 @@ from torch import nn
 
 import inflora
 from inflora.backbone import build_backbone
-from inflora.config import RunConfig, load_config, override
+from inflora.config import METHODS, RunConfig, load_config, override
 from inflora.continual import TaskResult
 from inflora.data import prepare_store, samples
 from inflora.data.domainnet import read as read_domainnet
 from inflora.data.image_folder import read as read_image_folder
-from inflora.data.loader import Input, evaluation_batches
+from inflora.data.loader import InputFormat, evaluation_batches
 from inflora.data.source import Dataset, Options
 from inflora.data.stream import make_stream
 from inflora.lora import LoRALinear
-from inflora.methods import METHODS
 from inflora.runs import train_into
 from inflora.serving import load, predict
 from inflora.state import DataFacts, StateError, load_state, save_state
-from tests.conftest import method_of
+from tests.conftest import pair_of, tiny_method
 from tests.test_inflora_cli import inflora as command
 from tests.test_inflora_cli import refused
 
 PROMPTING = ("l2p", "dualprompt", "codaprompt")
 
 
-class Trained:
+class TrainedRun:
     """A run on disk, and what it says of evaluation images itself."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.results: list[TaskResult] = []
         train_into(folder, config, "test", on_task=self.results.append)
-        stream = make_stream(config.data, "test")
-        self.stream = stream.merged() if config.method.name == "joint" else stream
+        self.stream = make_stream(config.data, "test")
         self.images = torch.cat([task.eval_rows[:4] for task in self.stream.tasks])
         channels = self.last.model.backbone.patch_embed.proj.in_channels
-        input = Input(config.data, 32, channels, torch.device("cpu"))
-        (self.batch,) = evaluation_batches(self.stream.evaluate, self.images, input, 256)
+        input_format = InputFormat(config.data, 32, channels, torch.device("cpu"))
+        (self.batch,) = evaluation_batches(self.stream.evaluate, self.images, input_format, 256)
         with torch.no_grad():
-            self.logits = self.last.model.logits(self.last.model.features(self.batch.images))
+            self.logits = self.last.model(self.batch.images)
 
     @property
     def last(self) -> TaskResult:
@@ -67,34 +65,34 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, digits, tmp_path_factory) -> Trained:
+def trained(tiny, digits, tmp_path_factory) -> TrainedRun:
     config = override(tiny, {"data.order_seed": 1993, "optim.epochs": 2})
-    return Trained(config, tmp_path_factory.mktemp("run"))
+    return TrainedRun(config, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
-def of_files(tiny, tmp_path_factory) -> Trained:
+def of_files(tiny, tmp_path_factory) -> TrainedRun:
     """A run on images of other sizes than the model's, in files, shown at another scale."""
     folder = tmp_path_factory.mktemp("files")
     source = samples.image_folder(folder, 4, 6)
     prepare_store("kinds", Dataset(read_image_folder, ""), source, Options(), str(folder))
     data = {"data.dataset": "kinds", "data.root": str(folder), "data.tasks": 2, "data.eval_resize": 40}
     data |= {"data.mean": 0.5, "data.std": 0.2, "backbone.options.in_chans": 3}
-    return Trained(override(tiny, data), folder / "run")
+    return TrainedRun(override(tiny, data), folder / "run")
 
 
 @pytest.fixture(scope="module")
-def of_domains(tiny, tmp_path_factory) -> Trained:
+def of_domains(tiny, tmp_path_factory) -> TrainedRun:
     folder = tmp_path_factory.mktemp("domains")
     source = samples.domainnet(folder, 3, 6)
     prepare_store("rooms", Dataset(read_domainnet, ""), source, Options(), str(folder), subset=True)
     data = {"data.dataset": "rooms", "data.root": str(folder), "data.scenario": "domain", "data.tasks": 6}
-    return Trained(override(tiny, {**data, "backbone.options.in_chans": 3}), folder / "run")
+    return TrainedRun(override(tiny, {**data, "backbone.options.in_chans": 3}), folder / "run")
 
 
 @pytest.mark.parametrize("name", ["trained", "of_files", "of_domains"])
 def test_the_loaded_model_gives_the_logits_of_the_runs_own_evaluation(name, request, tmp_path):
-    ours: Trained = request.getfixturevalue(name)
+    ours: TrainedRun = request.getfixturevalue(name)
     model = inflora.load(ours.folder)
     inputs = torch.stack([model.transform(file) for file in ours.files(tmp_path)])
     assert torch.equal(inputs, ours.batch.images)
@@ -121,7 +119,7 @@ def test_the_model_is_a_plain_timm_model(trained):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_model_can_be_loaded_and_gives_its_own_logits(method, tiny, digits, tmp_path):
-    trained = Trained(override(tiny, {"method": method_of(method), "data.tasks": 2, "optim.batch_size": 256}), tmp_path)
+    trained = TrainedRun(override(tiny, tiny_method(method) | {"data.tasks": 2, "optim.batch_size": 256}), tmp_path)
     model = inflora.load(tmp_path)
     assert (type(model) is VisionTransformer) == (method not in PROMPTING)
     torch.testing.assert_close(model(trained.batch.images), trained.logits, atol=1e-4, rtol=1e-4)
@@ -271,8 +269,8 @@ def test_importing_inflora_is_light():
 def test_the_backbone_with_peft_adapters_of_all_tasks_is_the_merged_model(targets, tiny, digits, tmp_path):
     from peft import PeftModel
 
-    changes = {"method.targets": targets, "optim.epochs": 2, "method.rank": 12, "method.energy": 0.99}
-    trained = Trained(override(tiny, changes), tmp_path)
+    changes = {"adapter.targets": targets, "optim.epochs": 2, "adapter.rank": 12, "adapter.energy": 0.99}
+    trained = TrainedRun(override(tiny, changes), tmp_path)
     model, base = inflora.load(tmp_path), build_backbone(load_config(tmp_path / "config.yaml").backbone)
     before = base(trained.batch.images)
     base.reset_classifier(10)
@@ -287,7 +285,7 @@ def test_the_backbone_with_peft_adapters_of_all_tasks_is_the_merged_model(target
 
 
 def test_what_merges_nothing_leaves_no_adapters(tiny, digits, tmp_path):
-    for method in ("frozen", "sdlora"):
-        config = override(tiny, {"method": method_of(method), "data.tasks": 2, "optim.batch_size": 256})
-        train_into(tmp_path / method, config, "test")
-        assert not (tmp_path / method / "adapters").exists()
+    for adapter in ("none", "sdlora"):
+        config = override(tiny, pair_of(adapter) | {"data.tasks": 2, "optim.batch_size": 256})
+        train_into(tmp_path / adapter, config, "test")
+        assert not (tmp_path / adapter / "adapters").exists()

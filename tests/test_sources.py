@@ -26,7 +26,7 @@ from inflora.data import DATASETS, ensure_store, prepare_store, samples
 from inflora.data.archives import FolderTree, open_tree
 from inflora.data.augment import Crops, central_views, sample_crops
 from inflora.data.domainnet import DOMAINS
-from inflora.data.loader import Input, evaluation_batches, training_batches
+from inflora.data.loader import InputFormat, evaluation_batches, training_batches
 from inflora.data.pixels import Views
 from inflora.data.preparation import prepare
 from inflora.data.samples import SAMPLES
@@ -228,8 +228,9 @@ def test_some_domains_can_be_chosen_and_arrive_one_after_another(sources, tmp_pa
         own = stream.train.labels[task.train_rows]
         assert torch.equal(own - task.first_label, images.labels[task.train_rows])
         assert torch.equal(stream.class_of[own], images.labels[task.train_rows])
-    assert stream.merged().tasks[0].classes == stream.tasks[0].classes
-    assert stream.merged().train.labels.unique().tolist() == list(range(CLASSES))
+    joint = make_stream(settings.model_copy(update={"joint": True}), "test")
+    assert [task.classes for task in joint.tasks] == [stream.tasks[0].classes]
+    assert joint.train.labels.unique().tolist() == list(range(CLASSES))
 
 
 def test_a_class_named_in_another_domains_task_is_right(sources, tmp_path):
@@ -250,7 +251,7 @@ def test_a_class_named_in_another_domains_task_is_right(sources, tmp_path):
                 "pretrained": False,
                 "options": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
             },
-            "method": {"name": "inflora", "rank": 4},
+            "adapter": {"name": "inflora", "rank": 4},
             "optim": {"epochs": 5, "batch_size": 8, "lr": 5e-3},
             "device": "cpu",
         }
@@ -541,11 +542,13 @@ def test_an_encoded_store_keeps_the_files_as_they_are(sources, stores):
 @files_only
 def test_the_same_seed_gives_the_same_batches_from_files(name, stores):
     images = open_split(stores / name, "train")
-    input = Input(DataSettings(), side=16, channels=3, device=CPU)
+    input_format = InputFormat(DataSettings(), side=16, channels=3, device=CPU)
 
     def batches() -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(3)
-        return [b.images for b in training_batches(images, torch.arange(len(images.labels)), input, 7, generator)]
+        return [
+            b.images for b in training_batches(images, torch.arange(len(images.labels)), input_format, 7, generator)
+        ]
 
     first, second = batches(), batches()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -557,10 +560,10 @@ def test_a_worker_without_a_share_of_a_small_batch_gets_an_empty_one(name, store
     monkeypatch.setattr("inflora.distributed.rank", lambda: 1)
     monkeypatch.setattr("inflora.distributed.world_size", lambda: 2)
     images = open_split(stores / name, "train")
-    input = Input(DataSettings(), side=16, channels=3, device=CPU)
-    batches = list(training_batches(images, torch.arange(5), input, 4, torch.Generator()))
+    input_format = InputFormat(DataSettings(), side=16, channels=3, device=CPU)
+    batches = list(training_batches(images, torch.arange(5), input_format, 4, torch.Generator()))
     assert [tuple(batch.images.shape) for batch in batches] == [(2, 3, 16, 16), (0, 3, 16, 16)]
-    assert sum(len(batch.images) for batch in evaluation_batches(images, torch.arange(1), input, 4)) == 0
+    assert sum(len(batch.images) for batch in evaluation_batches(images, torch.arange(1), input_format, 4)) == 0
 
 
 def test_the_next_batches_are_made_while_one_is_computed_on(stores, monkeypatch):
@@ -573,9 +576,9 @@ def test_the_next_batches_are_made_while_one_is_computed_on(stores, monkeypatch)
         return view(*args)
 
     monkeypatch.setattr(type(images.pixels), "_view", slowly)
-    input = Input(DataSettings(), side=side, channels=3, device=CPU)
+    input_format = InputFormat(DataSettings(), side=side, channels=3, device=CPU)
     waits = []
-    for batch in training_batches(images, torch.arange(20), input, 4, torch.Generator()):
+    for batch in training_batches(images, torch.arange(20), input_format, 4, torch.Generator()):
         waits.append(batch.waited())
         time.sleep(0.1)  # the model computes
     assert max(waits[1:]) < 0.05
@@ -669,17 +672,18 @@ import torch
 from pathlib import Path
 from inflora.config import DataSettings
 from inflora.data import DATASETS, prepare_store
-from inflora.data.loader import Input, evaluation_batches, training_batches
+from inflora.data.loader import InputFormat, evaluation_batches, training_batches
 from inflora.data.source import Options
 from inflora.data.stream import make_stream
 prepare_store("cifar100", DATASETS["cifar100"], Path({str(tmp_path / "source")!r}), Options(), {str(tmp_path)!r})
 settings = DataSettings(root={str(tmp_path)!r}, dataset="cifar100", tasks=10)
 stream = make_stream(settings, "test")
-input = Input(settings, 224, 3, torch.device("cpu"))
+input_format = InputFormat(settings, 224, 3, torch.device("cpu"))
 rows = stream.tasks[0].train_rows
-batches = training_batches(stream.train, rows, input, 128, torch.Generator())
+batches = training_batches(stream.train, rows, input_format, 128, torch.Generator())
 seen = sum(len(next(batches).images) for _ in range(8))
-seen += sum(len(b.images) for b in evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows[:512], input, 256))
+evaluated = evaluation_batches(stream.evaluate, stream.tasks[0].eval_rows[:512], input_format, 256)
+seen += sum(len(batch.images) for batch in evaluated)
 # Not getrusage's ru_maxrss: a process born from a large one inherits that one's peak.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(len(rows), seen, int(peak.split()[1]) / 2**20)

@@ -12,15 +12,15 @@ from torch import Tensor
 from inflora import state as state_module
 from inflora.config import override
 from inflora.continual import TaskResult, run
-from inflora.methods.gaussians import Gaussians
+from inflora.gaussians import Gaussians
 from inflora.state import RunState, StateError, has_state, load_state, save_state
-from tests.conftest import method_of, same_state
+from tests.conftest import pair_of, same_state
 
 
 @pytest.fixture(scope="module")
 def results(tiny) -> list[TaskResult]:
     """The first tasks of the tiny run, with classes' Gaussians to remember."""
-    return list(islice(run(override(tiny, {"method": method_of("aligned")})), 4))
+    return list(islice(run(override(tiny, pair_of("inflora", "aligned"))), 4))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def test_a_state_is_loaded_as_it_was_saved(results, tmp_path):
 
 def test_each_tasks_classes_are_a_file_of_their_own_and_all_else_is_one(results, tmp_path):
     save_state(results[2].state, tmp_path)
-    of_classes = [{f"method/classes/{part}/{task}" for part in ("means", "factors")} for task in range(3)]
+    of_classes = [{f"classifier/{part}/{task}" for part in ("means", "factors")} for task in range(3)]
     files = [names_in(file) for file in files_of(tmp_path)]
     assert len(files) == 4 and all(names in files for names in of_classes)
 
@@ -78,8 +78,8 @@ def test_what_has_not_changed_is_written_once(results, written, tmp_path):
         *tensors, manifest = written
         rest, of_the_task = sorted(map(names_in, tensors), key=len, reverse=True)
         assert manifest.name == "state.json"
-        assert of_the_task == {f"method/classes/{part}/{task}" for part in ("means", "factors")}
-        assert not any(name.startswith("method/classes") for name in rest)
+        assert of_the_task == {f"classifier/{part}/{task}" for part in ("means", "factors")}
+        assert not any(name.startswith(("classifier/means", "classifier/factors")) for name in rest)
 
 
 def test_what_is_not_there_as_the_manifest_says_is_written_again(results, written, tmp_path):
@@ -100,8 +100,8 @@ def remembering(classes: int, width: int) -> RunState:
     for task in range(2):
         cov_DD = torch.cov(torch.randn(width, 40).double())
         gaussians = Gaussians.of(torch.ones(classes // 2, width).double(), cov_DD.expand(classes // 2, -1, -1))
-        tensors |= {f"classes/means/{task}": gaussians.mean_CD, f"classes/factors/{task}": gaussians.factor_CP}
-    return RunState("run", "backbone", "validation", 2, method=tensors)
+        tensors |= {f"means/{task}": gaussians.mean_CD, f"factors/{task}": gaussians.factor_CP}
+    return RunState("run", "backbone", "validation", 2, classifier=tensors)
 
 
 @pytest.mark.parametrize(("classes", "width"), [(10, 64), (20, 192)])
@@ -223,7 +223,7 @@ def test_nothing_in_a_saved_state_is_pickled(results, tmp_path):
     save_state(results[1].state, tmp_path)
     json.loads((tmp_path / "state.json").read_text())
     groups = {name.split("/")[0] for file in files_of(tmp_path) for name in names_in(file)}
-    assert groups == {"model", "method", "probes"}
+    assert groups == {"model", "adapter", "classifier", "probes"}
 
 
 def test_a_missing_state_is_an_error_that_names_the_folder(tmp_path):

@@ -1,6 +1,7 @@
 """One task's training: the schedule, what is trained and what is not, losses that break, and evaluation."""
 
 import math
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -9,42 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-from inflora.backbone import build_backbone
-from inflora.config import DataSettings, OptimSettings, RunConfig, override
+from inflora.adapters import Adapter
+from inflora.classifiers import make_classifier
+from inflora.config import DataSettings, LinearSettings, OptimSettings, override
 from inflora.continual import run
-from inflora.data.loader import Batch, Input
+from inflora.data.loader import InputFormat
 from inflora.data.pixels import RawPixels
 from inflora.data.store import Images, read_manifest
 from inflora.data.stream import Stream, Task
 from inflora.lora import adapted_layers
-from inflora.methods import TaskData, make_method
 from inflora.metrics import TaskCounts
 from inflora.model import ContinualModel
-from inflora.training import evaluate, lr_factor, make_optimizer, train_task
-from tests.conftest import method_of
-
-IMAGES = torch.rand(24, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-TASK = Task(0, 0, ("a", "b"), torch.arange(24), torch.arange(0))
+from inflora.task_data import TaskData
+from inflora.training import Epoch, batch_loss, evaluate, lr_factor, make_optimizer, train_task, trainable
+from tests.conftest import begun, pair_of, task_of_noise
 
 
-def passes(purpose: str = ""):
-    for rows in torch.arange(24).split(8):
-        yield Batch(IMAGES[rows], rows % 2, 1.0)
-
-
-def begun(tiny: RunConfig, method: str, heads: int = 1) -> tuple[ContinualModel, Any]:
-    """A model at the start of its first task; ``heads`` - 1 classifiers of earlier tasks are there already."""
-    learner = make_method(override(tiny, {"method": method_of(method)}).method)
-    model = ContinualModel(build_backbone(tiny.backbone), 32)
-    learner.prepare(model)
-    for _ in range(heads):
-        model.add_head(2, "uniform", torch.Generator().manual_seed(0))
-    learner.begin_task(model, TaskData(TASK, 2, 0, passes, passes))
-    return model, learner
-
-
-def train(model: ContinualModel, learner: Any, **settings) -> list[list[float]]:
-    return train_task(model, learner, TASK, OptimSettings(**settings), passes, lambda _: None)
+def train(model: ContinualModel, adapter: Adapter[Any], data: TaskData) -> list[Epoch]:
+    return train_task(model, adapter, data, lambda _: None)
 
 
 # The schedule.
@@ -86,46 +69,48 @@ def test_every_epoch_runs_at_its_rate_of_the_schedule(name, tiny, monkeypatch):
     monkeypatch.setattr(
         optimizer, "step", lambda self: (rates.append([g["lr"] for g in self.param_groups]), step(self))
     )
-    train(*begun(tiny, "sequential"), name=name, lr=0.01, head_lr=0.1, epochs=3)
-    settings = OptimSettings(name=name, epochs=3)
-    expected = [
-        [0.1 * lr_factor(settings, epoch), 0.01 * lr_factor(settings, epoch)] for epoch in range(3) for _ in "abc"
-    ]
-    np.testing.assert_allclose(rates, expected)
+    epochs = train(*begun(tiny, pair_of("lora"), name=name, lr=0.01, head_lr=0.1, epochs=3))
+    factors = [lr_factor(OptimSettings(name=name, epochs=3), epoch) for epoch in range(3)]
+    expected = [[0.1 * factor, 0.01 * factor] for factor in factors]
+    np.testing.assert_allclose(rates, [both for both in expected for _ in "abc"])
+    np.testing.assert_allclose([[epoch.head_lr, epoch.lr] for epoch in epochs], expected)
 
 
 def test_the_classifier_learns_at_its_own_rate_where_one_is_given(tiny):
-    model, learner = begun(tiny, "inflora")
-    head, adapters = make_optimizer(learner.trainable(model), OptimSettings(lr=0.01, head_lr=0.1)).param_groups
+    model, adapter, _ = begun(tiny, pair_of("inflora"))
+    trained = trainable(model, adapter)
+    head, adapters = make_optimizer(trained, OptimSettings(lr=0.01, head_lr=0.1)).param_groups
     assert (head["lr"], adapters["lr"]) == (0.1, 0.01)
-    head, adapters = make_optimizer(learner.trainable(model), OptimSettings(lr=0.01)).param_groups
+    assert (head["params"], adapters["params"]) == trained
+    head, adapters = make_optimizer(trained, OptimSettings(lr=0.01)).param_groups
     assert (head["lr"], adapters["lr"]) == (0.01, 0.01)
 
 
 def test_the_optimisers_are_those_of_the_paper(tiny):
-    model, learner = begun(tiny, "inflora")
-    adam = make_optimizer(learner.trainable(model), OptimSettings(name="adam")).param_groups[0]
-    sgd = make_optimizer(learner.trainable(model), OptimSettings(name="sgd", weight_decay=0.1)).param_groups[0]
+    model, adapter, _ = begun(tiny, pair_of("inflora"))
+    trained = trainable(model, adapter)
+    adam = make_optimizer(trained, OptimSettings(name="adam")).param_groups[0]
+    sgd = make_optimizer(trained, OptimSettings(name="sgd", weight_decay=0.1)).param_groups[0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.9, 0.999), 0)
     assert (sgd["momentum"], sgd["weight_decay"]) == (0.9, 0.1)
 
 
 def test_the_first_task_runs_with_its_own_settings(tiny):
     epochs = []
-    config = override(tiny, {"optim.first_task.epochs": 3, "data.tasks": 2, "method": {"name": "frozen"}})
+    config = override(tiny, {"optim.first_task.epochs": 3, "data.tasks": 2, "adapter": "none"})
     list(run(config, on_epoch=lambda done: epochs.append((done.task, done.epoch, done.epochs))))
     assert epochs == [(0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 1)]
 
 
-# What is trained (that it is what the method declares: tests/test_methods.py).
+# What is trained (that it is what adapter and classifier declare: tests/test_pairs.py).
 
 
-@pytest.mark.parametrize("method", ["inflora", "sequential", "olora"])
-def test_after_a_task_the_backbone_is_unchanged_but_for_the_merged_rows_of_keys_and_values(method, tiny):
-    model, learner = begun(tiny, method)
+@pytest.mark.parametrize("name", ["inflora", "lora", "olora"])
+def test_after_a_task_the_backbone_is_unchanged_but_for_the_merged_rows_of_keys_and_values(name, tiny):
+    model, adapter, data = begun(tiny, pair_of(name))
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items() if "lora" not in name}
-    train(model, learner, lr=0.01, epochs=2)
-    learner.end_task(model, TaskData(TASK, 2, 0, passes, passes))
+    train(model, adapter, data)
+    adapter.end_task(model, data)
     after = model.backbone.state_dict()
     assert after.keys() == before.keys()
     merged = {f"{name}.weight" for name, _ in adapted_layers(model.backbone)}
@@ -134,33 +119,42 @@ def test_after_a_task_the_backbone_is_unchanged_but_for_the_merged_rows_of_keys_
 
 
 def test_weight_decay_does_not_reach_the_frozen_backbone_or_earlier_classifiers(tiny):
-    model, learner = begun(tiny, "inflora", heads=2)
+    model, adapter, data = begun(tiny, pair_of("inflora"), 2, name="sgd", weight_decay=0.5, lr=0.1, epochs=1)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not n.endswith("lora_B")}
-    train(model, learner, name="sgd", weight_decay=0.5, lr=0.1, epochs=1)
+    train(model, adapter, data)
     assert {n for n in before if not torch.equal(before[n], model.get_parameter(n))} == {
-        "heads.1.weight",
-        "heads.1.bias",
+        "classifier.heads.1.weight",
+        "classifier.heads.1.bias",
     }
 
 
-def test_the_loss_is_the_cross_entropy_over_the_current_tasks_classes(tiny):
-    model, learner = begun(tiny, "frozen", heads=2)
-    task = Task(1, 2, ("c", "d"), torch.arange(0), torch.arange(0))
-    batch = Batch(IMAGES[:8], 2 + torch.arange(8) % 2, 1.0)
-    scores = model.heads[1](model.features(IMAGES[:8])).log_softmax(1)
+@pytest.mark.parametrize("classifier", ["linear", "aligned", "ncm"])
+def test_the_loss_is_the_cross_entropy_over_the_current_tasks_classes(classifier, tiny):
+    model, adapter, data = begun(tiny, pair_of("none", classifier), 2)
+    batch = next(data.plain())
+    scores = model.classifier.heads[1](model.features(batch.images)).log_softmax(1)
     expected = -scores[torch.arange(8), torch.arange(8) % 2].mean()
-    torch.testing.assert_close(learner.loss(model, batch, task), expected)
+    torch.testing.assert_close(batch_loss(model, adapter, data.task, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["l2p", "olora"])
+def test_what_prompts_and_adapters_penalise_is_added_to_the_loss(name, tiny):
+    model, adapter, data = begun(tiny, pair_of(name), 2)
+    batch = next(data.plain())
+    features, of_prompts = model.encode(batch.images, task=1)
+    penalty = sum((*of_prompts, *adapter.penalties(model)))
+    assert penalty > 0.01
+    expected = model.classifier.loss(features, batch.labels, data.task) + penalty
+    torch.testing.assert_close(batch_loss(model, adapter, data.task, batch), expected)
 
 
 def test_training_lowers_the_loss_and_reports_its_mean_after_each_epoch(tiny):
     reported = []
-    model, learner = begun(tiny, "sequential")
-    settings = OptimSettings(lr=5e-3, epochs=12)
-    losses = train_task(model, learner, TASK, settings, passes, reported.append)
-    means = [fmean(epoch) for epoch in losses]
+    epochs = train_task(*begun(tiny, pair_of("lora"), lr=5e-3, epochs=12), reported.append)
+    means = [fmean(epoch.losses) for epoch in epochs]
     assert means[-1] < means[0]
     assert [(done.epoch, done.epochs, done.loss) for done in reported] == [(e + 1, 12, x) for e, x in enumerate(means)]
-    assert [len(epoch) for epoch in losses] == [3] * 12
+    assert [len(epoch.losses) for epoch in epochs] == [3] * 12
 
 
 def test_nothing_is_dropped_at_random_while_training(tiny):
@@ -172,25 +166,29 @@ def test_nothing_is_dropped_at_random_while_training(tiny):
 # Losses that break.
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tiny):
-    def broken(purpose: str):
-        for batch in passes(purpose):
+class BrokenLater(TaskData):
+    """Images that are no numbers from the third epoch on."""
+
+    def augmented(self, purpose):
+        for batch in super().augmented(purpose):
             yield batch._replace(images=batch.images * math.nan) if purpose == "train-2" else batch
 
-    model, learner = begun(tiny, "sequential")
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tiny):
+    model, adapter, data = begun(tiny, pair_of("lora"), epochs=4)
     with pytest.raises(FloatingPointError, match="the loss of task 0, epoch 2 is nan"):
-        train_task(model, learner, TASK, OptimSettings(epochs=4), broken, lambda _: None)
+        train(model, adapter, BrokenLater(*data))
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_inputs_that_are_no_numbers_stop_the_run_before_they_are_decomposed(moment, tiny):
     """A solver would stop with an error of its own, or never."""
-    model, learner = begun(tiny, "inflora")
+    model, adapter, data = begun(tiny, pair_of("inflora"))
     with torch.no_grad():
         model.backbone.get_parameter("pos_embed").fill_(math.nan)
-    step = learner.begin_task if moment == "before" else learner.end_task
+    step = adapter.begin_task if moment == "before" else adapter.end_task
     with pytest.raises(FloatingPointError, match=f"inputs of the adapted layers {moment} task 0 are not finite"):
-        step(model, TaskData(TASK, 2, 0, passes, passes))
+        step(model, data)
 
 
 # Evaluation.
@@ -203,7 +201,7 @@ def counted_one_by_one(model: ContinualModel, images: Images, tasks: list[Task])
     for task in tasks:
         correct = aware = right_task = 0
         for row in task.eval_rows.tolist():
-            logits = model.logits(model.features(images.pixels.tensor[row].permute(2, 0, 1)[None] / 255))[0].tolist()
+            logits = model(images.pixels.tensor[row].permute(2, 0, 1)[None] / 255)[0].tolist()
             best = max(range(len(logits)), key=logits.__getitem__)
             own = max((c for c in range(len(logits)) if owner[c] == task.index), key=logits.__getitem__)
             label = int(images.labels[row])
@@ -220,7 +218,8 @@ def test_evaluation_counts_what_the_definitions_say(digits):
     labels = torch.arange(600) % 6
     pixels = RawPixels(torch.randint(0, 256, (600, 2, 2, 1), generator=generator, dtype=torch.uint8))
     images = Images(pixels, labels, torch.zeros_like(labels))
-    model = ContinualModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)), 4)
+    classifier = make_classifier(LinearSettings(), 4)
+    model = ContinualModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)), classifier)
     nn.init.eye_(model.backbone[1].weight)
     nn.init.zeros_(model.backbone[1].bias)
     tasks = []
@@ -228,19 +227,23 @@ def test_evaluation_counts_what_the_definitions_say(digits):
         first = (0, 3, 5)[index]
         rows = ((labels >= first) & (labels < first + size)).nonzero()[:, 0]
         tasks.append(Task(index, first, tuple("abc"[:size]), rows[:0], rows))
-        model.add_head(size, "uniform", generator)
-    input = Input(DataSettings(), side=2, channels=1, device=torch.device("cpu"))
+        classifier.begin_task(task_of_noise(index)._replace(task=tasks[-1]))
+        for parameter in classifier.task_parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator)
+    input_format = InputFormat(DataSettings(), side=2, channels=1, device=torch.device("cpu"))
     stream = Stream(tuple(tasks), images, images, torch.arange(6), tuple(range(6)), "", read_manifest(digits))
-    counts = evaluate(model, stream, tasks, input)
+    counts = evaluate(model, stream, tasks, input_format)
     assert counts == counted_one_by_one(model, images, tasks)
-    assert evaluate(model, stream, tasks[:1], input)[0].images == 300
+    assert evaluate(model, stream, tasks[:1], input_format)[0].images == 300
     assert len({field for task in counts for field in (task.correct, task.correct_in_task, task.right_task)}) > 5
 
 
-def test_an_added_classifier_starts_as_asked():
-    model = ContinualModel(nn.Linear(4, 4), 4)
-    zero = model.add_head(3, "zero", torch.Generator())
-    uniform = model.add_head(1000, "uniform", torch.Generator().manual_seed(0))
+def test_a_tasks_classifier_begins_as_asked():
+    classifier, many = make_classifier(LinearSettings(), 4), tuple(map(str, range(1000)))
+    for index, init in enumerate(("zero", "uniform")):
+        data = task_of_noise(index, head_init=init)
+        classifier.begin_task(data._replace(task=replace(data.task, classes=many)))
+    zero, uniform = classifier.heads
     assert not zero.weight.any()
     assert not zero.bias.any()
     assert 0.45 < uniform.weight.abs().max() <= 0.5

@@ -4,6 +4,7 @@ Both are given the same images, weights, classifiers, orders and drawn features,
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,30 +14,32 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from inflora.config import RunConfig, parse_config
+from inflora.adapters.inflora import memory_of
+from inflora.config import RunConfig, override, parse_config
 from inflora.continual import run
 from inflora.data import prepare_store
 from inflora.data.source import Arrays, Dataset, Options, Source
-from inflora.methods.gaussians import Gaussians
-from inflora.methods.inflora import memory_of
+from inflora.gaussians import Gaussians
 
 SIZES, WIDTH, BATCH, SAMPLES = [3, 1, 2], 32, 10, 32
+EPOCHS = 4  # of the longest task
 CLASSES, PER_CLASS = sum(SIZES), 8
 STARTS = [sum(SIZES[:t]) for t in range(len(SIZES) + 1)]
 
 SGD = {"name": "sgd", "lr": 0.05, "head_lr": 0.02, "weight_decay": 0.01}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adam, a first task of its own": {"optim": {"first_task": {"lr": 2e-3, "epochs": 4}}},
-    "one epoch, cut short": {"optim": {"epochs": 1}, "method": {"total_tasks": 9}},
-    "retain": {"method": {"energy": 0.9997, "rank": 2}},
+    "one epoch, cut short": {"optim": {"epochs": 1}, "adapter": {"total_tasks": 9}},
+    "retain": {"adapter": {"energy": 0.9997, "rank": 2}},
     "sgd": {"optim": SGD | {"first_task": {"weight_decay": 0.0}}},
-    "the first blocks, gpm": {"method": {"blocks": 2, "memory": "gpm", "energy": 0.99}},
+    "the first blocks, gpm": {"adapter": {"blocks": 2, "memory": "gpm", "energy": 0.99}},
     "aligned": {
-        "method": {"memory": "gpm", "classifier_alignment": {"epochs": 3, "samples": SAMPLES}},
+        "adapter": {"memory": "gpm"},
+        "classifier": {"name": "aligned", "epochs": 3, "samples": SAMPLES},
         "optim": SGD | {"schedule": "step", "milestones": [2]},
     },
     "aligned, normalised": {
-        "method": {"classifier_alignment": {"epochs": 3, "samples": SAMPLES, "temperature": 0.1}},
+        "classifier": {"name": "aligned", "epochs": 3, "samples": SAMPLES, "temperature": 0.1},
     },
 }
 
@@ -45,11 +48,12 @@ class Written:
     """The method of algorithm.md, one step after the other; ``given`` is what both sides are given."""
 
     def __init__(self, config: RunConfig, given: dict[str, dict[str, Tensor]], images: Tensor, labels: Tensor) -> None:
-        self.method, self.optim, self.given = config.method, config.optim, given
+        self.settings, self.aligned, self.optim = config.adapter, config.classifier, config.optim
+        self.given = given
         self.images, self.labels = images, labels
         self.vit = VisionTransformer(**OPTIONS, img_size=32, patch_size=8, num_classes=0).eval().requires_grad_(False)
         self.vit.load_state_dict(given["weights"])
-        layers = [block.attn.qkv for block in self.vit.blocks[: self.method.blocks]]
+        layers = [block.attn.qkv for block in self.vit.blocks[: self.settings.blocks]]
         self.adapters: list[list[list[Tensor]]] = [[] for _ in layers]  # per block and task: A, B of keys, B of values
         self.inputs: list[list[Tensor]] = [[] for _ in layers]
         for index, layer in enumerate(layers):
@@ -57,6 +61,7 @@ class Written:
         self.heads: list[nn.Linear] = []
         self.taken: list[Tensor] = []  # per block: orthonormal columns, never turned into the complement
         self.moments: list[tuple[Tensor, Tensor]] = []
+        self.rates: list[tuple[float, float]] = []  # of the task's epochs: the adapters', the classifier's
 
     def adapt(self, index: int, x: Tensor, out: Tensor) -> Tensor:
         self.inputs[index].append(x.detach().flatten(0, 1))
@@ -76,14 +81,14 @@ class Written:
         orders = {name.split("/")[1]: rows for name, rows in self.given["orders"].items() if name.startswith(f"{t}/")}
         for index, cov in enumerate(self.covariances(orders["covariance-before"])):
             left = cov - self.taken[index] @ self.taken[index].T @ cov if t else cov
-            lora_A = torch.linalg.svd(left).U[:, : self.method.rank].T.float() / math.sqrt(3)
+            lora_A = torch.linalg.svd(left).U[:, : self.settings.rank].T.float() / math.sqrt(3)
             self.adapters[index].append([lora_A, *(torch.zeros(WIDTH, len(lora_A)).requires_grad_() for _ in "kv")])
         head = nn.Linear(WIDTH, SIZES[t])
         head.load_state_dict({name: self.given["heads"][f"{t}.{name}"] for name in ("weight", "bias")})
         self.heads.append(head)
         losses = self.train(t, orders)
         self.remember(t, self.covariances(orders["covariance-after"]))
-        if self.method.classifier_alignment.epochs:
+        if self.aligned.name == "aligned":
             self.align(t)
         return losses
 
@@ -93,7 +98,7 @@ class Written:
         groups = [{"params": of_adapters, "lr": optim.lr}, {"params": list(self.heads[-1].parameters())}]
         kind = {"adam": torch.optim.Adam, "sgd": lambda *a, **k: torch.optim.SGD(*a, **k, momentum=0.9)}[optim.name]
         optimizer = kind(groups, lr=optim.head_lr or optim.lr, weight_decay=optim.weight_decay)
-        full, losses = [group["lr"] for group in optimizer.param_groups], []
+        full, losses, self.rates = [group["lr"] for group in optimizer.param_groups], [], []
         for e in range(optim.epochs):
             if optim.schedule == "step":
                 factor = 0.1 if e >= optim.milestones[0] else 1.0
@@ -103,6 +108,7 @@ class Written:
                 factor = math.cos(99 * math.pi * max(e - 1, 0) / (200 * max(optim.epochs - 1, 1)))
             for group, lr in zip(optimizer.param_groups, full, strict=True):
                 group["lr"] = lr * factor
+            self.rates.append(tuple(lr * factor for lr in full))
             losses.append([])
             for rows in orders[f"train-{e}"].split(BATCH):
                 loss = cross_entropy(self.heads[-1](self.vit(self.images[rows])), self.labels[rows] - STARTS[t])
@@ -115,7 +121,7 @@ class Written:
         return losses
 
     def remember(self, t: int, covariances: list[Tensor]) -> None:
-        eps = self.method.energy + (1 - self.method.energy) * t / (self.method.total_tasks or len(SIZES))
+        eps = self.settings.energy + (1 - self.settings.energy) * t / (self.settings.total_tasks or len(SIZES))
         for index, cov in enumerate(covariances):
             total = torch.linalg.svdvals(cov).square().sum()
             if t == 0:
@@ -135,7 +141,7 @@ class Written:
             self.moments.append((features.mean(0), torch.cov(features.T)))
         if t == 0:
             return
-        settings = self.method.classifier_alignment
+        settings = self.aligned
         everything = [parameter for head in self.heads for parameter in head.parameters()]
         optimizer = torch.optim.SGD(everything, lr=0.01, momentum=0.9, weight_decay=5e-4)
         for e in range(settings.epochs):
@@ -154,8 +160,15 @@ class Written:
         features = self.vit(images)
         return torch.cat([head(features) for head in self.heads], dim=1).detach()
 
+    def hits(self, images: Tensor, labels: Tensor, t: int) -> float:
+        """The share of a task's images whose class is found among those of the task."""
+        own = (labels >= STARTS[t]) & (labels < STARTS[t + 1])
+        right = self.logits(images[own])[:, STARTS[t] : STARTS[t + 1]].argmax(1) == labels[own] - STARTS[t]
+        return float(right.double().mean())
+
 
 OPTIONS = {"embed_dim": WIDTH, "depth": 3, "num_heads": 4}
+DATA = {"dataset": "written", "tasks": SIZES, "train_on": "train+validation", "augment": "none"}
 
 
 def images_of(seed: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +190,7 @@ def given_to_both(labels: Tensor) -> dict[str, dict[str, Tensor]]:
     for t, size in enumerate(SIZES):
         heads |= {f"{t}.weight": 0.2 * torch.randn(size, WIDTH, generator=generator), f"{t}.bias": torch.ones(size)}
         rows = ((labels >= STARTS[t]) & (labels < STARTS[t + 1])).nonzero()[:, 0]
-        for name in ("covariance-before", "covariance-after", *(f"train-{e}" for e in range(4))):
+        for name in ("covariance-before", "covariance-after", *(f"train-{e}" for e in range(EPOCHS))):
             orders[f"{t}/{name}"] = rows[torch.randperm(len(rows), generator=generator)]
         for e in range(3 if t else 0):
             draws[f"{t}/features-{e}"] = torch.randn(SAMPLES * STARTS[t + 1], WIDTH, generator=generator)
@@ -197,27 +210,33 @@ def trace(tmp_path_factory):
     source = Source("made up", tuple(map(str, range(CLASSES))), splits)
     prepare_store("written", Dataset(lambda *_: source, needs=None), folder, Options(), root=str(folder))
     given = given_to_both(labels)
-    for name, tensors in given.items():
-        save_file(tensors, folder / f"{name}.safetensors")
+    for name in ("weights", "heads", "draws"):
+        save_file(given[name], folder / f"{name}.safetensors")
     return folder, given, train.float() / 255, labels, test.float() / 255
 
 
-def config_of(folder, variant: dict[str, Any]) -> RunConfig:
-    method = {"name": "inflora", "rank": 4, "energy": 0.9} | variant.get("method", {})
-    if "classifier_alignment" in method:
-        method["classifier_alignment"] = method["classifier_alignment"] | {"draws": folder / "draws.safetensors"}
-    data = {"dataset": "written", "root": folder, "tasks": SIZES, "train_on": "train+validation", "augment": "none"}
-    return parse_config(
+def config_of(folder: Path, given: dict[str, dict[str, Tensor]], variant: dict[str, Any]) -> RunConfig:
+    adapter = {"name": "inflora", "rank": 4, "energy": 0.9} | variant.get("adapter", {})
+    classifier = variant.get("classifier", {"name": "linear"})
+    files = ("heads", "draws") if classifier["name"] == "aligned" else ("heads",)
+    config = parse_config(
         {
-            "data": data | {"order": folder / "orders.safetensors"},
+            "data": DATA | {"root": folder},
             "backbone": {"weights": folder / "weights.safetensors", "options": {"in_chans": 3} | OPTIONS},
-            "method": method,
-            "optim": {"epochs": 3, "lr": 5e-3, "batch_size": BATCH, "head_init": folder / "heads.safetensors"}
-            | variant.get("optim", {}),
+            "adapter": adapter,
+            "classifier": classifier,
+            "optim": {"epochs": 3, "lr": 5e-3, "batch_size": BATCH} | variant.get("optim", {}),
+            "replay": {name: folder / f"{name}.safetensors" for name in files},
             "device": "cpu",
             "precision": "fp32",
         }
     )
+    # A run takes no orders of epochs that it does not have.
+    epochs = [config.optim.of_task(t).epochs for t in range(len(SIZES))]
+    beyond = {f"{t}/train-{e}" for t in range(len(SIZES)) for e in range(epochs[t], EPOCHS)}
+    orders = {name: rows for name, rows in given["orders"].items() if name not in beyond}
+    save_file(orders, folder / "orders.safetensors")
+    return override(config, {"replay.orders": folder / "orders.safetensors"})
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -227,12 +246,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_gives_the_numbers_of_the_method_written_out(name, trace):
     folder, given, train, labels, test = trace
-    config = config_of(folder, VARIANTS[name])
+    config = config_of(folder, given, VARIANTS[name])
     written, kinds = Written(config, given, train, labels), set()
     for t, result in enumerate(run(config, evaluate_on="test")):
         losses = written.learn(t)
         torch.testing.assert_close(torch.tensor(result.step_losses), torch.tensor(losses), atol=1e-4, rtol=0)
-        memory = memory_of(result.state.method)
+        rates = torch.tensor([(epoch.lr, epoch.head_lr) for epoch in result.epochs])
+        torch.testing.assert_close(rates, torch.tensor(written.rates), atol=1e-9, rtol=1e-6)
+        memory = memory_of(result.state.adapter)
         assert len(memory) == len(written.adapters)
         for index, block in enumerate(written.adapters):
             layer, (theirs_A, *theirs_B) = f"backbone.blocks.{index}.attn.qkv", block[-1]
@@ -248,10 +269,10 @@ def test_a_run_gives_the_numbers_of_the_method_written_out(name, trace):
             kinds.add(kind)
         seen = test[labels < STARTS[t + 1]]
         with torch.no_grad():
-            logits = result.model.logits(result.model.features(seen))
-        assert difference(logits, written.logits(seen)) < 5e-4
+            assert difference(result.model(seen), written.logits(seen)) < 5e-4
+        assert result.task_aware == pytest.approx([written.hits(test, labels, s) for s in range(t + 1)])
         for c, (mean, cov) in enumerate(written.moments[STARTS[t] :]):
-            remembered = Gaussians(*(result.state.method[f"classes/{part}/{t}"] for part in ("means", "factors")))
+            remembered = Gaussians(*(result.state.classifier[f"{part}/{t}"] for part in ("means", "factors")))
             assert difference(remembered.mean_CD[c], mean) < 1e-4
             assert difference(remembered.covariances()[c], cov) < 1e-3
     assert ("retain" in kinds) == (name == "retain")

@@ -1,31 +1,31 @@
 """Every setting of a run, as frozen models that check themselves.
 
-The dotted path of a setting (``method.rank``, ``method.energy``, ``optim.lr``) is its name everywhere: in YAML, on
+The dotted path of a setting (``adapter.rank``, ``adapter.energy``, ``optim.lr``) is its name everywhere: in YAML, on
 the command line, in a search space, in Optuna, as an MLflow parameter and in the exported file.
 """
 
-from inflora.config.base import ConfigError, Count, Flag, Number, Seed, Settings, ShortSeed, Whole
-from inflora.config.identity import config_hash
-from inflora.config.messages import cut, explain, shown
-from inflora.config.methods import (
-    AFTER_FIRST_TASK,
-    AlignmentSettings,
+from inflora.config.adapters import (
+    ADAPTERS,
     CODAPromptSettings,
     DualPromptSettings,
-    FrozenSettings,
     InfLoRASettings,
-    JointSettings,
     L2PSettings,
     LoRASettings,
-    MethodSettings,
-    NCMSettings,
+    LowRankSettings,
+    NoAdapterSettings,
     OLoRASettings,
     SDLoRASettings,
-    SequentialSettings,
     Target,
 )
+from inflora.config.alternatives import Alternative, build
+from inflora.config.base import ConfigError, Count, Flag, Number, Seed, Settings, ShortSeed, Whole
+from inflora.config.classifiers import CLASSIFIERS, AlignedSettings, LinearSettings, NCMSettings
+from inflora.config.identity import config_hash
+from inflora.config.messages import cut, explain, shown
+from inflora.config.methods import METHODS, felt_after_first_task, method_of, settings_of_method
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
 from inflora.config.reading import checked, dump_config, load_config, override, parse_assignments, parse_config
+from inflora.config.renamed import refuse_old_names
 from inflora.config.run import (
     AugmentSettings,
     BackboneSettings,
@@ -33,52 +33,6 @@ from inflora.config.run import (
     FirstTaskSettings,
     OptimSettings,
     Precision,
+    ReplaySettings,
     RunConfig,
 )
-
-__all__ = [
-    "AFTER_FIRST_TASK",
-    "AlignmentSettings",
-    "AugmentSettings",
-    "BackboneSettings",
-    "CODAPromptSettings",
-    "ConfigError",
-    "Count",
-    "DataSettings",
-    "DualPromptSettings",
-    "FirstTaskSettings",
-    "Flag",
-    "FrozenSettings",
-    "InfLoRASettings",
-    "JointSettings",
-    "L2PSettings",
-    "LoRASettings",
-    "MethodSettings",
-    "NCMSettings",
-    "Number",
-    "OLoRASettings",
-    "OptimSettings",
-    "Precision",
-    "RunConfig",
-    "SDLoRASettings",
-    "Seed",
-    "SequentialSettings",
-    "Settings",
-    "ShortSeed",
-    "Target",
-    "Whole",
-    "YamlError",
-    "checked",
-    "config_hash",
-    "cut",
-    "dump_config",
-    "dump_yaml",
-    "explain",
-    "load_config",
-    "override",
-    "parse_assignments",
-    "parse_config",
-    "read_yaml",
-    "read_yaml_file",
-    "shown",
-]

@@ -1,4 +1,4 @@
-"""What all groups of settings share: how they are checked, and the bounds of their numbers.
+"""Common ground of all groups of settings: how they are checked, and the bounds of their numbers.
 
 Bounds are those of the machine, wide enough for every use: a generator takes 63 bits of a seed, float32 knows neither
 1e308 nor 1e-320, and a batch of more images than there are in any dataset is a slip of the finger.
@@ -57,9 +57,9 @@ Depth = Annotated[Whole, Field(ge=1, le=1_000)]
 Images = Annotated[Whole, Field(ge=1, le=2**20)]
 """Of a batch: more than the training images of any dataset here."""
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
-"""What PyTorch's generators take, and every database."""
+"""Of PyTorch's generators; every database takes it."""
 ShortSeed = Annotated[Whole, Field(ge=0, lt=2**32)]
-"""What NumPy's older generators take, which samplers draw from."""
+"""Of NumPy's older generators, which samplers draw from."""
 
 Rate = Annotated[Number, Field(ge=1e-30, le=1e30)]
 """Of learning: float32, which has nothing beyond 1e-38 and 1e38, still multiplies with it."""
@@ -67,4 +67,4 @@ Weight = Annotated[Number, Field(ge=0, le=1e6)]
 """Of a term of a loss, or of a decay."""
 Share = Annotated[Number, Field(gt=0, le=1)]
 Scale = Annotated[Number, Field(ge=1e-6, le=1e6)]
-"""What something is divided or stretched by."""
+"""Of a division or a stretch."""

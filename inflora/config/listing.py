@@ -7,67 +7,75 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from inflora.config.adapters import ADAPTERS
 from inflora.config.base import ConfigError
+from inflora.config.classifiers import CLASSIFIERS
 from inflora.config.messages import alternatives, cut, groups_of, is_model, listing
 from inflora.config.run import RunConfig
 
 
 class Setting(NamedTuple):
-    """One line of the list; ``method`` is the method that alone has it."""
+    """One line of the list; ``choice`` is the adapter or classifier that alone has it, as ``adapter.name=inflora``."""
 
     path: str
     allowed: str
     default: str
     description: str
-    method: str = ""
+    choice: str = ""
 
 
-def all_settings(method: str | None = None) -> list[Setting]:
-    """Every setting of a run, or the settings of one method.
+def all_settings(name: str | None = None) -> list[Setting]:
+    """Every setting of a run, or the settings of one adapter or classifier.
 
     Raises:
-        ConfigError: There is no such method.
+        ConfigError: There is none of that name.
     """
-    methods = groups_of(RunConfig.model_fields["method"])
-    if method is None:
-        return list(_settings(RunConfig))
-    if method not in methods:
-        raise ConfigError(f"unknown method {cut(repr(method))}; known: {listing(methods)}")
-    return [setting for setting in _settings(RunConfig) if setting.method == method]
+    found = list(_settings(RunConfig))
+    if name is None:
+        return found
+    known = {**ADAPTERS.with_plugins(), **CLASSIFIERS.with_plugins()}
+    found = list(_settings(RunConfig))
+    if name not in known:
+        raise ConfigError(f"unknown adapter or classifier {cut(repr(name))}; known: {listing(known)}")
+    return [setting for setting in found if setting.choice.endswith(f"={name}")]
 
 
-def lines_of_settings(method: str | None = None) -> Iterator[str]:
-    """The list as text: path, default, what is allowed, meaning; the methods' own under their names."""
-    found = all_settings(method)
+def lines_of_settings(name: str | None = None) -> Iterator[str]:
+    """The list as text: path, default, bounds, meaning; those of one adapter or classifier under its name."""
+    found = all_settings(name)
     widths = [max(len(setting[place]) for setting in found) for place in (0, 2)]
     heading = ""
     for setting in found:
-        if setting.method != heading:
-            heading = setting.method
-            doc = (groups_of(RunConfig.model_fields["method"])[heading].__doc__ or "").split("\n")[0]
-            yield f"\nmethod.name={heading}    {doc}"
+        if setting.choice != heading:
+            heading = setting.choice
+            models = ADAPTERS if heading.startswith("adapter.") else CLASSIFIERS
+            doc = (models[heading.partition("=")[2]].__doc__ or "").split("\n")[0]
+            yield f"\n{heading}    {doc}"
         path, allowed, default, description, _ = setting
         meaning = f"  {description}" if description else ""
         yield f"{path:{widths[0]}}  {default:{widths[1]}}  {allowed}{meaning and ';' + meaning[1:]}"
 
 
-def _settings(model: type[BaseModel], prefix: str = "", method: str = "") -> Iterator[Setting]:
-    """Those of all methods come last, so that what is common to all stands together."""
+def _settings(model: type[BaseModel], prefix: str = "", choice: str = "") -> Iterator[Setting]:
+    """List a model's settings; those of adapters and classifiers come last, so that the common ones stand together."""
     later: list[Setting] = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         groups = [each for each in alternatives(field.annotation) if is_model(each)]
         if choices := groups_of(field):
-            later += [Setting(f"{path}.name", listing(choices), str(field.default.name), "which method learns", "")]
-            for choice, group in choices.items():
-                own = [each for each in _settings(group, f"{path}.", choice) if each.path != f"{path}.name"]
-                later += own or [Setting(f"{path}.name", choice, choice, "has no settings of its own", choice)]
+            default = str(field.default.name)
+            later.append(Setting(f"{path}.name", listing(choices), default, field.description or ""))
+            for chosen, group in choices.items():
+                heading = f"{path}.name={chosen}"
+                own = [each for each in _settings(group, f"{path}.", heading) if each.path != f"{path}.name"]
+                later += own or [Setting(f"{path}.name", chosen, chosen, "has no settings of its own", heading)]
             continue
         if groups:
-            yield from _settings(groups[0], f"{path}.", method)
+            yield from _settings(groups[0], f"{path}.", choice)
         if not is_model(field.annotation):
-            yield Setting(path, _allowed(field), _default(field), field.description or "", method)
-    yield from later
+            yield Setting(path, _allowed(field), _default(field), field.description or "", choice)
+    # The choices themselves before the settings of one of them.
+    yield from sorted(later, key=lambda setting: bool(setting.choice))
 
 
 def _default(field: FieldInfo) -> str:

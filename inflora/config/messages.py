@@ -1,4 +1,4 @@
-"""What a user is told of a setting that breaks a rule: one line, however long or strange what was given is."""
+"""Tell a user of a setting that breaks a rule: in one line, however long or strange the given value is."""
 
 import reprlib
 import types
@@ -91,10 +91,7 @@ def _choices(root: type[BaseModel] | None, names: Sequence[str]) -> str:
 
 def groups_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """The models that a field chooses from, by the value that tells them apart; empty where it has no such choice."""
-    if not isinstance(field.discriminator, str):
-        return {}
-    models = [each for each in alternatives(field.annotation) if is_model(each)]
-    return {str(model.model_fields[field.discriminator].default): model for model in models}
+    return next((each for each in field.metadata if isinstance(each, dict)), {})
 
 
 def _names(root: type[BaseModel] | None, location: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
@@ -111,7 +108,7 @@ def _names(root: type[BaseModel] | None, location: Sequence[str | int]) -> tuple
         holder = group
         field = group.model_fields.get(str(part)) if group else None
         group = _model_of(field) if field else None
-        if field is not None and parts and len(alternatives(field.annotation)) > 1:
+        if field is not None and parts and (groups_of(field) or len(alternatives(field.annotation)) > 1):
             tried = str(parts.pop(0))
             by_kind = {each.__name__: each for each in alternatives(field.annotation) if is_model(each)}
             group = (groups_of(field) | by_kind).get(tried)
@@ -119,7 +116,7 @@ def _names(root: type[BaseModel] | None, location: Sequence[str | int]) -> tuple
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """What a union is one of, but for None; the annotation itself where it is no union."""
+    """The members of a union but for None; the annotation itself where it is no union."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return [annotation]
     return [each for each in get_args(annotation) if each is not type(None)]
@@ -131,5 +128,5 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def is_model(annotation: Any) -> bool:
-    """Whether an annotation is a group of settings."""
+    """True of an annotation that is a group of settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

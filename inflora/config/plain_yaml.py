@@ -120,7 +120,7 @@ def _until(end: type, events: Iterator[Any]) -> Iterator[Any]:
 
 
 def _plain(event: Any) -> Any:
-    """What an unquoted scalar stands for."""
+    """Read an unquoted scalar."""
     text = event.value
     if _NULL.fullmatch(text):
         return None

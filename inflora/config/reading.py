@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from inflora.config.base import ConfigError, Settings
 from inflora.config.messages import cut, explain, listing, shown
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
+from inflora.config.renamed import refuse_old_names
 from inflora.config.run import RunConfig
 
 S = TypeVar("S", bound=Settings)
@@ -32,30 +33,38 @@ def parse_config(settings: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: One line that names every setting that breaks a rule.
     """
+    refuse_old_names(settings)
     return checked(RunConfig, settings)
 
 
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """``config`` with dotted settings replaced, e.g. ``{"method.rank": 8}``; everything is checked again.
+    """``config`` with dotted settings replaced, e.g. ``{"adapter.rank": 8}``; everything is checked again.
 
-    A path may name a whole group: ``{"method": {"name": "frozen"}}``. Another ``method.name`` starts from that method's
-    own defaults. A config that came from elsewhere remembers what was changed in it.
+    A path may name a whole group: ``{"classifier": "ncm"}``. Another ``adapter.name`` or ``classifier.name`` starts
+    from its own defaults, wherever it stands among the changes. A config that came from elsewhere remembers what was
+    changed in it.
 
     Raises:
         ConfigError: An unknown path or a value that breaks a rule.
     """
+    refuse_old_names(changes)
     settings = config.model_dump()
     provenance = settings["provenance"]
     changed = set(provenance.get("changed", []))
-    for path, value in changes.items():
+    # A group before what is in it, and its name before the rest: a choice would undo what was set before it.
+    for path in sorted(changes, key=lambda path: (path.count("."), not path.endswith(".name"))):
         *groups, name = path.split(".")
+        value = changes[path]
         node = settings
         for group in groups:
             if not isinstance(node.get(group), dict):
                 raise ConfigError(f"unknown setting {cut(path)}; known here: {listing(node)}")
             node = node[group]
-        if path == "method.name" and value != node.get("name"):
+        if path in ("adapter.name", "classifier.name") and value != node.get("name"):
             node.clear()
+        if path in ("adapter", "classifier") and isinstance(value, str):
+            # The one that is there already keeps its settings; another begins with its own defaults.
+            value = node[name] if value == node[name]["name"] else {"name": value}
         changed |= {path} if node.get(name) != value else set()
         node[name] = value
     if changed and provenance and settings["provenance"] is provenance:
@@ -64,7 +73,7 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["method.rank=8"]`` as ``{"method.rank": 8}``; values are read as YAML.
+    """``["adapter.rank=8"]`` as ``{"adapter.rank": 8}``; values are read as YAML.
 
     Raises:
         ConfigError: What is no assignment, or of no plain value.

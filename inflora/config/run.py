@@ -1,10 +1,12 @@
-"""Every setting of a run, as frozen models that check themselves: data, backbone, method, optimiser."""
+"""Every setting of a run, as frozen models that check themselves: data, backbone, adapter, classifier, optimiser."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from inflora.config.adapters import ADAPTERS, InfLoRASettings
+from inflora.config.alternatives import Alternative, one_of
 from inflora.config.base import (
     Count,
     Epochs,
@@ -22,7 +24,7 @@ from inflora.config.base import (
     Weight,
     Width,
 )
-from inflora.config.methods import InfLoRASettings, MethodSettings
+from inflora.config.classifiers import CLASSIFIERS, LinearSettings
 
 Level = Annotated[Number, Field(ge=-1e6, le=1e6)]
 
@@ -63,6 +65,7 @@ class DataSettings(Settings):
     tasks: Count | Annotated[tuple[Count, ...], Field(max_length=100_000)] = Field(
         default=5, description="how many tasks of equal size, or the number of classes of each"
     )
+    joint: Flag = Field(default=False, description="learn all tasks as one: the upper bound of every continual learner")
     order_seed: Seed | None = Field(default=None, description="None keeps the natural order of classes or domains")
     validation: Annotated[Share, Field(lt=1)] = Field(
         default=0.1, description="share of the training images held out, per class"
@@ -73,9 +76,6 @@ class DataSettings(Settings):
     )
     augment: AugmentSettings | Literal["none"] = Field(
         default=AugmentSettings(), description="crops and flips, or none"
-    )
-    order: File | None = Field(
-        default=None, description="a .safetensors file with every pass's images, in place of shuffling"
     )
     eval_resize: Width | None = Field(
         default=None, description="shorter side before the central crop of evaluation; None: the input's side"
@@ -102,7 +102,9 @@ class DataSettings(Settings):
 
     @property
     def task_count(self) -> int:
-        """How many tasks the stream has."""
+        """The number of tasks that are learnt one after another."""
+        if self.joint:
+            return 1
         return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
 
 
@@ -118,11 +120,11 @@ class BackboneSettings(Settings):
 
 
 Precision = Literal["fp32", "tf32", "bf16"]
-"""How matrix products are taken: in float32; of float32 with 10 bits of each factor, on GPUs; in bfloat16."""
+"""Of matrix products: float32; float32 with 10 bits of each factor, on GPUs; bfloat16."""
 
 
 class FirstTaskSettings(Settings):
-    """What the first task does differently; None keeps the value of the other tasks."""
+    """The first task's own settings; None keeps the value of the other tasks."""
 
     lr: Rate | None = Field(default=None, description="of the first task only")
     epochs: Epochs | None = Field(default=None, description="of the first task only")
@@ -135,8 +137,8 @@ class OptimSettings(Settings):
     name: Literal["adam", "sgd"] = Field(default="adam", description="sgd has momentum 0.9")
     lr: Rate = Field(default=5e-4, description="of the adapters, and of the classifier unless head_lr is set")
     head_lr: Rate | None = Field(default=None, description="of the classifier; None: as lr")
-    head_init: Literal["uniform", "zero"] | File = Field(
-        default="uniform", description="nn.Linear's own, zeros, or a .safetensors file (docs/fidelity.md)"
+    head_init: Literal["uniform", "zero"] = Field(
+        default="uniform", description="how a task's classifier begins: as nn.Linear does, or at zero"
     )
     epochs: Epochs = Field(default=20, description="passes over a task's training images")
     schedule: Literal["cosine", "step", "constant"] = Field(
@@ -149,13 +151,6 @@ class OptimSettings(Settings):
     batch_size: Images = Field(default=128, description="images per update, over all workers together")
     weight_decay: Weight = Field(default=0.0, description="of all that is trained")
     first_task: FirstTaskSettings = FirstTaskSettings()
-
-    @field_validator("head_init")
-    @classmethod
-    def _known_start(cls, start: str | Path) -> str | Path:
-        if isinstance(start, Path) and start.suffix != ".safetensors":
-            raise ValueError("must be 'uniform', 'zero' or a .safetensors file")
-        return start
 
     @model_validator(mode="after")
     def _milestones_for_steps(self) -> Self:
@@ -171,13 +166,30 @@ class OptimSettings(Settings):
         return self.model_copy(update=self.first_task.model_dump(exclude_none=True)) if index == 0 else self
 
 
+class ReplaySettings(Settings):
+    """Recorded choices in the place of drawn ones: .safetensors files (docs/fidelity.md)."""
+
+    orders: File | None = Field(default=None, description="every pass's images, in place of shuffling")
+    heads: File | None = Field(default=None, description="beginnings of the tasks' linear classifiers")
+    draws: File | None = Field(default=None, description="features that classifiers are aligned on")
+
+
+if TYPE_CHECKING:  # which ones there are is known when the program runs
+    AdapterSettings = Alternative
+    ClassifierSettings = Alternative
+else:
+    AdapterSettings, ClassifierSettings = one_of(ADAPTERS), one_of(CLASSIFIERS)
+
+
 class RunConfig(Settings):
-    """One run: a stream of tasks, a backbone, a method and an optimiser."""
+    """One run: a stream of tasks, a backbone, what adapts it, what tells classes apart, and an optimiser."""
 
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
-    method: MethodSettings = InfLoRASettings()
+    adapter: AdapterSettings = Field(default=InfLoRASettings(), description="what adapts the backbone")
+    classifier: ClassifierSettings = Field(default=LinearSettings(), description="what tells features apart")
     optim: OptimSettings = OptimSettings()
+    replay: ReplaySettings = ReplaySettings()
     seed: Seed = Field(default=0, description="draws beginnings, orders of images and augmentation")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one")
     precision: Literal["auto", Precision] = Field(
@@ -188,6 +200,14 @@ class RunConfig(Settings):
     provenance: dict[str, JsonValue] = Field(
         default={}, description="where an exported config comes from; not a setting"
     )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.data.task_count == 1 and self.classifier.name == "aligned":
+            raise ValueError("classifier aligned needs several tasks: with one there is nothing to align")
+        if self.replay.draws is not None and self.classifier.name != "aligned":
+            raise ValueError(f"replay.draws are for classifier aligned, got classifier {self.classifier.name}")
+        return self
 
     @field_validator("provenance")
     @classmethod

@@ -46,7 +46,7 @@ class FolderTree:
 
 
 def _files_below(folder: Path) -> Iterable[Path]:
-    """What is no folder, at any depth."""
+    """Everything but folders, at any depth."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read {error.filename}: {error.strerror}")
@@ -179,7 +179,7 @@ def open_tree(source: Path, scratch: Path) -> Opened:
 
 
 def _unpacked(packed: IO[bytes], source: Path, scratch: Path) -> IO[bytes]:
-    """What a gzip file holds, as a file that vanishes with its last user, however that one ends."""
+    """The content of a gzip file, as a file that vanishes with its last user, however that one ends."""
     most = max(_MOST_UNPACKED, _MOST_TIMES_PACKED * file_size(source))
     plain = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115
     try:

@@ -53,6 +53,7 @@ def sample_crops(sizes: Tensor, settings: AugmentSettings, generator: torch.Gene
     """
     count = len(sizes)
     height, width = sizes.float().T[:, :, None]
+    # All attempts are drawn at once: with a loop until one fits, an image's numbers would hang on those before it.
     uniform = torch.rand(5, count, _ATTEMPTS, generator=generator)
     area = height * width * (settings.scale[0] + (settings.scale[1] - settings.scale[0]) * uniform[0])
     log_ratio = [math.log(bound) for bound in settings.ratio]
@@ -102,7 +103,7 @@ def crop_and_resize(pixels_BHWC: Tensor, crops: Crops, side: int, sizes: Tensor 
 
 
 def _resize_weights(start: Tensor, length: Tensor, side: int, size: int, first: Tensor, end: Tensor) -> Tensor:
-    """What each of the ``size`` stored pixels along one axis gives to each of the S new ones (B, S, size).
+    """The weight of each of the ``size`` stored pixels along one axis in each of the S new ones (B, S, size).
 
     The triangle filter of PyTorch's and Pillow's antialiased bilinear resize: as wide as a new pixel, at least as
     wide as an old one. Nothing before ``first`` (B) and from ``end`` (B) on is looked at.
@@ -111,5 +112,6 @@ def _resize_weights(start: Tensor, length: Tensor, side: int, size: int, first: 
     old = torch.arange(size, device=start.device) + 0.5
     new = start[:, None, None] + (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
     weights = (1 - (old - new).abs() / scale.clamp_min(1)).clamp_min(0)
+    # Cut off before the sum: what is left must weigh 1, or borders darken.
     weights = weights * ((old > first[:, None, None]) & (old < end[:, None, None]))
     return weights / weights.sum(2, keepdim=True)

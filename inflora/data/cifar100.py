@@ -112,7 +112,7 @@ class _Info(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """What the parquet form says of its columns, as far as it is read here."""
+    """The parquet form's own description of its columns, as far as it is read here."""
 
     info: _Info = _Info()
 

@@ -14,7 +14,7 @@ from inflora.data.files import read_file
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """All that is opened, whatever a file is called: Pillow knows formats that start other programs (EPS)."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-"""How the names of image files end."""
+"""Endings of the names of image files."""
 MOST_PIXELS = 89_478_485
 """A quarter of a gigabyte in memory; where Pillow begins to warn of files that are small and their images huge."""
 
@@ -27,7 +27,7 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each of EXIF's orientations."""
+"""The transposition that undoes each of EXIF's orientations."""
 
 # Pillow's warnings are of sizes (refused here) and of metadata that nothing here depends on. Filters of the program's
 # own come first; a filter for these calls alone would be one for all threads, too.

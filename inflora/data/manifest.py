@@ -11,7 +11,7 @@ from inflora.data.files import read_file
 
 Split = Literal["train", "test"]
 Form = Literal["raw", "encoded", "decoded"]
-"""How a store keeps images.
+"""The form in which a store keeps images.
 
 raw: uint8 arrays, all of one size, one shard per split: mapped as one tensor, nothing is decoded (CIFAR, digits).
 encoded: the dataset's own JPEG or PNG files: small, exact, decoded at every use.
@@ -38,14 +38,14 @@ class Shard(_Written):
 
 
 class SplitManifest(_Written):
-    """What one split holds."""
+    """The content of one split."""
 
     per_class: list[NonNegativeInt]
     shards: Annotated[list[Shard], Field(min_length=1)]
 
     @property
     def images(self) -> int:
-        """How many images the split has."""
+        """The number of images of the split."""
         return sum(shard.images for shard in self.shards)
 
     @property
@@ -55,7 +55,7 @@ class SplitManifest(_Written):
 
 
 class Manifest(_Written):
-    """What a store holds; written last, so a folder without it is not a store."""
+    """The content of a store; written last, so a folder without it is not a store."""
 
     format: int = FORMAT
     dataset: str

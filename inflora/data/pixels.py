@@ -103,6 +103,7 @@ class RawPixels:
             return Staged([made], made.result, device)
         if self.tensor.device == device:
             return Resident(lambda: crop_and_resize(self.tensor[there.rows], there.crops, side))
+        # Too large to stay: threads gather the batch into pinned memory, whole images, cropped on the device.
         gathered = host_memory((len(views.rows), *self.tensor.shape[1:]), device)
         work = _pool().submit(lambda: torch.index_select(self.tensor, 0, views.rows, out=gathered))
         return Staged([work], lambda: gathered, device, lambda pixels: crop_and_resize(pixels, there.crops, side))
@@ -194,13 +195,14 @@ class BlockPixels:
         self._starts_there = to_device(areas.cumsum(0) - areas, device)
         self._block = torch.empty(int(areas.sum()), 3, dtype=torch.uint8, device=device)
         for image, block in zip(images, self._block.split(areas.tolist()), strict=True):
+            # A block of its own for each image: the copy before may still be reading the last one.
             host = host_memory(block.shape, device)
             host.numpy()[:] = image.reshape(-1, 3)
             block.copy_(host, non_blocking=True)
 
     @staticmethod
     def bytes_for(sizes: Tensor) -> int:
-        """What the images take, and a large batch of them on its way out of the block."""
+        """The bytes that the images take, and a large batch of them on its way out of the block."""
         largest = int(sizes.amax(0).prod())
         places, pixels, floats = 2 * 8, 3, 2 * 3 * 4
         return 3 * int(sizes.prod(1).sum()) + _LARGE_BATCH * largest * (places + pixels + floats)
@@ -244,7 +246,7 @@ class BlockPixels:
 
 
 def _fits(count: int, device: torch.device) -> bool:
-    """Whether so many bytes may stay on the device; on the CPU images stay where they are, in mapped files."""
+    """True where so many bytes may stay on the device; on the CPU images stay where they are, in mapped files."""
     return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[0] // _SHARE
 
 

@@ -104,12 +104,12 @@ def _only_if_it_succeeds(folder: Path) -> Iterator[None]:
 
 
 def lock_of(folder: Path) -> Path:
-    """What whoever makes the store ``folder`` holds meanwhile."""
+    """The lock that is held while the store ``folder`` is made."""
     return folder.parent / f".{folder.name}.lock"
 
 
 class _Plan(NamedTuple):
-    """What is to be stored, and how."""
+    """A source, and the form in which it is to be stored."""
 
     content: Source
     name: str
@@ -119,7 +119,7 @@ class _Plan(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """What the store is made from and how, in words."""
+        """The source and the form in words, as the manifest keeps them."""
         shrunk = f", shrunk to a shorter side of {self.shorter_side}" if self.form == "decoded" else ""
         return self.content.origin + shrunk
 
@@ -135,7 +135,7 @@ def _prepare(folder: Path, plan: _Plan, on_progress: Callable[[Progress], None])
         partial.mkdir(exist_ok=True)
         _forget_other_plans(partial, plan)
         manifest = _written(partial, plan, on_progress)
-        partial.rename(folder)
+        partial.rename(folder)  # at once: nobody sees half a store
         return manifest
     except DataError:  # no other attempt would get further
         shutil.rmtree(partial, ignore_errors=True)
@@ -165,6 +165,7 @@ def _written(partial: Path, plan: _Plan, on_progress: Callable[[Progress], None]
             for split, images in content.splits.items()
         },
     ).sealed()
+    # Notes and the plan served an interruption; a store holds its shards and its manifest alone.
     keep = {shard.file for split in manifest.splits.values() for shard in split.shards}
     for file in partial.iterdir():
         if file.name not in keep:
@@ -174,7 +175,7 @@ def _written(partial: Path, plan: _Plan, on_progress: Callable[[Progress], None]
 
 
 def _check(source: Source, name: str, *, subset: bool) -> bool:
-    """Whether the source is known to be the whole official dataset.
+    """True if the source is known to be the whole official dataset.
 
     Raises:
         DataError: A class has no images in a split, or (without ``subset``) the numbers are not the official ones.
@@ -233,7 +234,7 @@ def _shards(
 
 
 def _read_note(path: Path) -> Shard | None:
-    """What is known of a shard that an interrupted preparation has finished; None if it has not."""
+    """The note of a shard that an interrupted preparation has finished; None if it has not."""
     try:
         return Shard.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -257,7 +258,7 @@ def _rows(images: Arrays | Files, chosen: slice, shorter_side: int | None, pool:
 
 
 def _loaded(content: bytes, name: str, shorter_side: int | None) -> tuple[bytes | np.ndarray, tuple[int, int]]:
-    """What is stored of one image file, and its height and width; the file is decoded here, whole, in either form.
+    """The content to be stored of one image file, its height and width; the file is decoded, whole, in either form.
 
     Raises:
         DataError: It cannot be decoded.

@@ -16,16 +16,16 @@ from inflora.data.store import default_root, verify_split
 from inflora.patience import NoAnswerError, within
 
 _PATIENCE_S = 20.0
-"""How long the first answer of a bucket may take."""
+"""The longest that a bucket's first answer may take."""
 
 
 def is_remote(root: str) -> bool:
-    """Whether ``root`` is a URI such as ``s3://bucket/folder``, and not a folder."""
+    """True if ``root`` is a URI such as ``s3://bucket/folder``, and not a folder."""
     return "://" in root
 
 
 def prepared_here(root: str, dataset: str) -> Path:
-    """Where this machine prepares a store before it goes to ``root``."""
+    """The folder in which this machine prepares a store before it goes to ``root``."""
     return default_root() / "remote" / hashlib.sha256(root.encode()).hexdigest()[:12] / dataset
 
 
@@ -49,6 +49,7 @@ def fetch(root: str, dataset: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     system, path = _resolve(root)
     with FileLock(lock_of(folder)):
+        # Asked again under the lock: another process may have copied it meanwhile.
         if not folder.exists():
             staging = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a dataset's own distribution is turned into before it is stored: classes, domains, labelled images."""
+"""A dataset's own distribution, read but not yet stored: classes, domains, labelled images."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -52,7 +52,7 @@ class Source(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What some datasets let the user choose."""
+    """The choices that some datasets leave to the user."""
 
     split_seed: int = 0
     test_list: Path | None = None
@@ -72,7 +72,7 @@ class Dataset(NamedTuple):
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """True if a file's name is that of an image."""
     return name.lower().endswith(SUFFIXES) and not PurePosixPath(name).name.startswith(".")
 
 

@@ -121,7 +121,7 @@ class HostClock:
         self._start = time.perf_counter()
 
     def stop(self) -> Callable[[], float]:
-        """What tells the seconds."""
+        """Stop now; call the result for the seconds."""
         seconds = time.perf_counter() - self._start
         return lambda: seconds
 
@@ -134,7 +134,7 @@ class DeviceClock:
         self._start = self._now()
 
     def stop(self) -> Callable[[], float]:
-        """What tells the seconds, when the device has come this far."""
+        """Stop when the device has come this far; call the result after that for the seconds."""
         end = self._now()
         return lambda: self._start.elapsed_time(end) / 1000
 

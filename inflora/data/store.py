@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 def default_root() -> Path:
-    """Where stores live unless ``data.root`` says otherwise."""
+    """The folder in which stores live unless ``data.root`` says otherwise."""
     return Path(os.environ.get("INFLORA_DATA", Path.home() / ".cache" / "inflora" / "data"))
 
 
@@ -135,7 +135,7 @@ def _is_schema(schema: pa.Schema, form: Form) -> bool:
 def _disagreement(
     manifest: Manifest, held: SplitManifest, labels: Tensor, domains: Tensor, sizes: Tensor, columns: Sequence[pa.Array]
 ) -> str | None:
-    """What of a split's columns is not as the manifest says; None where they agree."""
+    """The first way in which a split's columns are not as the manifest says; None where they agree."""
     classes, areas = len(manifest.classes), sizes.long().prod(1)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         return f"have labels outside of its {classes} classes"

@@ -46,7 +46,7 @@ class Stream(NamedTuple):
     manifest: Manifest
 
     def merged(self) -> "Stream":
-        """The same images as one single task: what joint training sees."""
+        """The same images as one single task: joint training."""
         classes = dict(zip(self.class_of.tolist(), [name for task in self.tasks for name in task.classes], strict=True))
         whole = Task(
             index=0,
@@ -80,7 +80,9 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
     """
     folder = ensure_store(settings.dataset, settings.root)
     manifest = read_manifest(folder)
-    sizes = task_sizes(settings, manifest)
+    check_tasks(settings, manifest)
+    # Joint training cuts the stream too, and merges it again: its validation images are then those of the tasks.
+    sizes = task_sizes(settings.model_copy(update={"joint": False}), len(manifest.classes))
     train = open_split(folder, "train")
     kinds = train.labels if settings.scenario == "class" else train.domains * len(manifest.classes) + train.labels
     train_rows, held_out_rows = split_validation(kinds, settings.validation, settings.split_seed)
@@ -135,15 +137,22 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
                 raise ConfigError(
                     f"task {task.index} of data.tasks ({held}) has no {images} images in {settings.dataset}"
                 )
-    return Stream(tasks, train, evaluate, class_of, order, split_hash, manifest)
+    stream = Stream(tasks, train, evaluate, class_of, order, split_hash, manifest)
+    return stream.merged() if settings.joint else stream
 
 
-def task_sizes(settings: DataSettings, manifest: Manifest) -> tuple[int, ...]:
-    """How many labels each task brings.
+def task_sizes(settings: DataSettings, classes: int) -> tuple[int, ...]:
+    """The number of classifier outputs that each task brings; the settings are known to fit the ``classes``."""
+    if settings.joint:
+        return (classes,)
+    if settings.scenario == "domain":
+        return (classes,) * settings.task_count
+    tasks = settings.tasks
+    return tasks if isinstance(tasks, tuple) else (classes // tasks,) * tasks
 
-    Raises:
-        ConfigError: The dataset's classes or domains cannot be cut into the tasks that ``data.tasks`` asks for.
-    """
+
+def check_tasks(settings: DataSettings, manifest: Manifest) -> None:
+    """Raise ConfigError unless the classes or domains can be cut into the parts that ``data.tasks`` asks for."""
     classes, domains, tasks = len(manifest.classes), len(manifest.domains), settings.tasks
     if settings.scenario == "domain":
         if tasks != domains or domains < 2:
@@ -151,20 +160,17 @@ def task_sizes(settings: DataSettings, manifest: Manifest) -> tuple[int, ...]:
             raise ConfigError(
                 f"data.scenario=domain takes one task per domain and {settings.dataset} {has}, got {tasks}"
             )
-        return (classes,) * domains
-    if isinstance(tasks, tuple):
+    elif isinstance(tasks, tuple):
         if sum(tasks) != classes:
             raise ConfigError(
                 f"data.tasks must add up to the {classes} classes of {settings.dataset}, got {sum(tasks)}"
             )
-        return tasks
-    if classes % tasks:
+    elif classes % tasks:
         divisors = [n for n in range(1, classes + 1) if classes % n == 0]
         raise ConfigError(
             f"data.tasks must divide the {classes} classes of {settings.dataset} "
             f"({', '.join(map(str, divisors))}), got {tasks}; for tasks of unequal size list their numbers of classes"
         )
-    return (classes // tasks,) * tasks
 
 
 def class_order(classes: int, seed: int | None) -> tuple[int, ...]:
@@ -183,6 +189,7 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     train, held_out = [], []
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
+        # Class by class: a plain random split may leave a rare class without a validation image.
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         held_out.append(shuffled[:count])
@@ -194,6 +201,7 @@ def rows_hash(*groups: Tensor) -> str:
     """Identity of a split: a hash over which rows are in which group."""
     digest = hashlib.sha256()
     for rows in groups:
+        # The length keeps groups apart: the same rows divided elsewhere must hash to something else.
         digest.update(len(rows).to_bytes(8, "little"))
         digest.update(rows.to(torch.int64).sort().values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""How a sweep runs: spec -> search -> trials -> tracking -> export."""
+"""The engine of a sweep, in the order of its life: ``space``, ``run``, ``ledger``, ``show``, ``after``."""

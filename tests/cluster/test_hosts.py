@@ -12,8 +12,8 @@ import pytest
 
 from inflora.continual import run
 from sweeps import digits
-from sweeps.engine.records import Outcome, best_record, trial_name
-from sweeps.engine.study import read_records, study_url
+from sweeps.engine.ledger.records import Outcome, best_record, trial_name
+from sweeps.engine.ledger.study import read_records, study_url
 
 from .hosts import HOME, SHARED
 

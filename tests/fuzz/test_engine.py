@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.cli import app
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.mirror import Mirror
-from sweeps.engine.records import TrialRecord
-from sweeps.engine.spec import SPEC_FILE, Choice, Constraint, Sweep, read_sweep
-from sweeps.engine.study import STUDY_FILE, load_study, read_records
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import TrialRecord
+from sweeps.engine.ledger.study import STUDY_FILE, load_study, read_records
+from sweeps.engine.show.mirror import Mirror
+from sweeps.engine.space.domains import Choice
+from sweeps.engine.space.spec import SPEC_FILE, Constraint, Sweep, read_sweep
 from tests.fuzz.answers import answered
 from tests.sweeps.conftest import learn_all, report, tiny_sweep
 
@@ -237,7 +238,7 @@ class Planted:
 
 @pytest.mark.parametrize("rank", [None, Choice(options=(4, 8))], ids=["numbers", "with a choice"])
 def test_a_study_from_elsewhere_runs_nothing(tiny_sweep, tmp_path, rank):
-    space = dict(tiny_sweep.space) | ({"method.rank": rank} if rank else {})
+    space = dict(tiny_sweep.space) | ({"adapter.rank": rank} if rank else {})
     changes = {"sampler": "cmaes", "early_stopping": "none", "trials": 12, "space": space, "first": ()}
     sweep = Sweep.model_validate({**dict(tiny_sweep), **changes})
     ledger = Ledger(sweep, tmp_path)

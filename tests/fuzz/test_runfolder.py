@@ -14,7 +14,7 @@ from inflora.config import override
 from inflora.runs import train_into
 from inflora.serving import load, predict
 from inflora.state import load_state
-from tests.conftest import method_of
+from tests.conftest import pair_of
 from tests.fuzz.answers import OneLine, answered
 
 pytestmark = pytest.mark.fuzz
@@ -55,7 +55,7 @@ class Run:
 @pytest.fixture(scope="module")
 def finished(tiny, digits, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("fuzzed")
-    changes = {"data.tasks": 2, "optim.batch_size": 256, "method": method_of("aligned")}
+    changes = {"data.tasks": 2, "optim.batch_size": 256} | pair_of("inflora", "aligned")
     train_into(folder / "run", override(tiny, changes), "test")
     Image.effect_noise((8, 8), 40).save(folder / "image.png")
     return Run(folder / "run", folder / "image.png")

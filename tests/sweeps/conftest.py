@@ -16,12 +16,13 @@ import torch
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
-from sweeps.engine import mlflow_database
-from sweeps.engine.records import TaskReport, TrialRecord
-from sweeps.engine.spec import Integer, NearOne, Real, Sweep
-from sweeps.engine.study import read_records, study_url
+from sweeps.engine.ledger.records import TaskReport, TrialRecord
+from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.show import mlflow_database
+from sweeps.engine.space.domains import Integer, NearOne, Real
+from sweeps.engine.space.spec import Sweep
 
-PAPER = {"method.rank": 10, "method.energy": 0.95, "optim.lr": 5e-4}
+PAPER = {"adapter.rank": 10, "adapter.energy": 0.95, "optim.lr": 5e-4}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,13 +48,13 @@ def tiny_sweep(data_root) -> Sweep:
         base=RunConfig(
             data=DataSettings(dataset="digits", tasks=5),
             backbone=BackboneSettings(pretrained=False, options={"embed_dim": 32, "depth": 2, "num_heads": 2}),
-            method=InfLoRASettings(),
+            adapter=InfLoRASettings(),
             optim=OptimSettings(epochs=1),
             device="cpu",
         ),
         space={
-            "method.rank": Integer(low=1, high=16, log=True),
-            "method.energy": NearOne(low=0.8, high=0.999),
+            "adapter.rank": Integer(low=1, high=16, log=True),
+            "adapter.energy": NearOne(low=0.8, high=0.999),
             "optim.lr": Real(low=1e-4, high=1e-2, log=True),
         },
         first=(PAPER,),
@@ -92,7 +93,7 @@ class Recipe:
         self.sweep, self.folder = sweep, folder
         self.script = folder / "recipe.py"
         self.script.write_text(
-            "from sweeps.cli import main\nfrom sweeps.engine.spec import Sweep\n\n"
+            "from sweeps.recipe import Sweep, main\n\n"
             f"if __name__ == '__main__':\n    main(Sweep.model_validate_json({sweep.model_dump_json()!r}))\n"
         )
         self.environment = {

@@ -1,14 +1,16 @@
 """When a sweep ends: by its trials, its time, its GPU-hours, its target or its patience, and it says by which."""
 
+import inspect
+
 import pytest
 
 from inflora.config import ConfigError
-from sweeps.cli import parse_duration_s
-from sweeps.engine import ledger as ledger_module
-from sweeps.engine.budget import progress
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome
-from sweeps.engine.spec import Sweep
+from sweeps.engine.ledger import ledger as ledger_module
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.show.status import status_lines
+from sweeps.engine.space.spec import Budget, Sweep
+from sweeps.recipe import parse_duration_s, with_budget_options
 
 from .conftest import learn_all, report
 
@@ -54,6 +56,17 @@ def test_gpu_hours_count_what_every_trial_has_trained_also_stopped_ones(tiny_swe
     assert ledger.why_over() == "GPU budget spent: 1.20 of 1 GPU-hours"
 
 
+def test_gpu_hours_of_a_running_trial_count_at_every_report(tiny_sweep, tmp_path):
+    ledger = make_ledger(tiny_sweep, tmp_path, {"gpus_per_worker": 2}, gpu_hours=1.0)
+    number = ledger.propose().number
+    ledger.report(number, report(1, 0.9).model_copy(update={"seconds": 0.3 * 3600}))
+    assert ledger.why_over() == ""
+    ledger.report(number, report(2, 0.9).model_copy(update={"seconds": 0.3 * 3600}))
+    assert ledger.why_over() == "GPU budget spent: 1.20 of 1 GPU-hours"
+    ledger.close(number)
+    assert ledger.record_of(number).outcome is Outcome.RUNNING, "interrupted, not failed"
+
+
 def test_time_counts_over_all_starts_and_interrupts_what_runs(tiny_sweep, tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(ledger_module.time, "monotonic", lambda: now)
@@ -88,16 +101,27 @@ def test_more_trials_add_to_a_finished_sweep(tiny_sweep, tmp_path):
 
 
 def test_progress_tells_trials_time_budget_and_best(tiny_sweep, tmp_path):
-    ledger = make_ledger(tiny_sweep, tmp_path, {"gpus_per_worker": 1}, hours=2.0, gpu_hours=8, target=0.9, patience=5)
+    limits = {"hours": 2.0, "gpu_hours": 8, "storage_gb": 1, "target": 0.9, "patience": 5}
+    ledger = make_ledger(tiny_sweep, tmp_path, {"gpus_per_worker": 1}, **limits)
     finish_one(ledger, 0.5)
     ledger.propose()
-    text = "\n".join(progress(ledger.sweep, ledger.records(), hours=0.5))
+    text = "\n".join(status_lines(ledger.sweep, ledger.records(), hours=0.5, stored_bytes=10**8))
     assert "1 of 9 trials ended: 1 running, 1 finished" in text
-    assert "0.50 hours so far, 1.50 left, about 4.00 to go at this pace" in text
+    assert "about 4.00 hours to go at this pace" in text
+    assert "0.50 hours so far, 1.50 left" in text
+    assert "0.10 GB of checkpoints, 0.90 left" in text
     assert "GPU-hours of training, 8.00 left" in text
     assert "best so far: trial 0, acc/final 0.5000" in text
     assert "target: acc/final 0.9" in text
     assert "patience: 0 of 5 trials" in text
+
+
+def test_every_budget_is_an_option_of_a_recipe():
+    def command(time_budget: str, **budget) -> None:
+        pass
+
+    options = inspect.signature(with_budget_options(command)).parameters
+    assert set(options) == {*Budget.model_fields} - {"hours"} | {"time_budget"}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200)])

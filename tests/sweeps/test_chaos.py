@@ -20,10 +20,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.cluster_utils import Cluster as Nodes
 
-from sweeps.engine.checkpoints import TRIALS
-from sweeps.engine.records import Outcome, TrialRecord
-from sweeps.engine.spec import Sweep
-from sweeps.engine.study import study_url
+from sweeps.engine.ledger.records import Outcome, TrialRecord
+from sweeps.engine.ledger.study import study_url
+from sweeps.engine.run.preflight import TRIALS
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import Recipe
 from .server import Server, free_port
@@ -78,7 +78,7 @@ def what_is_left(recipe: Recipe, uri: str) -> Left:
 
 
 def without_times(record: TrialRecord) -> dict[str, Any]:
-    reports = [report.model_dump(exclude={"seconds", "saved_s", "time_ms"}) for report in record.reports]
+    reports = [report.model_dump(exclude={"seconds", "time_ms"}) for report in record.reports]
     names = ("number", "settings", "outcome", "value", "values", "reason", "broken")
     return {name: getattr(record, name) for name in names} | {"reports": reports}
 

@@ -10,12 +10,14 @@ from ray.cluster_utils import Cluster as Nodes
 from ray.util.state import list_actors
 
 from inflora.config import ConfigError
-from sweeps.engine.cluster import check_state_api, connect, slots
-from sweeps.engine.failures import Failure, kind_of
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome
-from sweeps.engine.runner import claimed, fit, run_sweep
-from sweeps.engine.spec import Real, Resources, read_sweep
+from sweeps.engine.ledger.failures import Failure, kind_of
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.run.cluster import check_state_api, connect, slots
+from sweeps.engine.run.runner import locked, run_sweep
+from sweeps.engine.run.tune import run_trials
+from sweeps.engine.space.domains import Real
+from sweeps.engine.space.spec import Resources, read_sweep
 
 from .conftest import PAPER, Recipe, undisturbed
 
@@ -146,7 +148,7 @@ def test_why_a_trial_failed_is_kept_word_for_word(tiny_sweep, local_cluster, tmp
         raise KeyError(f"no such thing as {settings['number']}")
 
     ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1, "executor": "inline"}), tmp_path)
-    fit(ledger.sweep, tmp_path, ledger, breaks, 1, print)
+    run_trials(ledger, tmp_path, breaks, 1, print)
     (record,) = ledger.records()
     assert record.failures == ("KeyError: 'no such thing as 0'",) * 2, "what is not known is tried once more"
     assert record.reason == record.failures[-1]
@@ -165,7 +167,7 @@ def test_the_dashboard_listens_on_this_machine_only(local_cluster):
 
 
 def test_a_cluster_without_its_dashboard_is_refused_before_a_trial_could_leak_its_workers(local_cluster, monkeypatch):
-    monkeypatch.setattr("sweeps.engine.cluster.STATE_API_PATIENCE_S", 3)
+    monkeypatch.setattr("sweeps.engine.run.cluster.STATE_API_PATIENCE_S", 3)
     local_cluster(num_cpus=1, include_dashboard=False)
     with pytest.raises(ConfigError, match="state API does not answer"):
         check_state_api()
@@ -222,12 +224,12 @@ def test_two_sweeps_on_one_machine_end_as_if_each_were_alone(tiny_sweep, tmp_pat
 
 
 def test_two_drivers_do_not_run_one_sweep(tiny_sweep, tmp_path):
-    with claimed(tiny_sweep, tmp_path), pytest.raises(ConfigError, match="is being run by another process"):
+    with locked(tiny_sweep, tmp_path), pytest.raises(ConfigError, match="is being run by another process"):
         run_sweep(tiny_sweep, tmp_path, sqlite(tmp_path), say=print)
 
 
 def test_another_base_does_not_take_over_a_sweeps_folder(tiny_sweep, tmp_path):
-    with claimed(tiny_sweep, tmp_path):
+    with locked(tiny_sweep, tmp_path):
         pass
     other = tiny_sweep.model_copy(update={"base": tiny_sweep.config({"optim.epochs": 7})})
     with pytest.raises(ConfigError, match="holds a sweep with another base or space"):

@@ -8,17 +8,17 @@ import torch
 
 from inflora.config import ConfigError
 from inflora.gpu_check import BEYOND_A_TRIAL
-from sweeps.engine.cluster import Cluster
-from sweeps.engine.dryrun import (
+from sweeps.engine.run.cluster import Cluster
+from sweeps.engine.run.dry_run import (
     Timing,
     check_gpu_node,
-    check_storage,
     dry_run,
-    estimate,
+    forecast,
     time_one_task,
 )
-from sweeps.engine.runner import run_sweep
-from sweeps.engine.spec import Resources, Sweep
+from sweeps.engine.run.preflight import check_folder
+from sweeps.engine.run.runner import run_sweep
+from sweeps.engine.space.spec import Resources, Sweep
 
 
 def with_changes(sweep, **changes) -> Sweep:
@@ -28,7 +28,7 @@ def with_changes(sweep, **changes) -> Sweep:
 def test_the_estimate_counts_epochs_tasks_rounds_and_gpus(tiny_sweep):
     sweep = with_changes(tiny_sweep, trials=5, resources=Resources(gpus_per_worker=0.5))
     config = sweep.config({"optim.epochs": 3, "optim.first_task": {"epochs": 7}})
-    expected = estimate(sweep, config, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=2)
+    expected = forecast(sweep, config, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=2)
     assert expected.trial_s == (7 + 4 * 3) * 10 + 5 * 2
     assert expected.hours == pytest.approx(3 * 200 / 3600)
     assert expected.gpu_hours == pytest.approx(5 * 200 * 0.5 / 3600)
@@ -37,7 +37,7 @@ def test_the_estimate_counts_epochs_tasks_rounds_and_gpus(tiny_sweep):
 def test_choosing_by_the_first_task_costs_one(tiny_sweep):
     space = {"optim.lr": {"kind": "real", "low": 1e-4, "high": 1e-2}}
     sweep = with_changes(tiny_sweep, protocol="first-task", space=space, first=())
-    assert estimate(sweep, sweep.base, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=1).trial_s == 12
+    assert forecast(sweep, sweep.base, Timing(epoch_s=10.0, rest_s=2.0), at_a_time=1).trial_s == 12
 
 
 def test_a_task_is_timed_in_epochs_and_the_rest(tiny_sweep):
@@ -48,12 +48,12 @@ def test_a_task_is_timed_in_epochs_and_the_rest(tiny_sweep):
     assert timing.epoch_s + timing.rest_s < time.perf_counter() - start
 
 
-def test_a_storage_that_cannot_be_written_is_found_out(tmp_path):
-    check_storage(tmp_path / "not" / "yet")
+def test_a_storage_that_cannot_be_written_is_found_out(tiny_sweep, tmp_path):
+    check_folder(tiny_sweep, tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="does not work"):
-        check_storage(tmp_path / "file" / "below")
+    with pytest.raises(ConfigError, match="is not a folder that may be written to"):
+        check_folder(tiny_sweep, tmp_path / "file" / "below")
 
 
 @pytest.mark.cluster
@@ -111,8 +111,8 @@ def test_a_sweep_without_the_gpus_it_needs_says_so_before_it_asks_for_weights_or
     tiny_sweep, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sweeps.engine.cluster.ray.is_initialized", lambda: False)
-    monkeypatch.setattr("sweeps.engine.runner.identity", lambda config: pytest.fail("read the weights"))
+    monkeypatch.setattr("sweeps.engine.run.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("sweeps.engine.run.preflight.identity", lambda config: pytest.fail("read the weights"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     sweep = with_changes(tiny_sweep, resources=Resources(gpus_per_worker=1))
     for start in (run_sweep, dry_run):

@@ -77,7 +77,7 @@ def test_the_exported_config_says_where_it_comes_from(swept):
     assert "acc/final" in config.provenance["validation"]
     client = MlflowClient(f"sqlite:///{swept.folder}/results/digits/mlflow.db")
     run = client.get_run(config.provenance["mlflow_run_id"])
-    assert run.data.params["method.rank"] == str(config.method.rank)
+    assert run.data.params["adapter.rank"] == str(config.adapter.rank)
     assert run.data.metrics["acc/final"] == config.provenance["validation"]["acc/final"]
 
 
@@ -88,7 +88,7 @@ def test_the_exported_config_trains_as_it_is(swept):
     assert result["evaluated_on"] == "test"
     assert [len(row) for row in result["accuracy_matrix"]] == [1, 2, 3, 4, 5]
     assert (
-        yaml.safe_load((swept.folder / "trained" / "config.yaml").read_text())["method"] == result["config"]["method"]
+        yaml.safe_load((swept.folder / "trained" / "config.yaml").read_text())["adapter"] == result["config"]["adapter"]
     )
 
 
@@ -106,11 +106,11 @@ def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept)
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
     assert len(children) == 4
     assert {r.info.status for r in runs} == {"FINISHED"}
-    inflora = [r.data.metrics["acc/final"] for r in children if r.data.params["method.name"] == "inflora"]
+    inflora = [r.data.metrics["acc/final"] for r in children if r.data.params["adapter.name"] == "inflora"]
     assert parent.data.metrics["inflora/acc/final_mean"] == pytest.approx(sum(inflora) / 2)
     for child in children:
         model = {a.path for a in client.list_artifacts(child.info.run_id, "model")}
-        learnt = {"model/adapters"} if child.data.params["method.name"] == "inflora" else set()
+        learnt = {"model/adapters"} if child.data.params["adapter.name"] == "inflora" else set()
         assert model == {"model/config.yaml", "model/state"} | learnt
 
     before = {path: path.stat().st_mtime_ns for path in (swept.folder / "results/final").rglob("tensors-*")}
@@ -145,7 +145,7 @@ def test_final_judges_a_sweeps_best_against_the_first_setting_before_it_opens_th
         ("python my_digits.py --sweep digit", "unknown --sweep 'digit'; known: digits"),
         ("python my_digits.py --executor thread", "executor: must be 'train' or 'inline', got 'thread'"),
         ("python my_digits.py --num-trials 0", "trials: must be greater than or equal to 1, got 0"),
-        ("python my_digits.py method.rnk=3", "unknown setting method.rnk; known here: name, rank"),
+        ("python my_digits.py adapter.rnk=3", "unknown setting adapter.rnk; known here: name, rank"),
         ("python my_digits.py data.tasks=3", "data.tasks must divide the 10 classes of digits (1, 2, 5, 10), got 3"),
         ("sweeps export nothing", "sweep.json is missing"),
         ("sweeps status nothing", "sweep.json is missing"),

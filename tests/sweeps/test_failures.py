@@ -2,11 +2,11 @@
 
 import pytest
 
-from sweeps.engine.failures import Failure, alike, change_for, headline, kind_of
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome
-from sweeps.engine.search import StudySearcher, with_room
-from sweeps.engine.spec import Resources
+from sweeps.engine.ledger.failures import Failure, alike, change_for, headline, kind_of
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.run.tune import StudySearcher, gpus_for_retry
+from sweeps.engine.space.spec import Resources
 
 from .conftest import learn_all, report
 
@@ -32,7 +32,7 @@ def ledger(tiny_sweep, tmp_path) -> Ledger:
         (FULL, Failure.MEMORY),
         ("MemoryError", Failure.MEMORY),
         (NAN, Failure.HOPELESS),
-        ("inflora.config.ConfigError: method.rank must be at most 32", Failure.HOPELESS),
+        ("inflora.config.ConfigError: adapter.rank must be at most 32", Failure.HOPELESS),
         (STRANGE, Failure.UNKNOWN),
     ],
 )
@@ -60,9 +60,9 @@ def test_a_trial_is_tried_again_only_where_that_can_help_and_not_for_ever(failed
 
 
 def test_a_trial_that_was_too_large_for_its_share_of_a_gpu_gets_all_of_one():
-    assert with_room(Resources(gpus_per_worker=0.25), [FULL]) == 1
-    assert with_room(Resources(gpus_per_worker=0.25), [LOST]) == 0.25
-    assert with_room(Resources(), [FULL]) == 0
+    assert gpus_for_retry(Resources(gpus_per_worker=0.25), [FULL]) == 1
+    assert gpus_for_retry(Resources(gpus_per_worker=0.25), [LOST]) == 0.25
+    assert gpus_for_retry(Resources(), [FULL]) == 0
 
 
 def test_a_lost_trial_comes_back_under_its_own_number_with_what_it_has_learnt(ledger):
@@ -96,7 +96,7 @@ def test_a_hopeless_trial_ends_at_once_with_its_reason_and_the_next_one_starts(l
 
 def test_tune_waits_while_a_running_trial_may_still_come_back(tiny_sweep, tmp_path):
     ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1}), tmp_path)
-    searcher = StudySearcher(ledger, None)
+    searcher = StudySearcher(ledger)
     number = searcher.suggest("a")["number"]
     assert searcher.suggest("b") is None
     ledger.fail(number, LOST)

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sweeps import cli
-from sweeps.engine import gpu_check
+from sweeps.engine.run import gpu_check
 from tests import planted
 
 NOTHING_WRONG = {"first": planted.passes, "other": planted.has_nothing_to_try}

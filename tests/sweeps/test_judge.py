@@ -8,11 +8,12 @@ from pydantic import ValidationError
 
 from inflora.config import ConfigError
 from inflora.runs import train_into
-from sweeps.engine.final import plan, spread
-from sweeps.engine.judge import FIRST, candidates, compare, estimate, judge, judged_orders, score, write_judgement
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.spec import Real, Sweep
-from sweeps.engine.trial import learn
+from sweeps.engine.after.final import plan, spread
+from sweeps.engine.after.judge import FIRST, candidates, compare, estimate, judge, judged_orders, score, write_judgement
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.run.trial import learn
+from sweeps.engine.space.domains import Real
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all
 from .test_trial import MemorySession, settings_of
@@ -84,7 +85,7 @@ def with_changes(sweep, **changes) -> Sweep:
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"protocol": "first-task"}, "first-task cannot choose method.energy"),
+        ({"protocol": "first-task"}, "first-task cannot choose adapter.energy"),
         ({"protocol": "two-phase"}, "needs judge_orders"),
         ({"protocol": "current-task"}, "judged by objective acc/current"),
         ({"judge_orders": (None,)}, "judge_orders"),

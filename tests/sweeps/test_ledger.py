@@ -6,10 +6,11 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from inflora.config import ConfigError
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome, TaskReport, best_record
-from sweeps.engine.spec import Choice, Sweep
-from sweeps.engine.study import load_study, read_records, study_url
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, TaskReport, best_record
+from sweeps.engine.ledger.study import load_study, read_records, study_url
+from sweeps.engine.space.domains import Choice
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all, report
 
@@ -134,7 +135,7 @@ def test_a_sweep_started_again_and_again_proposes_what_an_undisturbed_one_does(t
             for _ in range(trials_per_start):
                 proposal = ledger.propose()
                 yield proposal.settings
-                learn_all(ledger, proposal.number, [proposal.settings["method.energy"]] * 5)
+                learn_all(ledger, proposal.number, [proposal.settings["adapter.energy"]] * 5)
 
     undisturbed = list(search(tmp_path / "undisturbed", sweep.trials))
     assert list(search(tmp_path / "disturbed", 1)) == undisturbed
@@ -179,8 +180,8 @@ def test_early_stopping_remembers_the_trials_of_earlier_starts(tiny_sweep, tmp_p
 
 def test_a_small_space_is_tried_once_and_then_ends(tiny_sweep, tmp_path):
     space = {
-        "method.memory": Choice(options=("gpm", "dualgpm")),
-        "method.energy_of": Choice(options=("covariance", "inputs")),
+        "adapter.memory": Choice(options=("gpm", "dualgpm")),
+        "adapter.energy_of": Choice(options=("covariance", "inputs")),
     }
     ledger = Ledger(
         Sweep.model_validate(tiny_sweep.model_dump() | {"space": space, "first": (), "trials": 10}), tmp_path

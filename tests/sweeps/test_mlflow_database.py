@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from inflora.config import ConfigError
-from sweeps.engine.mlflow_database import make_whole
-from sweeps.engine.mlflow_store import make_client
+from sweeps.engine.show.mlflow_database import make_whole
+from sweeps.engine.show.mlflow_store import make_client
 
 
 def uri(file: Path) -> str:

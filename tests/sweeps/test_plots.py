@@ -4,7 +4,7 @@ import pytest
 
 from inflora.config import override
 from inflora.continual import run
-from sweeps.engine import plots
+from sweeps.engine.show import plots
 
 
 def metrics_of(config) -> list[dict[str, float]]:
@@ -30,6 +30,6 @@ def test_the_drift_of_every_old_task_is_written_into_its_cell(metrics):
 
 
 def test_what_a_run_does_not_have_is_not_drawn(tiny, digits):
-    joint = metrics_of(override(tiny, {"method": {"name": "joint"}}))
+    joint = metrics_of(override(tiny, {"data.joint": True, "adapter": "lora"}))
     assert plots.memory(joint) is None
     assert plots.drift(joint) is None

@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.progress import LiveTable, ProgressLines, progress_on
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.progress import LiveTable, ProgressLines, progress_on
 
 from .conftest import learn_all, report
 
@@ -33,7 +33,7 @@ def test_lines_tell_every_start_task_retry_and_end(ledger):
     learn_all(ledger, number, [0.9] * 5)
     told.on_trial_complete(0, [], TuneTrial(number))
     assert lines == [
-        "trial   0 starts  method.rank=10  method.energy=0.95  optim.lr=0.0005",
+        "trial   0 starts  adapter.rank=10  adapter.energy=0.95  optim.lr=0.0005",
         "trial   0 task 1  acc/seen 90.0 %",
         "trial   0 failed, is tried again from its last finished task: ActorDiedError: gone",
         "trial   0 finished  acc/final 90.0 %  (1/4)",

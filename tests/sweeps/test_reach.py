@@ -12,11 +12,11 @@ import pytest
 from inflora.config import ConfigError
 from inflora.storage import SharedFolder
 from sweeps.cli import parse_seeds
-from sweeps.engine import reach
-from sweeps.engine.cluster import Cluster
-from sweeps.engine.output import check_output
-from sweeps.engine.reach import reachable_ray, reachable_store
-from sweeps.engine.runner import trials_place
+from sweeps.engine.run import reach
+from sweeps.engine.run.cluster import Cluster
+from sweeps.engine.run.preflight import trials_place
+from sweeps.engine.run.reach import reachable_ray, reachable_store
+from sweeps.engine.show.output import check_output
 
 from .server import free_port
 
@@ -136,7 +136,7 @@ def test_seeds_are_different_whole_numbers_that_every_generator_takes(text):
 def test_a_bucket_that_does_not_answer_is_one_line(tiny_sweep, tmp_path, monkeypatch):
     never = threading.Event()
     monkeypatch.setattr(SharedFolder, "read", lambda *_: never.wait())
-    monkeypatch.setattr("sweeps.engine.runner.PATIENCE_S", 0.01)
+    monkeypatch.setattr("sweeps.engine.run.preflight.PATIENCE_S", 0.01)
     with pytest.raises(ConfigError, match=r"^--shared gs://bucket/x/tiny does not answer within 0 seconds$"):
         trials_place(tiny_sweep, tmp_path, Cluster(shared="gs://bucket/x"))
     never.set()

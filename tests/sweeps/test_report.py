@@ -9,13 +9,13 @@ import subprocess
 
 import pytest
 
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.report import page
-from sweeps.engine.runner import claimed
-from sweeps.engine.snapshot import is_driven
-from sweeps.engine.spec import Sweep
-from sweeps.engine.study import load_study, read_records
-from sweeps.engine.tables import csv_table, latex_table
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.snapshot import is_driven
+from sweeps.engine.ledger.study import load_study, read_records
+from sweeps.engine.run.runner import locked
+from sweeps.engine.show.report import page
+from sweeps.engine.show.tables import csv_table, latex_table
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import learn_all, report
 
@@ -91,7 +91,7 @@ def test_a_sweep_without_a_driver_is_stopped_and_says_how_to_go_on(sweep, tmp_pa
     assert "stopped: no process runs this sweep; the command that began it goes on with it" in text
     assert "to go at this pace" not in text
     assert not is_driven(tmp_path)
-    with claimed(sweep, tmp_path):
+    with locked(sweep, tmp_path):
         assert is_driven(tmp_path)
 
 
@@ -100,9 +100,9 @@ def test_the_table_is_written_with_every_digit_or_for_a_paper(sweep, tmp_path):
     rows = list(csv.DictReader(io.StringIO(csv_table(sweep, records))))
     assert len(rows) == len(records)
     assert {row["trial"]: row["acc/final"] for row in rows}["4"] == repr(records[4].value)
-    assert {float(row["method.energy"]) for row in rows} == {each.settings["method.energy"] for each in records}
+    assert {float(row["adapter.energy"]) for row in rows} == {each.settings["adapter.energy"] for each in records}
     lines = latex_table(sweep, records).splitlines()
-    assert lines[3] == r"trial & method.rank & method.energy & optim.lr & acc/final \\"
+    assert lines[3] == r"trial & adapter.rank & adapter.energy & optim.lr & acc/final \\"
     assert len(lines) == 7 + 5, "finished trials only, the best first"
     assert lines[5].startswith("4 & ")
 

@@ -14,12 +14,13 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 from inflora.storage import SharedFolder
-from sweeps.engine.cluster import Cluster
-from sweeps.engine.nodes import check_nodes
-from sweeps.engine.records import Outcome, best_record, trial_name
-from sweeps.engine.runner import run_sweep
-from sweeps.engine.spec import Real, Resources
-from sweeps.engine.study import STUDY_FILE
+from sweeps.engine.ledger.records import Outcome, best_record, trial_name
+from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.run.cluster import Cluster
+from sweeps.engine.run.nodes import check_nodes
+from sweeps.engine.run.runner import run_sweep
+from sweeps.engine.space.domains import Real
+from sweeps.engine.space.spec import Resources
 
 from .conftest import PAPER
 
@@ -67,7 +68,7 @@ def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gp
         update={
             "base": tiny_sweep.config({"backbone": {"name": "glyph_vit"}}),
             "space": tiny_sweep.space | {"optim.lr": Real(low=1e-12, high=1e-2, log=True)},
-            "first": (learns, cannot_learn, learns | {"method.rank": 4}),
+            "first": (learns, cannot_learn, learns | {"adapter.rank": 4}),
             "trials": 3,
             "resources": Resources(gpus_per_worker=1),
         }
@@ -136,7 +137,6 @@ def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, t
     assert not (tmp_path / "head" / "trials").exists(), "checkpoints are in the bucket"
     best = trial_name(sweep.study_name, best_record(before).number)
     assert SharedFolder(f"{bucket}/sweeps/tiny").folders("trials") == {best}, "the other's are deleted"
-    assert before[1].reports[0].saved_s > 0, "what the first trial computed is there too"
 
     after = run_sweep(sweep, tmp_path / "new-head", sqlite(tmp_path), cluster=cluster, say=print)
     assert (after.records, after.complete) == (before, True)

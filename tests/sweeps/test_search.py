@@ -4,19 +4,20 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
-from sweeps.engine import space
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.records import Outcome, best_record
-from sweeps.engine.spec import Choice, Integer, NearOne, Real, Sweep
-from sweeps.engine.study import load_study, pareto_front
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, best_record
+from sweeps.engine.ledger.study import load_study, pareto_front
+from sweeps.engine.space import domains
+from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all, report
 
-METHODS = {
-    "method.name": Choice(options=("inflora", "sequential", "frozen")),
-    "method.rank": Integer(low=1, high=16, when={"method.name": ("inflora", "sequential")}),
-    "method.memory": Choice(options=("gpm", "dualgpm"), when={"method.name": ("inflora",)}),
-    "method.energy": NearOne(low=0.8, high=0.99, when={"method.memory": ("dualgpm",)}),
+ADAPTERS = {
+    "adapter.name": Choice(options=("inflora", "lora", "none")),
+    "adapter.rank": Integer(low=1, high=16, when={"adapter.name": ("inflora", "lora")}),
+    "adapter.memory": Choice(options=("gpm", "dualgpm"), when={"adapter.name": ("inflora",)}),
+    "adapter.energy": NearOne(low=0.8, high=0.99, when={"adapter.memory": ("dualgpm",)}),
     "optim.lr": Real(low=1e-4, high=1e-2, log=True),
 }
 
@@ -30,14 +31,14 @@ def with_changes(sweep, **changes) -> Sweep:
 def test_every_sampler_proposes_within_the_space_no_setting_twice_and_goes_on_after_a_restart(
     tiny_sweep, tmp_path, sampler, conditional
 ):
-    changes = {"space": METHODS, "first": ()} if conditional else {}
+    changes = {"space": ADAPTERS, "first": ()} if conditional else {}
     sweep = with_changes(tiny_sweep, sampler=sampler, early_stopping="none", trials=8, **changes)
     seen = []
     for _ in range(2):
         ledger = Ledger(sweep, tmp_path)
         for _ in range(4):
             proposal = ledger.propose()
-            assert space.holds(sweep.space, proposal.settings)
+            assert domains.contains(sweep.space, proposal.settings)
             sweep.config(proposal.settings)
             seen.append(repr(proposal.settings))
             learn_all(ledger, proposal.number, [0.5 + len(seen) / 100] * 5)
@@ -46,8 +47,8 @@ def test_every_sampler_proposes_within_the_space_no_setting_twice_and_goes_on_af
 
 
 def test_the_first_trials_come_before_those_of_the_grid_which_are_tried_once_and_then_end(tiny_sweep, tmp_path):
-    small = {"method.memory": Choice(options=("gpm", "dualgpm")), "method.rank": Integer(low=2, high=8)}
-    first = {"method.memory": "gpm", "method.rank": 3}
+    small = {"adapter.memory": Choice(options=("gpm", "dualgpm")), "adapter.rank": Integer(low=2, high=8)}
+    first = {"adapter.memory": "gpm", "adapter.rank": 3}
     sweep = with_changes(tiny_sweep, sampler="grid", grid_points=2, trials=99, space=small, first=(first,))
     ledger = Ledger(sweep, tmp_path)
     proposed = []
@@ -66,28 +67,31 @@ def test_a_grid_has_its_ends_on_the_scale_of_the_domain():
 
 
 def test_a_setting_exists_only_beside_the_choice_that_needs_it():
-    rows = space.grid(METHODS, 2)
-    by_method = {name: {frozenset(row) for row in rows if row["method.name"] == name} for name in ("inflora", "frozen")}
-    assert by_method["frozen"] == {frozenset({"method.name", "optim.lr"})}
-    assert {len(keys) for keys in by_method["inflora"]} == {4, 5}, "energy exists beside dualgpm only"
+    rows = domains.grid(ADAPTERS, 2)
+    by_adapter = {name: {frozenset(row) for row in rows if row["adapter.name"] == name} for name in ("inflora", "none")}
+    assert by_adapter["none"] == {frozenset({"adapter.name", "optim.lr"})}
+    assert {len(keys) for keys in by_adapter["inflora"]} == {4, 5}, "energy exists beside dualgpm only"
 
 
 def test_what_is_checked_before_a_sweep_reaches_every_conditional_setting(tiny_sweep):
-    corners = with_changes(tiny_sweep, space=METHODS, first=()).corners()
-    methods = [config.method for config in corners]
-    assert {method.name for method in methods} == {"inflora", "sequential", "frozen"}
-    assert {m.energy for m in methods if m.name == "inflora"} >= {0.8, 0.99}
-    broken = METHODS | {"method.energy": Real(low=0.5, high=1.5, when={"method.memory": ("gpm",)})}
-    with pytest.raises(ConfigError, match=r"method.energy.*1\.5"):
-        with_changes(tiny_sweep, space=broken, first=()).corners()
+    corners = with_changes(tiny_sweep, space=ADAPTERS, first=()).extreme_configs()
+    adapters = [config.adapter for config in corners]
+    assert {adapter.name for adapter in adapters} == {"inflora", "lora", "none"}
+    assert {a.energy for a in adapters if a.name == "inflora"} >= {0.8, 0.99}
+    broken = ADAPTERS | {"adapter.energy": Real(low=0.5, high=1.5, when={"adapter.memory": ("gpm",)})}
+    with pytest.raises(ConfigError, match=r"adapter.energy.*1\.5"):
+        with_changes(tiny_sweep, space=broken, first=()).extreme_configs()
 
 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"space": dict(reversed(METHODS.items())), "first": ()}, "when must name choices before it"),
-        ({"space": {**METHODS, "optim.head_lr": Real(low=1, high=2, when={"method.name": ("inflra",)})}}, "is one of"),
-        ({"space": METHODS, "first": ({"method.name": "frozen", "method.rank": 2, "optim.lr": 1e-3},)}, "exactly"),
+        ({"space": dict(reversed(ADAPTERS.items())), "first": ()}, "when must name choices before it"),
+        (
+            {"space": {**ADAPTERS, "optim.head_lr": Real(low=1, high=2, when={"adapter.name": ("inflra",)})}},
+            "is one of",
+        ),
+        ({"space": ADAPTERS, "first": ({"adapter.name": "none", "adapter.rank": 2, "optim.lr": 1e-3},)}, "exactly"),
         ({"sampler": "bayes"}, "sampler"),
         ({"early_stopping": "ashaa"}, "early_stopping"),
         ({"sampler": "cmaes", "tradeoffs": ("forgetting",)}, "cmaes has one objective"),
@@ -174,8 +178,8 @@ def test_hyperband_gives_some_trials_a_longer_grace(tiny_sweep, tmp_path):
 
 
 def test_a_warm_start_tries_the_others_best_first_and_only_once(tiny_sweep, tmp_path):
-    theirs = [PAPER | {"method.rank": rank} for rank in (3, 5)]
-    outside = PAPER | {"method.rank": 999}
+    theirs = [PAPER | {"adapter.rank": rank} for rank in (3, 5)]
+    outside = PAPER | {"adapter.rank": 999}
     sweep = with_changes(tiny_sweep, first=())
     ledger = Ledger(sweep, tmp_path)
     assert ledger.warm_start([*theirs, outside], "other-1234") == 2

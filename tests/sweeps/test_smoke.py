@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import sweeps
-from inflora.config import CODAPromptSettings, DualPromptSettings, SequentialSettings
-from inflora.continual import check
-from sweeps.engine.smoke import in_small, prepare_sample
-from sweeps.engine.space import Integer
-from sweeps.engine.spec import Sweep
+from inflora.config import CODAPromptSettings, DualPromptSettings, LoRASettings
+from inflora.setup import check
+from sweeps.engine.run.smoke import prepare_sample, shrink
+from sweeps.engine.space.domains import Integer
+from sweeps.engine.space.spec import Sweep
 
 RECIPES = {file.stem for file in Path(sweeps.__path__[0]).glob("*.py")} - {"__init__", "cli"}
 
@@ -25,23 +25,23 @@ ALL = {sweep.name: sweep for recipe in sorted(RECIPES) for sweep in sweeps_of(re
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_sweep_in_small_accepts_whatever_its_space_can_propose(name, tmp_path):
-    small = in_small(ALL[name], tmp_path)
+    small = shrink(ALL[name], tmp_path)
     assert small.space == ALL[name].space
     prepare_sample(small)
-    for config in small.corners():
+    for config in small.extreme_configs():
         check(config)
 
 
-@pytest.mark.parametrize("method", [DualPromptSettings(), CODAPromptSettings(), SequentialSettings(blocks=7)])
-def test_it_has_the_blocks_that_a_method_names(method, tmp_path):
-    base = ALL["digits"].base.model_copy(update={"method": method})
+@pytest.mark.parametrize("adapter", [DualPromptSettings(), CODAPromptSettings(), LoRASettings(blocks=7)])
+def test_it_has_the_blocks_that_an_adapter_names(adapter, tmp_path):
+    base = ALL["digits"].base.model_copy(update={"adapter": adapter})
     changes = {"base": base, "space": {"optim.lr": ALL["digits"].space["optim.lr"]}, "first": ()}
-    check(in_small(ALL["digits"].model_copy(update=changes), tmp_path).base)
+    check(shrink(ALL["digits"].model_copy(update=changes), tmp_path).base)
 
 
 def test_it_is_as_large_as_its_space_asks_for_and_no_larger(tmp_path):
     widths = {}
     for high in (64, 65, 500):
-        sweep = ALL["digits"].model_copy(update={"space": {"method.rank": Integer(low=1, high=high)}, "first": ()})
-        widths[high] = in_small(sweep, tmp_path).base.backbone.options["embed_dim"]
+        sweep = ALL["digits"].model_copy(update={"space": {"adapter.rank": Integer(low=1, high=high)}, "first": ()})
+        widths[high] = shrink(sweep, tmp_path).base.backbone.options["embed_dim"]
     assert widths == {64: 64, 65: 128, 500: 512}

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.engine.records import Outcome
-from sweeps.engine.spec import Sweep
+from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import Recipe, undisturbed
 

@@ -4,13 +4,14 @@ import pytest
 
 from inflora.config import ConfigError
 from inflora.storage import SharedFolder
-from sweeps.engine.checkpoints import SHARED, TRIALS, Housekeeping
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.nodes import code_version, require_code
-from sweeps.engine.records import trial_name
-from sweeps.engine.spec import Sweep
-from sweeps.engine.study import STUDY_FILE
-from sweeps.engine.study_backup import fetch_database, keep_database
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import trial_name
+from sweeps.engine.ledger.snapshot import fetch_database, keep_database
+from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.run.nodes import code_version, require_code
+from sweeps.engine.run.preflight import TRIALS
+from sweeps.engine.run.storage import CheckpointCleanup
+from sweeps.engine.space.spec import Sweep
 
 from .conftest import learn_all
 
@@ -58,7 +59,7 @@ def kept(place):
 def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(shared, tiny_sweep, tmp_path):
     sweep = tiny_sweep.model_copy(update={"early_stopping": "none"})
     ledger = Ledger(sweep, tmp_path)
-    housekeeping = Housekeeping(ledger, shared)
+    housekeeping = CheckpointCleanup(ledger, shared)
     for _ in range(4):
         keep_state(shared, sweep, ledger.propose().number)
     housekeeping.tidy()
@@ -76,15 +77,13 @@ def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(shared,
 
 def test_a_sweep_that_needs_more_room_than_it_has_ends_and_says_so(shared, tiny_sweep, tmp_path):
     sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"budget": {"storage_gb": 1e-6}})
-    ledger, results = Ledger(sweep, tmp_path), SharedFolder(f"{shared.address}/{SHARED}")
+    ledger = Ledger(sweep, tmp_path)
     number = ledger.propose().number
     keep_state(shared, sweep, number, size=999)
-    results.write("key", bytes(500))
-    Housekeeping(ledger, shared).tidy()
-    assert ledger.why_over() == "", "what trials share is given up first"
-    assert results.read("key") is None
+    CheckpointCleanup(ledger, shared).tidy()
+    assert ledger.why_over() == ""
     keep_state(shared, sweep, number, size=2000)
-    Housekeeping(ledger, shared).tidy()
+    CheckpointCleanup(ledger, shared).tidy()
     assert ledger.why_over().startswith("storage budget spent")
     assert ledger.propose() is None
 

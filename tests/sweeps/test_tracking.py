@@ -19,10 +19,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.engine.ledger import Ledger
-from sweeps.engine.mirror import Mirror
-from sweeps.engine.mlflow_store import find_trial_run, make_client
-from sweeps.engine.tracking import Errand, Tracker
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.mirror import Mirror
+from sweeps.engine.show.mlflow_store import find_trial_run, make_client
+from sweeps.engine.show.tracking import StartMessage, Tracker
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
@@ -68,9 +68,9 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
 
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["inflora.best_trial"] == "0"
-    assert parent.data.tags["best/method.rank"] == str(PAPER["method.rank"])
-    assert parent.data.params["space/method.rank"] == '{"low":1,"high":16,"log":true}'
-    assert not [name for name in parent.data.params if name.endswith("method.rank") and not name.startswith("space/")]
+    assert parent.data.tags["best/adapter.rank"] == str(PAPER["adapter.rank"])
+    assert parent.data.params["space/adapter.rank"] == '{"low":1,"high":16,"log":true}'
+    assert not [name for name in parent.data.params if name.endswith("adapter.rank") and not name.startswith("space/")]
     assert parent.data.metrics["best/acc/final"] == 0.5
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
 
@@ -110,8 +110,8 @@ def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
     _, (parent,), children = all_runs(sqlite_uri(tmp_path))
     assert len(children) == 1
-    assert children[0].data.params["method.rank"] == "10"
-    assert parent.data.params["base/method.name"] == "inflora"
+    assert children[0].data.params["adapter.rank"] == "10"
+    assert parent.data.params["base/adapter.name"] == "inflora"
 
 
 def test_a_parent_whose_first_request_failed_is_completed(ledger, tiny_sweep, tmp_path):
@@ -126,7 +126,7 @@ def test_a_parent_whose_first_request_failed_is_completed(ledger, tiny_sweep, tm
         mirror.sync()
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
     client, (parent,), _ = all_runs(sqlite_uri(tmp_path))
-    assert parent.data.params["base/method.name"] == "inflora"
+    assert parent.data.params["base/adapter.name"] == "inflora"
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"report.html", "sweep.json"}
 
 
@@ -265,10 +265,10 @@ def test_the_process_ends_with_its_driver_however_that_ends(ledger, tiny_sweep, 
     script = f"""
 import logging, os, signal, threading
 from pathlib import Path
-from sweeps.engine.spec import Sweep
-from sweeps.engine.tracking import Tracker
+from sweeps.engine.space.spec import Sweep
+from sweeps.engine.show.tracking import Tracker
 behind = threading.Semaphore(0)
-logging.getLogger("sweeps.engine.tracking").addFilter(lambda record: behind.release() or True)
+logging.getLogger("sweeps.engine.show.tracking").addFilter(lambda record: behind.release() or True)
 sweep = Sweep.model_validate_json({tiny_sweep.model_dump_json()!r})
 tracker = Tracker(sweep, Path({str(tmp_path)!r}), "http://127.0.0.1:{free_port()}", {{}}, every_s=0.1)
 tracker.start()
@@ -287,9 +287,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.cluster
 @pytest.mark.parametrize("said", ["", '{"complete": true, "ov'], ids=["nothing", "half a line"])
 def test_a_process_whose_driver_falls_silent_ends(tiny_sweep, tmp_path, said):
-    errand = Errand(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
-    command = [sys.executable, "-m", "sweeps.engine.mirror"]
-    given = errand.model_dump_json() + "\n" + said
+    start = StartMessage(sweep=tiny_sweep, folder=tmp_path, uri="http://127.0.0.1:1", tags={}, every_s=60.0)
+    command = [sys.executable, "-m", "sweeps.engine.show.mirror"]
+    given = start.model_dump_json() + "\n" + said
     done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
 

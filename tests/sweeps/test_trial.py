@@ -8,9 +8,9 @@ from inflora.config import override
 from inflora.continual import run
 from inflora.state import load_state, save_state
 from inflora.storage import SharedFolder
-from sweeps.engine.driver import forget_if_torn
-from sweeps.engine.records import TaskReport
-from sweeps.engine.trial import InlineSession, learn
+from sweeps.engine.ledger.records import TaskReport
+from sweeps.engine.run.driver import forget_if_torn
+from sweeps.engine.run.trial import InlineSession, learn
 from tests.conftest import same_state
 
 
@@ -35,8 +35,8 @@ class MemorySession:
         return [TaskReport.model_validate_json(metrics["report"]) for metrics in self.heard]
 
 
-def settings_of(config, tasks_done=0, tasks=None, shared=None):
-    settings = {"tasks_done": tasks_done, "tasks": tasks, "number": 0, "gpus": 0, "shared": shared}
+def settings_of(config, tasks_done=0, tasks=None):
+    settings = {"tasks_done": tasks_done, "tasks": tasks, "number": 0, "gpus": 0}
     return {"config": config.model_dump(mode="json"), **settings}
 
 
@@ -122,7 +122,9 @@ def put_a_folder(folder, file):
 
 def drop_a_tensor(folder, _):
     state = load_state(folder)
-    save_state(state._replace(model={name: t for name, t in state.model.items() if name != "heads.0.bias"}), folder)
+    save_state(
+        state._replace(classifier={name: t for name, t in state.classifier.items() if name != "heads.0.bias"}), folder
+    )
 
 
 DAMAGES = [(damage, file) for damage in (flip, put_a_folder) for file in ("state.json", "tensors-*")]
@@ -132,7 +134,7 @@ DAMAGES = [(damage, file) for damage in (flip, put_a_folder) for file in ("state
 def test_a_trial_whose_state_is_damaged_begins_again_says_so_and_ends_with_the_same_numbers(
     damage, file, tiny_sweep, tmp_path, monkeypatch
 ):
-    config = override(tiny_sweep.base, {"data.tasks": 2, "method": {"name": "frozen"}})
+    config = override(tiny_sweep.base, {"data.tasks": 2, "adapter": "none"})
     save_state(next(run(config)).state, tmp_path)
     damage(tmp_path, file)
     whole, heard = MemorySession(), []

@@ -1,0 +1,130 @@
+"""InfLoRA: interference-free low-rank adaptation (Liang and Li, CVPR 2024, arXiv 2404.00228)."""
+
+import re
+import warnings
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inflora.adapters.base import Adapter
+from inflora.adapters.covariances import input_covariances
+from inflora.config import InfLoRASettings
+from inflora.distributed import broadcast
+from inflora.injection import inject
+from inflora.layout import Layout, Spec
+from inflora.lora import adapted_layers, adapter_parameters, merge_all
+from inflora.model import ContinualModel
+from inflora.subspace import Memory, design, energy_inside, taken_count, threshold, update
+from inflora.task_data import TaskData
+
+
+class InfLoRA(Adapter[InfLoRASettings]):
+    """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights.
+
+    A task adds ``B_t A_t`` to a layer's weight (the paper writes the factors the other way round). ``A_t`` is designed
+    before the task and fixed, so that ``B_t A_t h = 0`` for the inputs ``h`` of old tasks; only ``B_t`` is trained.
+    """
+
+    passes = ("covariance-before", "covariance-after")
+    is_trained = True
+
+    def __init__(self, settings: InfLoRASettings) -> None:
+        super().__init__(settings)
+        self.memory: dict[str, Memory] = {}
+        self._diagnostics: dict[str, float] = {}
+
+    def prepare(self, model: ContinualModel) -> None:
+        inject(model.backbone, self.settings.blocks, self.settings.targets)
+
+    def begin_task(self, model: ContinualModel, data: TaskData) -> None:
+        """Design ``A_t`` (equations 8 and 9): the new inputs' leading directions that old tasks leave free."""
+        covariances, energy_of = input_covariances(model, data, "before"), self.settings.energy_of
+        self._diagnostics = {}
+        layers = dict(adapted_layers(model))
+        memories = [self.memory.get(name) for name in layers]
+        # All layers at once: those of one width are decomposed together.
+        designs = design([covariances[name] for name in layers], memories, self.settings.rank)
+        # Signs of singular vectors are arbitrary and differ between devices: the first worker's are everyone's.
+        for (name, layer), memory, lora_A in zip(layers.items(), memories, map(broadcast, designs), strict=True):
+            if len(lora_A) < self.settings.rank:
+                warnings.warn(
+                    f"task {data.task.index}: {name} has {len(lora_A)} free directions left, "
+                    f"fewer than adapter.rank={self.settings.rank}; using {len(lora_A)}",
+                    stacklevel=2,
+                )
+            layer.attach(lora_A)
+            self._diagnostics[f"memory/{short_name(name)}/overlap"] = energy_inside(
+                covariances[name], memory, energy_of
+            )
+
+    def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
+        return adapter_parameters(model)
+
+    def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
+        """Merge ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
+        factors = merge_all(model)
+        # Of the merged model's inputs: what later tasks must not disturb is what this one reads from now on.
+        self._remember(input_covariances(model, data, "after"), data)
+        return factors
+
+    def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
+        """DualGPM: take the directions that hold the finished task's inputs out of those that are free."""
+        settings, known = self.settings, self._diagnostics
+        total_tasks = settings.total_tasks or data.total_tasks
+        # The share of energy to be kept rises from task to task: eps_t of the paper.
+        share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
+        updated = update(
+            [self.memory.get(name) for name in covariances],
+            list(covariances.values()),
+            share,
+            energy_of=settings.energy_of,
+            may_flip=settings.memory == "dualgpm",
+        )
+        self.memory = dict(zip(covariances, map(from_first_worker, updated), strict=True))
+        for name, memory in self.memory.items():
+            layer, cov_DD = f"memory/{short_name(name)}", covariances[name]
+            known[f"{layer}/size"] = float(taken_count(memory, len(cov_DD)))
+            known[f"{layer}/kept"] = energy_inside(cov_DD, memory, settings.energy_of)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Three numbers for each adapted layer.
+
+        ``size``: the directions taken; ``kept``: the share of the task's input energy in them; ``overlap``: the share
+        of it that lay in the old memory before the task was learnt.
+        """
+        return self._diagnostics
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.memory = memory_of(state)
+
+    def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
+        layout = {}
+        for name, layer in adapted_layers(model):
+            kind = "retain" if f"{name}.retain" in names else "remove"
+            layout[f"{name}.{kind}"] = Spec((layer.in_features, range(layer.in_features + 1)))
+        return layout
+
+
+def memory_of(state: dict[str, Tensor]) -> dict[str, Memory]:
+    """Layer name -> memory, from a saved state's ``<layer>.remove`` and ``<layer>.retain``."""
+    memory = {}
+    for key, basis_DK in state.items():
+        name, _, kind = key.rpartition(".")
+        if kind in ("remove", "retain"):
+            memory[name] = Memory("remove" if kind == "remove" else "retain", basis_DK)
+    return memory
+
+
+def from_first_worker(memory: Memory) -> Memory:
+    """The first worker's memory, on the CPU, where it is kept between tasks."""
+    retain = broadcast(torch.tensor([memory.kind == "retain"], device=memory.basis_DK.device, dtype=torch.uint8))
+    return Memory("retain" if retain else "remove", broadcast(memory.basis_DK).cpu())
+
+
+def short_name(layer: str) -> str:
+    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
+    return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")

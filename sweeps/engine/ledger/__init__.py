@@ -1,0 +1,1 @@
+"""The memory of a sweep: one study on disk with all its trials, from which everything else is worked out."""

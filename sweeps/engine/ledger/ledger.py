@@ -1,0 +1,283 @@
+"""The ledger of a sweep: one Optuna study, a database file in the sweep's folder.
+
+Everything that must survive is in it: which settings were proposed, what each trial reported after each task, how it
+ended and why. Sampling, early stopping, resuming, MLflow and the export all read it, so a sweep that is started again
+needs nothing else; Ray's own experiment files are not used for that.
+
+A trial's objective exists only when its last task is done: accuracy over the classes seen falls from task to task, so
+the value of a stopped trial must never stand beside a finished one's.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps.engine.ledger.failures import change_for
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
+from sweeps.engine.ledger.study import check_study, open_storage
+from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unseal
+from sweeps.engine.space import budget, domains
+from sweeps.engine.space.early_stopping import Rungs
+from sweeps.engine.space.objectives import Metric, direction, measure
+from sweeps.engine.space.samplers import propose
+from sweeps.engine.space.spec import Sweep
+
+_SAME_SETTINGS_TRIES = 50
+_CHECK_EVERY_S = 1.0
+"""The time between two looks at the budgets where no report comes: time is spent without any."""
+
+
+class Proposal(NamedTuple):
+    """A trial to run: new, or to go on with after ``tasks_done`` tasks; ``failed`` says how it ended before."""
+
+    number: int
+    settings: dict[str, Any]
+    tasks_done: int
+    failed: tuple[str, ...] = ()
+
+
+class _RunningTrial(NamedTuple):
+    """A trial that is being run: where to write, and after which tasks it has reported."""
+
+    trial: optuna.Trial
+    reported: set[int]
+
+
+class Ledger:
+    """The study of one sweep: proposes trials, writes down what they report, decides which to stop and when to end.
+
+    A trial that failed and may be tried again, or that was interrupted, is proposed again under its own number.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, stored_bytes: int = 0) -> None:
+        check_study(sweep, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sweep = sweep
+        self.study = optuna.create_study(
+            study_name=sweep.study_name,
+            storage=open_storage(folder),
+            directions=[direction(metric) for metric in sweep.objectives],
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
+        )
+        for trial in self._trials(TrialState.RUNNING):
+            if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        self._reader = Reader(self.study)
+        self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        self._running: dict[int, _RunningTrial] = {}
+        # Early stopping compares with every trial there has been, also those of earlier starts.
+        self._rungs = Rungs(sweep, self.records())
+        self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
+        self._exhausted = False
+        self._hours_before = hours_so_far(self.study)
+        self._started, self._start_ms = time.monotonic(), now_ms()
+        self.stored_bytes = stored_bytes
+        self._over, self._last_check = "", -math.inf
+        for settings in sweep.first:
+            self.study.enqueue_trial(settings, skip_if_exists=True)
+
+    def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
+        """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
+        fitting = [each for each in settings if domains.contains(self.sweep.space, each)]
+        if unseal(self.study.user_attrs.get("warm_start")) != source:
+            for each in fitting:
+                self.study.enqueue_trial(dict(each), skip_if_exists=True)
+            self.study.set_user_attr("warm_start", seal(source))
+        return len(fitting)
+
+    def remaining(self) -> int:
+        """The number of trials still to be started or finished."""
+        ended = [record for record in self.records() if record.outcome is not Outcome.RUNNING]
+        return max(0, self.sweep.trials - len(ended))
+
+    def hours(self) -> float:
+        """The hours that the sweep has run, over all its starts."""
+        return self._hours_before + (time.monotonic() - self._started) / 3600
+
+    def why_over(self) -> str:
+        """The reason why no trial is started any more although some were asked for; empty while they are."""
+        if not self._over and time.monotonic() - self._last_check >= _CHECK_EVERY_S:
+            self._check_if_over()
+        return self._over
+
+    def measure_storage(self, stored_bytes: int) -> None:
+        """Note how much room the trials' checkpoints take, when files have changed."""
+        self.stored_bytes = stored_bytes
+        if self.sweep.budget.storage_gb is not None:
+            self.study.set_user_attr("stored_bytes", seal(stored_bytes))
+        self._check_if_over()
+
+    def why_hopeless(self) -> str:
+        """The one reason that all first trials of this start have failed for; empty if there is none.
+
+        What failed before this start may have been mended since.
+        """
+        return self._why_hopeless(self.records())
+
+    def _why_hopeless(self, records: Sequence[TrialRecord]) -> str:
+        since = [record for record in records if record.end_ms is None or record.end_ms >= self._start_ms]
+        reason = budget.all_failed_alike(since, self.sweep.give_up_after)
+        return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
+
+    def is_idle(self) -> bool:
+        """True while nothing runs, so that nothing can fail and be proposed again."""
+        return not self._running
+
+    def propose(self) -> Proposal | None:
+        """The next trial, one to go on with before a new one; None when there is none now.
+
+        A sampler that has found what it likes proposes it again and again in a small space; then chance proposes.
+        """
+        if self.why_over():
+            return None
+        if self._again:
+            return self._propose_again(self._again.pop(0))
+        records = self.records()
+        if len(records) >= self.sweep.trials or self._exhausted:
+            return None
+        # A failed trial's settings may be tried once more: it may have been the machine.
+        tried = {_key(r.settings): r.number for r in records if r.outcome is not Outcome.FAILED}
+        if self.sweep.sampler == "grid":
+            self._enqueue_next_of_grid(tried)
+        for attempt in range(_SAME_SETTINGS_TRIES):
+            trial = self._ask("random" if attempt else self.sweep.sampler)
+            settings = domains.suggest(self.sweep.space, trial)
+            twin = tried.get(_key(settings))
+            if twin is None:
+                trial.set_user_attr("settings", seal(settings))
+                self._running[trial.number] = _RunningTrial(trial, set())
+                return Proposal(trial.number, settings, 0)
+            trial.set_user_attr("same_as", twin)
+            self.study.tell(trial, state=TrialState.FAIL)
+            if self.sweep.sampler == "grid":
+                break
+        self._exhausted = True
+        self._check_if_over()
+        return None
+
+    def _ask(self, sampler: str) -> optuna.Trial:
+        """A new trial: of settings that are waiting to be tried, else of those that ``sampler`` proposes."""
+        trials = self._trials()
+        if not any(trial.state is TrialState.WAITING for trial in trials):
+            settings, notes = propose(self.sweep, trials, sampler)
+            # As Optuna enqueues a trial, with the sampler's notes: one write, so no stop comes between them.
+            attributes = {**notes, "fixed_params": settings}
+            self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attributes))
+        return self.study.ask()
+
+    def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
+        if self._trials(TrialState.WAITING):
+            return  # the first trials come before the grid
+        point = next((point for point in self._grid if _key(point) not in tried), None)
+        # Without a point left any that was tried ends the search: all of them have been.
+        last = point or next(iter(domains.grid(self.sweep.space, self.sweep.grid_points)))
+        self.study.enqueue_trial(last)
+
+    def _propose_again(self, number: int) -> Proposal:
+        record = self.record_of(number)
+        if number not in self._running:
+            trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+            self._running[number] = _RunningTrial(trial, {report.tasks_done for report in record.reports})
+        trial = self._running[number].trial
+        # The driver may have died between asking for the trial and writing its settings down.
+        settings = record.settings or domains.suggest(self.sweep.space, trial)
+        trial.set_user_attr("settings", seal(settings))
+        return Proposal(number, settings, len(record.reports), record.failures)
+
+    def report(self, number: int, report: TaskReport) -> bool:
+        """Write down a task's report; whether the trial should be stopped now.
+
+        A report that is already there (a trial resumed from an earlier checkpoint) changes nothing.
+        """
+        if number not in self._running or report.tasks_done in self._running[number].reported:
+            return False
+        trial, reported = self._running[number]
+        reported.add(report.tasks_done)
+        value = report.metrics[self.sweep.rung_metric]
+        if not self.sweep.tradeoffs:  # Optuna refuses reports of several objectives
+            trial.report(value, step=report.tasks_done)
+        trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
+        stop = self._rungs.falls_behind(number, report.tasks_done, value)
+        if report.tasks_done == report.tasks:
+            return False  # it ends by itself, and what it has spent is judged with its result
+        if not stop:
+            self._check_if_over()
+            return False
+        self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
+        return True
+
+    def close(self, number: int) -> None:
+        """The trial has ended by itself: finished if all it is judged by is there and finite, failed otherwise."""
+        if number not in self._running or number in self._again:
+            return
+        reports = self.record_of(number).reports
+        is_done = bool(reports) and reports[-1].tasks_done == reports[-1].tasks
+        if not is_done and self.why_over():
+            return  # stopped with the sweep: interrupted, not failed
+        measured = {metric: self._measure(metric, reports) if is_done else None for metric in self.sweep.judged_by}
+        if missing := [metric for metric, value in measured.items() if value is None]:
+            self._end(number, Outcome.FAILED, reason=f"ended without {', '.join(missing)}")
+            return
+        values = {metric: value for metric, value in measured.items() if value is not None}
+        if strange := [f"{metric} is {value}" for metric, value in values.items() if not math.isfinite(value)]:
+            self._end(number, Outcome.FAILED, reason=", ".join(strange))
+            return
+        for constraint in self.sweep.constraints:
+            self._running[number].trial.set_constraint(constraint.text, constraint.excess(values[constraint.metric]))
+        self._end(number, Outcome.FINISHED, [values[metric] for metric in self.sweep.objectives])
+
+    def _measure(self, metric: Metric, reports: Sequence[TaskReport]) -> float | None:
+        return measure(metric, reports, self.sweep.resources.gpus)
+
+    def fail(self, number: int, reason: str) -> None:
+        """The trial has failed; it is proposed again where that can help, else it ends with ``reason``."""
+        if number not in self._running or number in self._again:
+            return
+        trial = self._running[number].trial
+        failures = [*self.record_of(number).failures, reason]
+        trial.set_user_attr("failures", seal(failures))
+        change = change_for(failures, self.sweep.retries, self.sweep.resources.gpus_per_worker)
+        if change is None:
+            self._end(number, Outcome.FAILED, reason=reason)
+        else:
+            trial.set_user_attr("again", seal(change))
+            self._again.append(number)
+
+    def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
+        if reason:
+            self._running[number].trial.set_user_attr("reason", seal(reason))
+        self.study.tell(number, values, state=STATES[outcome])
+        del self._running[number]
+        self._rungs.end(number, outcome)
+        # With every end, not on leaving: a driver that is killed must not get its hours back.
+        self.study.set_user_attr("hours", seal(self.hours()))
+        self._check_if_over()
+
+    def _check_if_over(self) -> None:
+        """Ask all that can end the sweep; what has ended it stays, until it is started again."""
+        self._last_check = time.monotonic()
+        records = self.records()  # once: the study is asked on disk, and this comes with every report
+        spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
+        exhausted = "every setting of the space has been tried" if self._exhausted else ""
+        self._over = self._over or self._why_hopeless(records) or spent or exhausted
+
+    def records(self) -> list[TrialRecord]:
+        """All trials, oldest first; proposals dropped for repeating another trial are not among them."""
+        return self._reader.records()
+
+    def record_of(self, number: int) -> TrialRecord:
+        """One trial."""
+        return self._reader.record_of(self.study.get_trials(deepcopy=False)[number])
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return repr(sorted(settings.items()))

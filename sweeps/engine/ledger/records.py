@@ -1,0 +1,94 @@
+"""A trial as plain values, which the ledger keeps and everyone else reads."""
+
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TaskReport(BaseModel):
+    """A trial's report after a task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    tasks_done: int = Field(ge=1)
+    tasks: int = Field(ge=1)
+    metrics: dict[str, float]
+    accuracies: list[float]
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    time_ms: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.tasks_done > self.tasks:
+            raise ValueError(f"at most all {self.tasks} tasks can be done, got {self.tasks_done}")
+        if len(self.accuracies) != self.tasks_done:
+            raise ValueError(f"accuracies must be one per task done ({self.tasks_done}), got {len(self.accuracies)}")
+        if "acc/seen" not in self.metrics:
+            raise ValueError("metrics must hold acc/seen")
+        return self
+
+
+class Outcome(StrEnum):
+    """The stages of a trial."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    PRUNED = "pruned"
+    FAILED = "failed"
+
+
+class TrialRecord(NamedTuple):
+    """One trial as the ledger knows it.
+
+    ``value`` is its objective, ``values`` all objectives; ``broken`` names the constraints it breaks and by how much;
+    ``failures`` are the reasons of all its failed tries, ``again`` the change with which it was last tried again.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    outcome: Outcome
+    reports: list[TaskReport]
+    value: float | None
+    reason: str
+    start_ms: int
+    end_ms: int | None
+    values: tuple[float, ...] = ()
+    broken: dict[str, float] = {}
+    failures: tuple[str, ...] = ()
+    again: str = ""
+
+
+def now_ms() -> int:
+    """The time that reports carry."""
+    return int(time.time() * 1000)
+
+
+def trial_name(study_name: str, number: int) -> str:
+    """The folder of a trial's state; the same name makes an interrupted trial resume."""
+    return f"{study_name}-{number:04d}"
+
+
+def best_first(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """All trials as tables list them: the highest objective first, those without one last."""
+    return sorted(records, key=lambda r: (r.value is None, -(r.value or 0.0), r.number))
+
+
+def best_record(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best of ``ranking``."""
+    return next(iter(ranking(records)), None)
+
+
+def ranking(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Finished trials that keep all constraints, the highest objective first: stopped and failed ones do not count."""
+    finished = [r for r in records if r.outcome is Outcome.FINISHED and r.value is not None and not r.broken]
+    return sorted(finished, key=lambda record: (-(record.value or 0.0), record.number))
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in a line."""
+    return "  ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}" for path, value in settings.items()
+    )

@@ -1,0 +1,175 @@
+"""Where a sweep runs: the Ray cluster it connects to, and how many trials find room there."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import ray
+from ray.util.state import list_actors
+
+from inflora.config import ConfigError
+from inflora.errors import one_line
+from sweeps.engine.space.spec import Resources
+
+# Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
+_QUICK_TRAIN = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+# A trial that waits for room is not late: its place in the queue is what the cluster grows for. A new GPU node takes
+# minutes; giving the place up and asking again every minute would make the cluster shrink and grow.
+_PATIENT_TRAIN = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600"}
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "60",
+}
+
+_ADDRESS, _OWN = "RAY_ADDRESS", "local"
+"""Where Ray and everything that belongs to it look for an address, and the one that means a new Ray."""
+
+STATE_API_PATIENCE_S = 30
+"""The time within which the state API must answer at all."""
+
+DRIVER = "trial_driver"
+"""The custom resource by which a cluster's head says how many trials it drives at a time."""
+
+
+class Cluster(NamedTuple):
+    """Where a sweep runs, and where it keeps its trials so that every node finds them.
+
+    ``address`` None is that of ``RAY_ADDRESS``, else a Ray of the sweep's own on this machine; ``shared`` None is the
+    sweep's own folder; ``at_a_time`` None is what the cluster declares or has room for.
+    """
+
+    address: str | None = None
+    shared: str | None = None
+    at_a_time: int | None = None
+
+
+THIS_MACHINE = Cluster()
+
+
+def connect(address: str | None, say: Callable[[str], None]) -> None:
+    """Join the Ray at ``address``, or at ``RAY_ADDRESS``; where neither is given, start one of its own on this machine.
+
+    Another Ray that happens to run here may be anybody's. The dashboard stays on (loopback): without its state API a
+    stopped trial's workers are never released.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    environment = {
+        name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _PATIENT_TRAIN | _QUIET).items()
+    }
+    chosen = address or os.environ.get(_ADDRESS) or _OWN
+    try:
+        ray.init(
+            address=chosen,
+            runtime_env={"env_vars": environment, "worker_process_setup_hook": _know_the_address()},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster at address {chosen!r}: {' '.join(str(error).split())[:200]}") from None
+    say(f"Ray: {'started on this machine' if chosen == _OWN else f'joined {_address()}'} ({_room()})")
+
+
+def require_gpus(resources: Resources, address: str | None) -> None:
+    """Raise ConfigError where trials need GPUs and a Ray that starts here would have none; takes hold of no GPU."""
+    import torch  # not in the processes that only drive trials
+
+    told = address or os.environ.get(_ADDRESS) or ray.is_initialized()
+    if resources.gpus and not told and not torch.cuda.is_available():
+        raise ConfigError(
+            f"a trial needs {resources.gpus:g} GPUs and this machine has none: --gpus 0 trains on the CPU, --address "
+            "or RAY_ADDRESS names a cluster"
+        )
+
+
+def _know_the_address() -> Callable[[], None]:
+    """Says in each worker process to which Ray it belongs: Train asks the state API for it without naming one.
+
+    A function made here travels as a whole: a worker imports nothing for it.
+    """
+
+    def hook() -> None:
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    return hook
+
+
+def _address() -> str:
+    """Of the Ray that is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _room() -> str:
+    has, machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    counts = {"machine": machines if machines > 1 else 0, "CPU": has.get("CPU", 0), "GPU": has.get("GPU", 0)}
+    return ", ".join(f"{count:g} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
+
+
+def check_state_api() -> None:
+    """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
+    try:
+        with _in_environment(_ADDRESS, _address()):  # an argument would not do: what stands there goes before it
+            list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
+    except Exception as error:
+        reason = one_line(str(error), 200)
+        raise ConfigError(
+            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, or use --executor inline"
+        ) from None
+
+
+@contextmanager
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
+    """As many as the cluster declares drivers for, else as many as its nodes have room for.
+
+    A cluster that declares them may grow: a trial then waits for its nodes, however long they take.
+
+    Raises:
+        ConfigError: Nothing is declared and there is no room for a single trial.
+    """
+    declared = int(ray.cluster_resources().get(DRIVER, 0))
+    if not declared:
+        return slots(resources)
+    try:
+        slots(resources)
+    except ConfigError as error:
+        say(f"waiting for nodes: {error}")
+    return declared
+
+
+def slots(resources: Resources) -> int:
+    """The number of trials that the nodes which are there can train at a time.
+
+    Raises:
+        ConfigError: Not even one.
+    """
+    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = sum(int(min(node.get(name, 0) / need for name, need in needs.items() if need)) for node in nodes)
+    if workers < resources.workers:
+        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
+        raise ConfigError(
+            f"a trial needs {resources.workers} workers of {needs['CPU']} CPUs and {needs['GPU']:g} GPUs, the cluster "
+            f"has room for {workers}: {len(nodes)} nodes of at most {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
+        )
+    return workers // resources.workers

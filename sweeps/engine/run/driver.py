@@ -1,0 +1,135 @@
+"""The trainable that Tune calls to run a trial through Ray Train.
+
+Tune's process, Train's controller and the worker start one after another, so the first two must not wait for what only
+the last one needs: with one worker, neither imports torch.
+"""
+
+import gc
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.records import trial_name
+from sweeps.engine.space.spec import Resources
+
+
+def train_driver(resources: Resources, backend: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
+    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        name = trial_name(study_name, settings["number"])
+        notice = forget_if_torn(SharedFolder(storage), name)
+        DataParallelTrainer(
+            _train_worker,
+            train_loop_config={**settings, "threads": resources.cpus_per_worker, "notice": notice},
+            backend_config=worker_backend(resources, backend),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
+            ),
+            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+                name=name,
+                storage_path=storage,
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                failure_config=ray.train.FailureConfig(max_failures=1),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
+
+    return trial
+
+
+def forget_if_torn(trials: SharedFolder, name: str) -> str:
+    """Discard what Train has kept of a trial if its list of checkpoints is not whole, and say why.
+
+    Train writes that list in place; a driver that is killed just then, or a machine that loses power, leaves a part of
+    it. With that, as with a list that names what is gone, every further try would fail: the trial begins anew.
+    """
+    try:
+        content = trials.read(f"{name}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}")
+        if content is None:
+            return ""
+        kept = _CheckpointManagerState.model_validate(json.loads(content))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and not trials.is_local:
+            raise  # a bucket that cannot be reached now is no damage
+        problem = "cannot be read"
+    else:
+        named = [result.checkpoint_dir_name for result in kept.checkpoint_results]
+        latest = kept.latest_checkpoint_result
+        whole = len(named) == len(kept.checkpoint_report_indices) and set(named) <= trials.folders(name)
+        if whole and (latest is None or latest.checkpoint_dir_name in named):
+            return ""
+        problem = "names some that are gone"
+    trials.discard(name)
+    return f"the list of its checkpoints {problem}"
+
+
+def pick_backend(resources: Resources) -> str:
+    """The workers' backend, found out where they will be: a GPU of the cluster's may be one in name only.
+
+    It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
+    """
+    if not resources.gpus_per_worker:
+        return "gloo"
+    probe = ray.remote(_sees_gpu).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
+    return "nccl" if ray.get(probe.remote()) else "gloo"
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class SingleWorkerBackend(Backend):
+    """A single worker has nobody to find; its GPU is shown to it as Train's own backend for torch would."""
+
+    share_cuda_visible_devices = True
+
+
+class SingleWorkerConfig(BackendConfig):
+    """Train's way to name a backend."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return SingleWorkerBackend
+
+
+def worker_backend(resources: Resources, backend: str) -> BackendConfig:
+    """The backend through which a trial's workers find each other."""
+    if resources.workers == 1:
+        return SingleWorkerConfig()
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend=backend)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    import_trial().train_worker(settings)
+
+
+def import_trial() -> ModuleType:
+    """``sweeps.engine.run.trial``, and with it torch and timm: most of what a worker does before its first step.
+
+    A fifth of that time would be the search for garbage, of which imports leave none.
+    """
+    gc.disable()
+    try:
+        from sweeps.engine.run import trial
+    finally:
+        gc.enable()
+    return trial

@@ -1,0 +1,126 @@
+"""The questions that are asked before a sweep makes or starts anything; a wrong answer is one line."""
+
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from inflora.config import ConfigError
+from inflora.files import nearest
+from inflora.patience import NoAnswerError, within
+from inflora.setup import check, identity
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.snapshot import is_driven
+from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
+from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
+from sweeps.engine.run.reach import PATIENCE_S, reachable_ray, reachable_store
+from sweeps.engine.show.mlflow_store import git_commit
+from sweeps.engine.show.output import check_can_write
+from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
+
+TRIALS = "trials"
+"""The folder of the trials' states in a sweep's shared place, one below it for each."""
+
+
+class Ready(NamedTuple):
+    """A sweep that can start: where its trials are and what they store there, how many run at a time, MLflow tags."""
+
+    place: SharedFolder
+    stored_bytes: int
+    at_a_time: int
+    tags: dict[str, str]
+
+
+def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, say: Callable[[str], None]) -> Ready:
+    """Check settings, storage and tracking, then connect to the cluster if there is a trial to run.
+
+    Raises:
+        ConfigError: The first thing that does not fit or does not answer; nothing has been made.
+    """
+    require_gpus(sweep.resources, cluster.address)
+    for config in sweep.extreme_configs():
+        check(config)
+    place = trials_place(sweep, folder, cluster)
+    check_folder(sweep, folder)
+    check_tracking(tracking_uri, folder, say)
+    # Reads the weights, which may have to be fetched: after all that is quick, before the cluster is asked.
+    tags = identity(sweep.base)
+    if commit := git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    stored_bytes = place.bytes_in(TRIALS)
+    at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
+    return Ready(place, stored_bytes, at_a_time, tags)
+
+
+def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Raise ConfigError unless the tracking store answers; a sweep that has begun goes on without it, and says so."""
+    try:
+        reachable_store(uri, folder)
+    except ConfigError as error:
+        if not (folder / STUDY_FILE).exists():
+            raise
+        say(f"{error}; trials go on, and what it misses is sent when it answers")
+
+
+def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int:
+    """Connect to the cluster; how many trials it takes at a time.
+
+    Raises:
+        ConfigError: There is none, or it has no room for a single trial.
+    """
+    reachable_ray(cluster.address)
+    connect(cluster.address, say)
+    at_a_time = trials_at_a_time(sweep.resources, say)
+    if sweep.executor == "train":
+        check_state_api()
+    return cluster.at_a_time or at_a_time
+
+
+def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
+    """Where the trials of a sweep in ``folder`` are kept.
+
+    Raises:
+        ConfigError: Not a place that the sweep's executor can keep them in, or one that does not answer.
+    """
+    place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
+    if sweep.executor == "inline" and not place.is_local:
+        raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
+    if not place.is_local:
+        try:
+            within(2 * PATIENCE_S, lambda: place.read(STUDY_FILE))
+        except NoAnswerError as error:
+            raise ConfigError(f"--shared {place.address} {error}") from None
+    return place
+
+
+def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError if ``folder`` holds another sweep or a damaged study, or cannot take a database."""
+    check_can_write(folder)
+    check_databases_work(folder)
+    if is_driven(folder):
+        raise ConfigError(f"the sweep in {folder} is being run by another process")
+    check_spec(sweep, folder)
+    check_study(sweep, folder)
+
+
+def check_databases_work(folder: Path) -> None:
+    """Raise ConfigError unless a database like the study's works in ``folder``: some network file systems break it."""
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=nearest(folder)) as name,
+            closing(sqlite3.connect(Path(name) / STUDY_FILE)) as database,
+        ):
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("CREATE TABLE t (x INTEGER)")
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"storage {folder} does not work: {error}") from None
+
+
+def check_spec(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError if ``folder`` holds another sweep."""
+    if (folder / SPEC_FILE).exists() and read_sweep(folder).study_name != sweep.study_name:
+        raise ConfigError(
+            f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
+        )

@@ -1,0 +1,168 @@
+"""Start a sweep, or go on with one: what is asked first, the lock, the ledger, the trials, the last delivery."""
+
+import fcntl
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeAlias
+
+import ray
+from ray import tune
+
+from inflora.config import ConfigError
+from inflora.files import write_atomically
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import TrialRecord
+from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database, keep_database
+from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
+from sweeps.engine.run.driver import pick_backend, train_driver
+from sweeps.engine.run.nodes import check_nodes
+from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, preflight
+from sweeps.engine.run.storage import CheckpointCleanup, StudyBackup
+from sweeps.engine.run.trial import inline_trial
+from sweeps.engine.run.tune import run_trials
+from sweeps.engine.show.tracking import Tracker
+from sweeps.engine.space.spec import SPEC_FILE, Sweep
+
+WarmStart: TypeAlias = tuple[Sequence[Mapping[str, Any]], str]
+"""Settings to try first, and the study they come from."""
+
+
+class SweepResult(NamedTuple):
+    """All trials of a sweep when it stops; ``complete``: none is left to run; ``delivered``: MLflow has everything.
+
+    ``over`` says why it ended before all trials that were asked for; empty if all were done, or if it was interrupted.
+    """
+
+    records: list[TrialRecord]
+    complete: bool
+    delivered: bool
+    over: str
+
+
+def run_sweep(
+    sweep: Sweep,
+    folder: Path,
+    tracking_uri: str,
+    *,
+    cluster: Cluster = THIS_MACHINE,
+    say: Callable[[str], None],
+    warm_start: WarmStart | None = None,
+) -> SweepResult:
+    """Run what is left of a sweep's trials.
+
+    Raises:
+        ConfigError: Before anything is made or started: settings, data, backbone, folder, addresses or resources that
+            do not fit. After the first trials: all have failed for one reason.
+    """
+    folder = folder.absolute()
+    try:
+        ready = preflight(sweep, folder, tracking_uri, cluster, say)
+        with locked(sweep, folder):
+            ledger = _open_ledger(sweep, folder, ready, warm_start, say)
+            result = _run_what_is_left(ledger, folder, ready, tracking_uri, say)
+    finally:
+        ray.shutdown()
+    if hopeless := ledger.why_hopeless():
+        raise ConfigError(hopeless)
+    return result
+
+
+def _open_ledger(
+    sweep: Sweep, folder: Path, ready: Ready, warm_start: WarmStart | None, say: Callable[[str], None]
+) -> Ledger:
+    """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
+    if fetch_database(folder / STUDY_FILE, ready.place):
+        say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
+    ledger = Ledger(sweep, folder, ready.stored_bytes)
+    if warm_start is not None:
+        found = ledger.warm_start(*warm_start)
+        say(f"warm start: {found} settings of {warm_start[1]} lie in this space and are tried first")
+    return ledger
+
+
+def _run_what_is_left(
+    ledger: Ledger, folder: Path, ready: Ready, tracking_uri: str, say: Callable[[str], None]
+) -> SweepResult:
+    remaining = 0 if ledger.why_over() else ledger.remaining()
+    done = ledger.sweep.trials - ledger.remaining()
+    say(f"sweep {ledger.sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
+    if remaining:
+        check_nodes(ready.place)
+    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags)
+    tracker.start()
+    try:
+        if remaining:
+            _start_trials(ledger, folder, ready.place, min(ready.at_a_time, remaining), say)
+    finally:
+        over = ledger.why_over()
+        complete = ledger.remaining() == 0 or bool(over)
+        # Before the last delivery, which may take minutes: the machines are needed no more.
+        ray.shutdown()
+        if ready.place.address != str(folder):
+            keep_database(folder / STUDY_FILE, ready.place)
+        delivered = tracker.close(complete=complete, over=over)
+    return SweepResult(ledger.records(), complete, delivered, over)
+
+
+def _start_trials(
+    ledger: Ledger, folder: Path, place: SharedFolder, at_a_time: int, say: Callable[[str], None]
+) -> None:
+    """Run trials as the sweep's executor does: in workers of Ray Train, or inside the Tune trial itself."""
+    resources, trials = ledger.sweep.resources, f"{place.address}/{TRIALS}"
+    cleanup = CheckpointCleanup(ledger, place)
+    callbacks: list[tune.Callback] = [cleanup]
+    callbacks += [] if place.address == str(folder) else [StudyBackup(folder, place)]
+    if ledger.sweep.executor == "inline":
+        folder = Path(place.address)  # Train's drivers stay on the head, inline trials do not
+        trainable = inline_trial(resources, Path(trials), ledger.sweep.study_name)
+        needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
+            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
+        )
+    else:
+        trainable = train_driver(resources, pick_backend(resources), trials, ledger.sweep.study_name)
+        # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
+        needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
+    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, callbacks)
+    cleanup.tidy()  # a worker that was being stopped may have written once more
+
+
+@contextmanager
+def locked(sweep: Sweep, folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder: one driver at a time, one study per folder.
+
+    Raises:
+        ConfigError: Another driver is at work there, or another sweep was run there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder}: {error.strerror}") from None
+    with lock:
+        if not _acquire(lock):
+            raise ConfigError(f"the sweep in {folder} is being run by another process")
+        check_spec(sweep, folder)  # again: before the lock was held another sweep may have begun here
+        write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
+        yield
+
+
+def _acquire(lock: IO[str]) -> bool:
+    """Take a lock that no driver holds; one who only asks for drivers holds it for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
+
+
+def say_to_stdout(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True, file=sys.stdout)

@@ -1,0 +1,52 @@
+"""The storage of a sweep's trials: checkpoints of ended ones are deleted as it goes, the study has a backup there."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import Outcome, best_record, trial_name
+from sweeps.engine.ledger.snapshot import keep_database
+from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.run.preflight import TRIALS
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointCleanup(tune.Callback):
+    """Deletes what no trial will go on from, when a trial ends, and tells the ledger how much room the rest takes."""
+
+    def __init__(self, ledger: Ledger, place: SharedFolder) -> None:
+        self.ledger, self.place = ledger, place
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tidy()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete the states of ended trials but the best one's."""
+        records, study_name = self.ledger.records(), self.ledger.sweep.study_name
+        best = best_record(records)
+        ended = {r.number for r in records if r.outcome is not Outcome.RUNNING and r is not best}
+        for name in self.place.folders(TRIALS) & {trial_name(study_name, number) for number in ended}:
+            self.place.discard(f"{TRIALS}/{name}")
+        # Measured here and not at every report: a bucket is asked for each of its files.
+        self.ledger.measure_storage(self.place.bytes_in(TRIALS))
+
+
+class StudyBackup(tune.Callback):
+    """Keeps a copy of the study where the trials are: a head that is lost takes only its running trials along."""
+
+    def __init__(self, folder: Path, place: SharedFolder) -> None:
+        self.folder, self.place = folder, place
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        try:
+            keep_database(self.folder / STUDY_FILE, self.place)
+        except OSError as error:  # the next trial's end is the next try
+            logger.warning("the study could not be kept in %s: %s", self.place.address, error)

@@ -1,0 +1,1 @@
+"""The views of a sweep: MLflow, lines and tables on a terminal, one HTML page."""

@@ -1,0 +1,261 @@
+"""A sweep on one HTML page that needs nothing else: what was found, how, what failed and what it cost."""
+
+import html
+import re
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import cycle
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+from plotly.offline import get_plotlyjs
+
+from inflora.config import dump_config
+from inflora.metrics import forgetting
+from sweeps.engine.ledger.records import Outcome, TrialRecord, best_first, best_record, ranking
+from sweeps.engine.ledger.study import pareto_front
+from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes
+from sweeps.engine.show.status import outcome_word, status_lines
+from sweeps.engine.space.budget import gpu_hours_spent
+from sweeps.engine.space.objectives import direction
+from sweeps.engine.space.spec import Sweep
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .7em; text-align: right }
+th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
+.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
+summary { cursor: pointer; color: #555; } .row { display: flex; flex-wrap: wrap; }
+"""
+_SHOWN = 6
+"""Trials whose matrices and curves are drawn: the best."""
+_ENOUGH = 10
+"""Finished trials below which importances and contours are noise that looks like knowledge."""
+_OUTCOME_COLORS = {
+    Outcome.FINISHED: "#2a9d5c",
+    Outcome.PRUNED: "#b8b8b8",
+    Outcome.FAILED: "#d1495b",
+    Outcome.RUNNING: "#4c78a8",
+}
+_MEMORY = {
+    "size": "memory: directions taken",
+    "kept": "memory: share of the task's energy in it",
+    "overlap": "memory: share of the task's energy in it before",
+}
+
+
+def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
+    """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
+    records = read_records(study)
+    parts = [
+        f"<h1>{html.escape(sweep.name)}</h1>",
+        _paragraphs(
+            [*status_lines(sweep, records, hours_so_far(study), stored_bytes(study), driven=driven), _setup(sweep)]
+        ),
+        "<p>All accuracies are on validation images; the test images stay closed until final training.</p>",
+        *_best(sweep, records),
+        "<h2>Trials</h2>",
+        _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set(), driven=driven),
+        "<h2>Pruned and failed trials</h2>",
+        _endings(records),
+        "<h2>Search</h2>",
+        *_too_few(study),
+        *(_embed(figure) for figure in search_figures(sweep, study)),
+        "<h2>Learning</h2>",
+        *(_embed(figure) for figure in learning_figures(records)),
+        *_side_by_side(accuracy_matrices(records)),
+        "<h2>Cost</h2>",
+        *(_embed(figure) for figure in cost_figures(sweep, records)),
+    ]
+    screen = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{screen}<title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}"
+
+
+def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
+    """Plots of the search for every objective: its history, where good settings lie, which of them matter."""
+    finished = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    if not finished:
+        return
+    show = optuna.visualization
+    if sweep.tradeoffs and len(sweep.objectives) <= 3:
+        yield show.plot_pareto_front(study, target_names=list(sweep.objectives))
+    names = sorted({name for trial in finished for name in trial.params})
+    for index, objective in enumerate(sweep.objectives):
+        told: dict[str, Any] = {"target_name": objective}
+        if sweep.tradeoffs:
+            told["target"] = _nth(index)
+        yield show.plot_optimization_history(study, **told)
+        yield show.plot_parallel_coordinate(study, **told)
+        yield show.plot_slice(study, **told)
+        if len(finished) >= _ENOUGH and len({trial.values[index] for trial in finished}) > 1:
+            # Of several objectives Optuna asks what makes a value low.
+            low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                figure = show.plot_param_importances(study, **low)
+            yield figure.update_layout(title=f"Importance of settings, from {len(finished)} finished trials")
+        if len(names) > 1 and len(finished) >= _ENOUGH:
+            figure = show.plot_contour(study, params=names[:4], **told)
+            title = f"Contours, interpolated between {len(finished)} finished trials"
+            yield figure.update_layout(title=title, height=200 * min(4, len(names)))
+
+
+def _too_few(study: optuna.Study) -> Iterator[str]:
+    """Say why some plots are missing."""
+    count = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+    if count < _ENOUGH:
+        yield f"<p>Importances and contours need {_ENOUGH} finished trials to mean anything; there are {count}.</p>"
+
+
+def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
+    sign = 1 if better == "minimize" else -1
+    return lambda trial: sign * trial.values[index]
+
+
+def learning_figures(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Accuracy after every task of all trials, those behind the best in grey; the best's forgetting and memory."""
+    best = ranking(records)[:_SHOWN]
+    others = [record for record in records if record.reports and record not in best]
+    if told := [*others, *best]:
+        seen = {_name(record): [100 * report.metrics["acc/seen"] for report in record.reports] for record in told}
+        yield _curves("accuracy on all classes seen (%)", seen, grey={_name(record) for record in others})
+    if not best:
+        return
+    if len(best[0].reports) > 1:
+        matrices = {_name(record): [report.accuracies for report in record.reports] for record in best}
+        curves = {name: [100 * forgetting(m[:i]) for i in range(1, len(m) + 1)] for name, m in matrices.items()}
+        yield _curves("forgetting so far (points)", curves)
+    for kind, title in _MEMORY.items():
+        names = [name for name in best[0].reports[-1].metrics if re.fullmatch(rf"memory/.+/{kind}", name)]
+        layers = {name.split("/")[1]: [report.metrics.get(name) for report in best[0].reports] for name in names}
+        if layers:
+            yield _curves(f"{title}, {_name(best[0])}", layers)
+
+
+def accuracy_matrices(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Of the best trials."""
+    for record in ranking(records)[:_SHOWN]:
+        yield accuracy_matrix(f"{_name(record)}: accuracy (%)", [report.accuracies for report in record.reports])
+
+
+def accuracy_matrix(title: str, matrix: Sequence[Sequence[float]]) -> go.Figure:
+    """a[i][j] in percent, rows from the first task down."""
+    tasks = [str(index + 1) for index in range(len(matrix))]
+    cells = [[100 * value for value in row] for row in matrix]
+    heat = go.Heatmap(z=cells, x=tasks, y=tasks, zmin=0, zmax=100, colorscale="Viridis", texttemplate="%{z:.0f}")
+    layout = {"title": title, "xaxis_title": "on task", "yaxis_title": "after task", "yaxis_autorange": "reversed"}
+    sides = {"height": 420, "width": 530, "xaxis_type": "category", "yaxis_type": "category"}
+    return go.Figure(heat, {**layout, **sides, "xaxis_showgrid": False, "yaxis_showgrid": False})
+
+
+def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+    """Where the time went, trial by trial."""
+    told = [record for record in records if record.reports]
+    if not told:
+        return
+    bars = [
+        go.Bar(
+            name=str(outcome),
+            marker_color=_OUTCOME_COLORS[outcome],
+            x=[str(record.number) for record in told if record.outcome is outcome],
+            y=[sum(report.seconds for report in record.reports) / 60 for record in told if record.outcome is outcome],
+        )
+        for outcome in Outcome
+        if any(record.outcome is outcome for record in told)
+    ]
+    gpus = gpu_hours_spent(sweep, records)
+    title = "Training time per trial" + (f"; {gpus:.2f} GPU-hours in all" if gpus else "")
+    axes = {"xaxis_title": "trial", "yaxis_title": "minutes", "xaxis_type": "category"}
+    order = [str(record.number) for record in told]
+    yield go.Figure(bars, {"title": title, "barmode": "stack", "xaxis_categoryarray": order, **axes})
+
+
+def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ()) -> go.Figure:
+    """A line per name over the tasks learnt; grey ones have no entry in the legend, only a word at their points."""
+    colors = cycle(qualitative.Plotly)
+    lines = []
+    for name, values in curves.items():
+        color, shown = ("#cccccc", False) if name in grey else (next(colors), True)
+        tasks = list(range(1, len(values) + 1))
+        lines.append(go.Scatter(name=name, x=tasks, y=values, mode="lines+markers", line_color=color, showlegend=shown))
+    return go.Figure(lines, {"xaxis_title": "tasks learnt", "xaxis_dtick": 1, "title": title})
+
+
+def _embed(figure: go.Figure) -> str:
+    figure.update_layout(template="plotly_white", font_family="system-ui, sans-serif")
+    figure.update_xaxes(exponentformat="none").update_yaxes(exponentformat="none")  # 0.0001, not 100µ
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+
+
+def _side_by_side(figures: Iterator[go.Figure]) -> Iterator[str]:
+    yield "<div class='row'>"
+    yield from (_embed(figure) for figure in figures)
+    yield "</div>"
+
+
+def _name(record: TrialRecord) -> str:
+    return f"trial {record.number}"
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "<p>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
+
+
+def _setup(sweep: Sweep) -> str:
+    wanted = ", ".join(f"{direction(metric)} {metric}" for metric in sweep.objectives)
+    bounds = "".join(f", {constraint.text}" for constraint in sweep.constraints)
+    return (
+        f"{wanted}{bounds}; protocol {sweep.protocol}; sampler {sweep.sampler}, early stopping {sweep.early_stopping}; "
+        f"dataset {sweep.base.data.dataset}, study {sweep.study_name}"
+    )
+
+
+def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
+    yield "<h2>Best configuration</h2>"
+    best = best_record(records)
+    if best is None:
+        yield "<p>No trial has finished.</p>"
+        return
+    config = dump_config(sweep.config(best.settings))
+    settings = "  ".join(f"{path} = {_short(value)}" for path, value in best.settings.items())
+    yield _paragraphs([f"{_name(best)}: {sweep.objective} {best.value:.4f}"])
+    yield f"<pre>{html.escape(settings)}</pre>"
+    yield f"<details><summary>the whole configuration</summary><pre>{html.escape(config)}</pre></details>"
+
+
+def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int], *, driven: bool) -> str:
+    best = best_record(records)
+    columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "minutes"]
+    rows = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
+    for record in best_first(records):
+        values = [record.settings.get(path, "") for path in sweep.space]
+        objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
+        minutes = sum(report.seconds for report in record.reports) / 60
+        marks = " *" if record.number in front else ""
+        outcome = outcome_word(record.outcome, driven=driven)
+        cells = [f"{record.number}{marks}", outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
+        shown = (html.escape(_short(cell)) for cell in cells)
+        kind = " class='best'" if record is best else ""
+        rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
+    star = "<p>* on the Pareto front</p>" if front else ""
+    return f"<div class='wide'><table>{''.join(rows)}</table></div>{star}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _endings(records: Sequence[TrialRecord]) -> str:
+    rows = [
+        f"<tr><td>{record.number}</td><td class='text'>{record.outcome}</td><td>{max(1, len(record.failures))}</td>"
+        f"<td class='text'>{html.escape(record.reason)}</td></tr>"
+        for record in records
+        if record.outcome in (Outcome.PRUNED, Outcome.FAILED)
+    ]
+    head = "<tr><th>trial</th><th class='text'>outcome</th><th>tries</th><th class='text'>reason</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>" if rows else "<p>None.</p>"

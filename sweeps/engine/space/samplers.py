@@ -1,0 +1,113 @@
+"""Optuna's samplers, by name: they propose settings."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna._transform import _SearchSpaceTransform
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+
+from sweeps.engine.space import domains
+from sweeps.engine.space.objectives import direction
+from sweeps.engine.space.spec import Sweep
+
+
+class Proposed(NamedTuple):
+    """Settings that a sampler proposes, and what it notes of them for itself in the study (Optuna's system attributes).
+
+    CMA-ES notes the generation that a trial belongs to.
+    """
+
+    settings: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
+    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has.
+
+    Samplers know linear and logarithmic scales. They are asked in a study in memory, whose trials are the real ones on
+    the sampler's scales, so that the study on disk holds the settings themselves.
+    """
+    space = {path: domain.transformed() for path, domain in sweep.space.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            directions=[direction(metric) for metric in sweep.objectives],
+            sampler=make_sampler(sweep, sampler, len(trials)),
+        )
+    if sampler != "random":  # chance needs to know nothing
+        study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
+    asked = study.ask()
+    chosen = domains.suggest(space, asked)
+    settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
+    return Proposed(settings, study.get_trials(deepcopy=False)[-1].system_attrs)
+
+
+def _transformed(sweep: Sweep, space: domains.Space, trial: FrozenTrial) -> FrozenTrial:
+    """A trial on the sampler's scales, without our own attributes: no sampler reads them, and the study copies all."""
+    known = FixedTrial({path: sweep.space[path].transform(value) for path, value in trial.params.items()})
+    if trial.params:
+        domains.suggest(space, known)
+    twin = copy.copy(trial)
+    twin.params, twin.distributions, twin.user_attrs = known.params, known.distributions, {}
+    return twin
+
+
+def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
+    """The sampler called ``name``, for trial ``number``; the grid needs none, it is counted through.
+
+    Its random numbers hang on the sweep's seed and the trial: one that goes on after a stop draws neither those that
+    were drawn before nor others than it would have drawn without the stop.
+    """
+    (seed,) = np.random.SeedSequence((sweep.sampler_seed, number)).generate_state(1).tolist()
+    # Optuna's 10 random trials would be most of a small sweep.
+    startup = min(10, sweep.trials // 3)
+    match name:
+        case "tpe":
+            return TPESampler(
+                seed=seed,
+                n_startup_trials=startup,
+                multivariate=True,  # rank and learning rate depend on each other
+                group=domains.is_conditional(sweep.space),
+                constant_liar=True,  # trials that run side by side keep their distance
+            )
+        case "gp":
+            return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
+        case "cmaes":
+            # Stopped trials have no value: with early stopping only the finished ones teach it.
+            return ReplayedCmaEs(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
+        case _:  # random; what the grid proposes is enqueued
+            return RandomSampler(seed=seed)
+
+
+class ReplayedCmaEs(CmaEsSampler):
+    """CMA-ES that learns again, each time, what the study's finished trials have told it.
+
+    Optuna's own keeps its optimizer in the study as a pickle, and a study may come from elsewhere: reading it would run
+    what it holds. All that the optimizer has learnt are the values of its generations, so they are told to a new one.
+    """
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As CMA-ES does, with the space in which to learn again."""
+        self._searched, self._direction = search_space, study.direction
+        return super().sample_relative(study, trial, search_space)
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        """The optimizer after all whole generations; it is told of none a second time, so no pickle is kept either."""
+        space = _SearchSpaceTransform(self._searched, transform_0_1=True)
+        optimizer = self._init_optimizer(space, self._direction)
+        sign = 1 if self._direction is StudyDirection.MINIMIZE else -1
+        # In the order in which they ended: one that is late must not take another's place in a generation told before.
+        ended = sorted(completed_trials, key=lambda trial: (trial.datetime_complete, trial.number))
+        while len(told := self._get_solution_trials(ended, optimizer.generation)) >= optimizer.population_size:
+            solutions = [(space.transform(t.params), sign * t.values[0]) for t in told[: optimizer.population_size]]
+            optimizer.tell(solutions)
+        return optimizer
