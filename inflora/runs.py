@@ -56,7 +56,7 @@ def _claim(out: Path, *, resume: bool) -> RunState | None:
     """The state to go on from; refuses a folder with a run that is not to be resumed, or files in its way."""
     for folder in (out, *(out / name for name in _FOLDERS)):
         if problem := why_unwritable(folder):
-            raise ConfigError(f"cannot write into {str(out)[:200]}: {problem}")
+            raise ConfigError(f"cannot write into {str(out)[:100]}: {problem}")
     for file in (out / name for name in _FILES):
         if os.path.lexists(file) and not file.is_file():
             raise ConfigError(f"cannot write into {out}: {file} is not a file")
