@@ -39,7 +39,7 @@ def set_up(config: RunConfig, state: RunState | None, evaluate_on: EvaluateOn) -
         ConfigError: Settings that do not fit each other, the data or the backbone.
         StateError: ``state`` belongs to another run, or does not hold what it must.
     """
-    check(config)
+    draws = check(config)
     device = pick_device(config.device)
     stream = make_stream(config.data, evaluate_on).resident_on(device)
     backbone = build_backbone(config.backbone)
@@ -48,7 +48,6 @@ def set_up(config: RunConfig, state: RunState | None, evaluate_on: EvaluateOn) -
     if state is not None:
         _check_goes_on(config, state, fresh)
     shape, adapter = shape_of(backbone), make_adapter(config.adapter)
-    draws = Replay(config)
     classifier = make_classifier(config.classifier, shape.width)
     draws.check(config, stream, adapter, classifier)
     model = ContinualModel(backbone, classifier, pick_precision(config.precision, device, shape.width))
@@ -83,8 +82,14 @@ def _check_goes_on(config: RunConfig, state: RunState, fresh: RunState) -> None:
         raise StateError(f"the saved state is of another {config.data.dataset} than is here; start in an empty folder")
 
 
-def check(config: RunConfig) -> None:
-    """Raise ConfigError unless the settings fit each other, the dataset and the backbone; nothing heavy is loaded."""
+def check(config: RunConfig) -> Replay:
+    """Require the settings to fit each other, the dataset and the backbone; nothing heavy is loaded.
+
+    What a run replays is read by now, and comes back.
+
+    Raises:
+        ConfigError: They do not.
+    """
     backbone = meta_backbone(config.backbone)
     shape = shape_of(backbone)
     rank = getattr(config.adapter, "rank", 1)
@@ -108,8 +113,9 @@ def check(config: RunConfig) -> None:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
-    Replay(config)
+    draws = Replay(config)
     require_device(config.device)
+    return draws
 
 
 def identity(config: RunConfig) -> dict[str, str]:

@@ -25,7 +25,7 @@ from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
 from sweeps.engine.space.objectives import Metric, direction, measure
 from sweeps.engine.space.samplers import propose
-from sweeps.engine.space.spec import Sweep
+from sweeps.engine.space.spec import Budget, Sweep
 
 _SAME_SETTINGS_TRIES = 50
 _CHECK_EVERY_S = 1.0
@@ -102,8 +102,8 @@ class Ledger:
 
     def why_over(self) -> str:
         """The reason why no trial is started any more although some were asked for; empty while they are."""
-        if not self._over and time.monotonic() - self._last_check >= _CHECK_EVERY_S:
-            self._check_if_over()
+        if time.monotonic() - self._last_check >= _CHECK_EVERY_S:
+            self._check_budgets()
         return self._over
 
     def measure_storage(self, stored_bytes: int) -> None:
@@ -207,7 +207,7 @@ class Ledger:
         if report.tasks_done == report.tasks:
             return False  # it ends by itself, and what it has spent is judged with its result
         if not stop:
-            self._check_if_over()
+            self._check_budgets()
             return False
         self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
         return True
@@ -258,6 +258,11 @@ class Ledger:
         # With every end, not on leaving: a driver that is killed must not get its hours back.
         self.study.set_user_attr("hours", seal(self.hours()))
         self._check_if_over()
+
+    def _check_budgets(self) -> None:
+        """Between ends of trials only a budget can end the sweep: without one the study need not be read."""
+        if not self._over and self.sweep.budget != Budget():
+            self._check_if_over()
 
     def _check_if_over(self) -> None:
         """Ask all that can end the sweep; what has ended it stays, until it is started again."""
