@@ -10,6 +10,7 @@ from torch import Tensor
 from inflora.config import RunConfig
 from inflora.data.stream import EvaluateOn
 from inflora.drift import Probes, drifts
+from inflora.features import features_of
 from inflora.metrics import accuracy_row, task_aware_row
 from inflora.model import ContinualModel
 from inflora.precision import BITS
@@ -75,6 +76,9 @@ def run(
 
         # The adapter may look at the task's images before it learns them: InfLoRA designs its subspace here.
         classifier.begin_task(data)
+        # What is remembered of old classes can follow the features where these images show how they move.
+        moves = task.index > 0 and adapter.adapts(task.index)
+        before = features_of(model, data) if moves and classifier.follows_drift else None
         adapter.begin_task(model, data)
         trained_size = trainable(model, adapter).size
 
@@ -82,7 +86,8 @@ def run(
 
         # First the adapter: the classifier is fitted to features that stay until the next task.
         factors = adapter.end_task(model, data)
-        classifier.fit(model, data)
+        if classifier.is_fitted:
+            classifier.fit(features_of(model, data), before, data)
 
         # All classes seen so far compete, and a few features are kept to see later how far they have moved.
         seen = stream.tasks[: task.index + 1]

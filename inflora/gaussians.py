@@ -33,19 +33,25 @@ class Gaussians(NamedTuple):
         width = cov_CDD.shape[1]
         ridge_DD = _RIDGE * torch.eye(width, dtype=cov_CDD.dtype, device=cov_CDD.device)
         root_CDD, failed_C = torch.linalg.cholesky_ex(cov_CDD + ridge_DD)
-        rows_P, columns_P = torch.tril_indices(width, width, device=root_CDD.device)
-        factor_CP = root_CDD.flatten(1).index_select(1, rows_P * width + columns_P).half()
         # In float64 only features that half precision hardly reaches fail by their rounding.
-        if failed_C.any() or not factor_CP.isfinite().all():
-            raise FloatingPointError(
-                f"features with a variance of {cov_CDD.amax():.3g} are too large to be remembered in half precision; "
-                "try a smaller optim.lr"
-            )
-        return cls(mean_CD.float(), factor_CP)
+        root_CDD[failed_C > 0] = torch.inf
+        return cls(mean_CD.float(), _packed(root_CDD))
 
     def to(self, device: torch.device | str) -> "Gaussians":
         """The same on another device."""
         return Gaussians(self.mean_CD.to(device), self.factor_CP.to(device))
+
+    def carried(self, map_DD: Tensor) -> "Gaussians":
+        """The Gaussians of the features ``f W`` (f a row): means ``mu W``, and roots by a decomposition of ``W^T L``.
+
+        Raises:
+            FloatingPointError: The features are too large for half precision.
+        """
+        upper_CDD = torch.linalg.qr(self.roots().double().mT @ map_DD, mode="r").R
+        signs_CD = upper_CDD.diagonal(dim1=-2, dim2=-1).sign()
+        return self._replace(
+            mean_CD=(self.mean_CD.double() @ map_DD).float(), factor_CP=_packed((signs_CD[:, :, None] * upper_CDD).mT)
+        )
 
     def has_images(self) -> Tensor:
         """True of the classes (C) that there is something to draw from."""
@@ -67,6 +73,19 @@ class Gaussians(NamedTuple):
         """The covariances (C x D x D, float32), without the ridge."""
         root_CDD = self.roots()
         return root_CDD @ root_CDD.mT - _RIDGE * torch.eye(root_CDD.shape[1], device=root_CDD.device)
+
+
+def _packed(root_CDD: Tensor) -> Tensor:
+    """The factors of roots L in float64."""
+    width = root_CDD.shape[1]
+    rows_P, columns_P = torch.tril_indices(width, width, device=root_CDD.device)
+    factor_CP = root_CDD.flatten(1).index_select(1, rows_P * width + columns_P).half()
+    if not factor_CP.isfinite().all():
+        raise FloatingPointError(
+            f"features with a deviation of {root_CDD.abs().amax():.3g} are too large to be remembered in half "
+            "precision; try a smaller optim.lr"
+        )
+    return factor_CP
 
 
 def sample(tasks: Sequence[Gaussians], samples: int, generator: torch.Generator) -> Tensor:

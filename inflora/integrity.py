@@ -4,14 +4,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from inflora.adapters import make_adapter
 from inflora.backbone import meta_backbone, shape_of
-from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, config_hash
 from inflora.data.stream import Stream, task_sizes
 from inflora.drift import PROBES
 from inflora.layout import Layout, Spec, misfit
-from inflora.model import ContinualModel
+from inflora.learner import make_learner
 from inflora.state import DataFacts, RunState, StateError
 
 _SHOWN = 64  # enough to know how bright a dataset's images are; decoded in a blink
@@ -74,13 +72,10 @@ def _problems(config: RunConfig, state: RunState, data: DataFacts) -> Iterator[s
 
 def layouts_of(config: RunConfig, sizes: Sequence[int], names: Collection[str]) -> dict[str, Layout]:
     """The tensors of a state after tasks of so many classes each; ``names`` are those of its adapter's tensors."""
-    adapter, backbone = make_adapter(config.adapter), meta_backbone(config.backbone)
-    width = shape_of(backbone).width
-    model = ContinualModel(backbone, make_classifier(config.classifier, width))
-    adapter.prepare(model)
+    model, adapter = make_learner(config, meta_backbone(config.backbone))
     return {
         "model": adapter.model_layout(model, sizes),
         "adapter": adapter.state_layout(model, sizes, names),
         "classifier": model.classifier.layout(sizes),
-        "probes": {str(task): Spec((range(1, PROBES + 1), width)) for task in range(len(sizes))},
+        "probes": {str(task): Spec((range(1, PROBES + 1), model.width)) for task in range(len(sizes))},
     }

@@ -152,11 +152,11 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(lora_A.to(self.weight), requires_grad=train_A)
         self.lora_B = nn.Parameter(self.weight.new_zeros(sum(self.sizes), lora_A.shape[0]))
 
-    def detach_adapter(self) -> tuple[Tensor, Tensor] | None:
-        """Remove the adapter; its A and B, or None where there is none."""
+    def detach_adapter(self, share: float = 1.0) -> tuple[Tensor, Tensor] | None:
+        """Remove the adapter; its A and this share of its B, or None where there is none."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        factors = self.lora_A.detach(), self.lora_B.detach()
+        factors = self.lora_A.detach(), share * self.lora_B.detach()
         self.lora_A = self.lora_B = None
         return factors
 
@@ -173,9 +173,12 @@ class LoRALinear(nn.Linear):
         return self.weight.detach()
 
     @torch.no_grad()
-    def merge(self) -> tuple[Tensor, Tensor] | None:
-        """Add the adapter into the weight and remove it: the model does not grow with the tasks."""
-        factors = self.detach_adapter()
+    def merge(self, share: float = 1.0) -> tuple[Tensor, Tensor] | None:
+        """Add this share of the adapter into the weight and remove it: the model does not grow with the tasks.
+
+        Its A, and the share of its B.
+        """
+        factors = self.detach_adapter(share)
         if factors is not None:
             self.add_update(self.weight, *factors)
             if self.held is not None:
@@ -206,11 +209,14 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [factor for factor in factors if factor is not None and factor.requires_grad]
 
 
-def merge_all(model: nn.Module) -> dict[str, Tensor]:
-    """Merge every adapter of ``model`` into its layer; their factors, as ``<layer>.lora_A`` and ``<layer>.lora_B``."""
+def merge_all(model: nn.Module, share: float = 1.0) -> dict[str, Tensor]:
+    """Merge this share of every adapter of ``model`` into its layer.
+
+    What is merged comes back as factors, ``<layer>.lora_A`` and ``<layer>.lora_B``.
+    """
     learnt: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model):
-        factors = layer.merge()
+        factors = layer.merge(share)
         if factors is not None:
             learnt |= {f"{name}.lora_A": factors[0], f"{name}.lora_B": factors[1]}
     return learnt

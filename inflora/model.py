@@ -1,5 +1,6 @@
 """The continual learner's network: a backbone that an adapter changes, and a classifier of its features."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -10,16 +11,17 @@ from inflora.class_token import hold_weights, read_class_token_only
 from inflora.classifiers import Classifier
 from inflora.config import Precision
 from inflora.layout import Layout, Spec
-from inflora.lora import adapted_layers
+from inflora.lora import adapted_layers, make_plain
 from inflora.precision import products
 from inflora.prompts import Encoded, Prompts
 
 
 class ContinualModel(nn.Module):
-    """Features (B x D) of a frozen backbone, and a classifier of them; forward gives logits over all classes so far.
+    """Features (B x D) of a backbone that an adapter changes, and a classifier of them.
 
-    ``prompts``, where an adapter has them, ask the backbone in the place of a plain call. ``precision`` is that of the
-    backbone's matrix products; weights, features and all that is learnt are float32.
+    Forward gives logits over all classes so far. ``prompts``, where an adapter has them, ask the backbone in the place
+    of a plain call. ``precision`` is that of the backbone's matrix products; weights, features and all that is learnt
+    are float32.
     """
 
     prompts: Prompts | None
@@ -30,6 +32,7 @@ class ContinualModel(nn.Module):
         self._pretrained = frozenset(self.state_dict())
         self.classifier, self.width, self.precision = classifier, classifier.width, precision
         self.prompts = None
+        self.frozen: nn.Module | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.classifier(self.features(images)))
@@ -40,10 +43,21 @@ class ContinualModel(nn.Module):
         To be called when the adapter has prepared the model and what was learnt before has been restored.
         """
         self.to(device)
-        if self.prompts is None:
-            read_class_token_only(self.backbone)
-        if self.precision == "bf16":
-            hold_weights(self.backbone, torch.bfloat16)
+        for backbone in (self.backbone, *([] if self.frozen is None else [self.frozen])):
+            if self.prompts is None:
+                read_class_token_only(backbone)
+            if self.precision == "bf16":
+                hold_weights(backbone, torch.bfloat16)
+
+    def keep_frozen(self) -> None:
+        """Keep the backbone as it is now beside the one that learns: features are then both's, side by side.
+
+        To be called when the adapter has prepared the model. What no adapter changes is shared.
+        """
+        own = {id(layer.weight) for _, layer in adapted_layers(self)}
+        shared = {id(p): p for p in self.backbone.parameters() if id(p) not in own}
+        self.frozen = copy.deepcopy(self.backbone, shared)
+        make_plain(self.frozen)
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +72,18 @@ class ContinualModel(nn.Module):
         """Features and the penalties that prompts add; ``task`` is given while it is learnt, not when it is tested."""
         with products(self.precision, self.device):
             encoded = self.prompts(self.backbone, images, task) if self.prompts else Encoded(self.backbone(images))
-        return Encoded(encoded.features.float(), tuple(penalty.float() for penalty in encoded.penalties))
+            features = [encoded.features]
+            if self.frozen is not None:
+                with torch.no_grad():
+                    features.append(self.frozen(images))
+        features_BD = torch.cat([part.float() for part in features], dim=1)
+        return Encoded(features_BD, tuple(penalty.float() for penalty in encoded.penalties))
 
     def learnt_state(self) -> dict[str, Tensor]:
         """Copies of the tensors that an adapter has changed or added: merged weights, prompts."""
         merged = {f"{name}.weight" for name, _ in adapted_layers(self)}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("classifier.")}
+        others = ("classifier.", "frozen.")
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(others)}
         learnt = [name for name in state if name in merged or name not in self._pretrained]
         return {name: state[name].detach().cpu().clone() for name in learnt}
 

@@ -80,9 +80,10 @@ def _check_orders(
     """Every pass is over all images of its task, each once."""
     asked = []
     for task in stream.tasks:
-        trains = adapter.is_trained or classifier.trained_alone
+        adapts = adapter.adapts(task.index)
+        trains = adapts or classifier.trained_alone
         epochs = config.optim.of_task(task.index).epochs if trains else 0
-        for purpose in (*adapter.passes, *(f"train-{epoch}" for epoch in range(epochs))):
+        for purpose in (*(adapter.passes if adapts else ()), *(f"train-{epoch}" for epoch in range(epochs))):
             asked.append(f"{task.index}/{purpose}")
             rows = _recorded(recorded, asked[-1], "replay.orders").to(torch.int64)
             if not torch.equal(rows.sort().values, task.train_rows.sort().values):

@@ -12,9 +12,7 @@ from PIL import Image, ImageOps, ImageStat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from inflora.adapters import make_adapter
 from inflora.backbone import backbone_hash, build_backbone, shape_of
-from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, load_config
 from inflora.cuda import pick_device
 from inflora.data.errors import DataError
@@ -23,6 +21,7 @@ from inflora.data.loader import InputFormat, evaluation_batches
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
 from inflora.data.store import Images
 from inflora.integrity import check_state
+from inflora.learner import make_learner
 from inflora.lora import make_plain
 from inflora.model import ContinualModel
 from inflora.predictions import Prediction
@@ -77,8 +76,9 @@ class Served(Protocol):
 def load(path: str | PathLike[str]) -> nn.Module:
     """The model that a run's folder (``config.yaml`` and ``state/``) holds: on the CPU, in float32, in eval mode.
 
-    A plain timm ``VisionTransformer``: adapters merged, the classifier as its head. Where prompts are learnt, or the
-    classifier is not linear in the features, it is a ``ContinualModel``. Either gives logits (B x outputs) and has
+    A plain timm ``VisionTransformer``: adapters merged, the classifier as its head. Where prompts are learnt, features
+    are both models', or the classifier is not linear in them, it is a ``ContinualModel``. Either gives logits (B x
+    outputs) and has
 
     - ``class_names``: the class that each output means. In domain-incremental runs every domain has outputs of its
       own, so that names come again: the class of the largest logit is the answer, as in the run's evaluation;
@@ -98,9 +98,7 @@ def load(path: str | PathLike[str]) -> nn.Module:
             f"{config.backbone.name!r} and backbone.weights give here ({backbone_hash(backbone)})"
         )
     shape = shape_of(backbone)
-    learnt = ContinualModel(backbone, make_classifier(config.classifier, shape.width))
-    adapter = make_adapter(config.adapter)
-    adapter.prepare(learnt)
+    learnt, adapter = make_learner(config, backbone)
     restore(learnt, adapter, state)
     outputs = learnt.classifier.classes
     model = _as_timm(learnt) or learnt
@@ -131,7 +129,7 @@ def _load_run(folder: Path) -> tuple[RunConfig, RunState]:
 def _as_timm(learnt: ContinualModel) -> VisionTransformer | None:
     """The backbone alone, with everything learnt in it; None where timm's model could not compute the same."""
     head = learnt.classifier.as_linear()
-    if head is None or learnt.prompts is not None:
+    if head is None or learnt.prompts is not None or learnt.frozen is not None:
         return None
     vit = cast(VisionTransformer, learnt.backbone)
     make_plain(vit)

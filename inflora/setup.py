@@ -4,9 +4,8 @@ import platform
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from inflora.adapters import Adapter, make_adapter
+from inflora.adapters import Adapter
 from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
-from inflora.classifiers import make_classifier
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.cuda import pick_device, require_device
 from inflora.data import ensure_store
@@ -15,6 +14,7 @@ from inflora.data.store import read_manifest
 from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream
 from inflora.draws import Draws
 from inflora.integrity import check_state, facts_of
+from inflora.learner import make_learner
 from inflora.model import ContinualModel
 from inflora.precision import pick_precision
 from inflora.replay import Replay
@@ -47,11 +47,9 @@ def set_up(config: RunConfig, state: RunState | None, evaluate_on: EvaluateOn) -
     fresh = RunState(config_hash(config), backbone_hash(backbone), evaluate_on, len(stream.tasks), data=facts)
     if state is not None:
         _check_goes_on(config, state, fresh)
-    shape, adapter = shape_of(backbone), make_adapter(config.adapter)
-    classifier = make_classifier(config.classifier, shape.width)
-    draws.check(config, stream, adapter, classifier)
-    model = ContinualModel(backbone, classifier, pick_precision(config.precision, device, shape.width))
-    adapter.prepare(model)
+    shape = shape_of(backbone)
+    model, adapter = make_learner(config, backbone, pick_precision(config.precision, device, shape.width))
+    draws.check(config, stream, adapter, model.classifier)
     if state is not None:
         restore(model, adapter, state)
     model.settle_on(device)
@@ -93,10 +91,9 @@ def check(config: RunConfig) -> Replay:
     backbone = meta_backbone(config.backbone)
     shape = shape_of(backbone)
     rank = getattr(config.adapter, "rank", 1)
-    if rank > shape.width:
+    if isinstance(rank, int) and rank > shape.width:
         raise ConfigError(f"adapter.rank must be at most the backbone's width {shape.width}, got {rank}")
-    model = ContinualModel(backbone, make_classifier(config.classifier, shape.width))
-    make_adapter(config.adapter).prepare(model)
+    model, _ = make_learner(config, backbone)
     if config.compile and model.prompts is not None:
         raise ConfigError(f"compile must be false with adapter {config.adapter.name}: prompts change the model's code")
     total_tasks = getattr(config.adapter, "total_tasks", None)

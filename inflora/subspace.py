@@ -47,19 +47,21 @@ def complement(basis_DK: Tensor) -> Tensor:
     return torch.linalg.qr(basis_DK, mode="complete").Q[:, basis_DK.shape[1] :]
 
 
-def design(covs_DD: Sequence[Tensor], memories: Sequence[Memory | None], rank: int) -> list[Tensor]:
+def design(covs_DD: Sequence[Tensor], memories: Sequence[Memory | None], rank: int | float) -> list[Tensor]:
     """The fixed down-projection A_t (R x D, float32) of a new task for each layer: paper, equations 8 and 9.
 
     Its rows are the leading directions of the new task's inputs with the old tasks' part removed, divided by sqrt(3),
     which gives them the expected norm of LoRA's usual initialisation. Fewer than ``rank`` rows come back when fewer
-    directions are free.
+    directions are free. A ``rank`` that is a float is a share: of the free energy, which a layer's rows are to hold.
     """
 
-    def all_of_rank(energies_B: Tensor, *_: object) -> Tensor:
+    def of_rank(energies_B: Tensor, free: Tensor, slack: float) -> Tensor:
+        if isinstance(rank, float):
+            return 1 + (energies_B.cumsum(0) < (rank + slack) * free).sum()
         return energies_B.new_full((), rank, dtype=torch.int64)
 
     layers = [
-        _Layer(cov_DD.double(), _exact(memory, cov_DD), "covariance", all_of_rank)
+        _Layer(cov_DD.double(), _exact(memory, cov_DD), "covariance", of_rank)
         for cov_DD, memory in zip(covs_DD, memories, strict=True)
     ]
     return [(directions_DR.T / 3**0.5).float().contiguous() for directions_DR in _leading_free(layers)]

@@ -161,11 +161,57 @@ def train_step(
 
 def batch_loss(model: ContinualModel, adapter: Adapter[Any], task: Task, batch: Batch) -> Tensor:
     """The classifier's mean loss of a batch, plus what prompts and adapter add."""
-    features, penalties = model.encode(batch.images, task.index)
+    features, penalties = model.encode(batch.images, task.index if adapter.adapts(task.index) else None)
     loss = model.classifier.loss(features, batch.labels, task)
     for penalty in (*penalties, *adapter.penalties(model)):
         loss = loss + penalty
     return loss
+
+
+class RightAnswers:
+    """Counts of right answers on the images of ``tasks``, all classes that they have together competing.
+
+    They are counted on the device: the host waits once, for ``evaluation``.
+    """
+
+    def __init__(self, stream: Stream, tasks: Sequence[Task], device: torch.device) -> None:
+        self._counts = torch.zeros(len(tasks), 5, dtype=torch.int64, device=device)
+        self._first_labels = torch.tensor([task.first_label for task in tasks], device=device)
+        self._class_of, self._last_task = stream.class_of.to(device), tasks[-1].index
+
+    def count(self, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Add a batch of images with these logits and labels."""
+        label_tasks, class_tasks = (
+            torch.bucketize(labels, self._first_labels, right=True) - 1
+            for labels in (labels_B, torch.arange(logits_BC.shape[1], device=labels_B.device))
+        )
+        predicted = logits_BC.argmax(1)
+        own = logits_BC.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)
+        hits = torch.stack(
+            [
+                torch.ones_like(predicted),
+                (self._class_of[predicted] == self._class_of[labels_B]).long(),
+                (own == labels_B).long(),
+                (class_tasks[predicted] == label_tasks).long(),
+                (~torch.isfinite(logits_BC)).any(1).long(),
+            ],
+            dim=1,
+        )
+        self._counts.index_add_(0, label_tasks, hits)
+
+    def evaluation(self) -> Evaluation:
+        """The counts of all workers, who all hear of what one of them has seen.
+
+        Raises:
+            FloatingPointError: Some logits were no finite numbers.
+        """
+        *hits_of_tasks, broken = zip(*distributed.all_sum(self._counts).tolist(), strict=True)
+        if any(broken):
+            raise FloatingPointError(f"the logits after task {self._last_task} are not finite; try a smaller optim.lr")
+        return tuple(
+            TaskCounts(images=images, correct=correct, correct_in_task=in_task, right_task=right_task)
+            for images, correct, in_task, right_task in zip(*hits_of_tasks, strict=True)
+        )
 
 
 @torch.no_grad()
@@ -176,7 +222,7 @@ def evaluate(
     input_format: InputFormat,
     on_features: Callable[[Tensor, Tensor], None] = lambda places, features: None,
 ) -> Evaluation:
-    """Count right answers on the images of the stream's first ``tasks``, all classes they have together competing.
+    """Count right answers on the images of the stream's first ``tasks``.
 
     Every image is looked at once; ``on_features`` is given each batch's features (B x D), with the places (B) of its
     images among all that are evaluated.
@@ -184,37 +230,12 @@ def evaluate(
     Raises:
         FloatingPointError: The model's answers are no longer finite numbers.
     """
-    counts = torch.zeros(len(tasks), 5, dtype=torch.int64, device=input_format.device)
-    first_labels = torch.tensor([task.first_label for task in tasks], device=input_format.device)
-    class_of = stream.class_of.to(input_format.device)
+    answers = RightAnswers(stream, tasks, input_format.device)
     rows = torch.cat([task.eval_rows for task in tasks])
     places = torch.arange(len(rows), device=input_format.device)[distributed.rank() :: distributed.world_size()]
-    classes = torch.arange(model.classifier.classes, device=input_format.device)
-    class_tasks = torch.bucketize(classes, first_labels, right=True) - 1
     for batch in evaluation_batches(stream.evaluate, rows, input_format, _EVALUATION_BATCH):
         features = model.features(batch.images)
         here, places = places.tensor_split([len(features)])
         on_features(here, features)
-        logits = model.classifier(features)
-        label_tasks = torch.bucketize(batch.labels, first_labels, right=True) - 1
-        predicted = logits.argmax(1)
-        own = logits.masked_fill(class_tasks[None, :] != label_tasks[:, None], -math.inf).argmax(1)
-        hits = torch.stack(
-            [
-                torch.ones_like(predicted),
-                (class_of[predicted] == class_of[batch.labels]).long(),
-                (own == batch.labels).long(),
-                (class_tasks[predicted] == label_tasks).long(),
-                (~torch.isfinite(logits)).any(1).long(),
-            ],
-            dim=1,
-        )
-        counts.index_add_(0, label_tasks, hits)
-    # The host waits once, when all has been computed, and all workers hear of what one of them has seen.
-    *hits_of_tasks, broken = zip(*distributed.all_sum(counts).tolist(), strict=True)
-    if any(broken):
-        raise FloatingPointError(f"the logits after task {tasks[-1].index} are not finite; try a smaller optim.lr")
-    return tuple(
-        TaskCounts(images=images, correct=correct, correct_in_task=in_task, right_task=right_task)
-        for images, correct, in_task, right_task in zip(*hits_of_tasks, strict=True)
-    )
+        answers.count(model.classifier(features), batch.labels)
+    return answers.evaluation()

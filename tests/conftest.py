@@ -12,9 +12,8 @@ import torch
 from moto.server import ThreadedMotoServer
 from torch import Tensor
 
-from inflora.adapters import Adapter, make_adapter
+from inflora.adapters import Adapter
 from inflora.backbone import build_backbone
-from inflora.classifiers import make_classifier
 from inflora.config import DataSettings, OptimSettings, RunConfig, override, parse_config, settings_of_method
 from inflora.data import ensure_store
 from inflora.data.loader import InputFormat
@@ -22,6 +21,8 @@ from inflora.data.pixels import RawPixels
 from inflora.data.store import Images
 from inflora.data.stream import Task
 from inflora.draws import Draws
+from inflora.features import features_of
+from inflora.learner import make_learner
 from inflora.model import ContinualModel
 from inflora.state import RunState
 from inflora.task_data import TaskData
@@ -75,6 +76,7 @@ SMALL = {
     "dualprompt": {"general_blocks": 1, "general_length": 2, "expert_blocks": 1, "expert_length": 3},
     "codaprompt": {"components": 3, "length": 4, "blocks": 2},
     "aligned": {"epochs": 2, "samples": 16, "temperature": 0.1},
+    "ranpac": {"features": 48},
 }
 """Settings with which an adapter or a classifier fits the tiny run, where its own are too large for it."""
 
@@ -113,9 +115,7 @@ def begun(
 ) -> tuple[ContinualModel, Adapter[Any], TaskData]:
     """A model of the tiny run's kind that has learnt all of so many tasks of noise but the last, which has begun."""
     config = override(tiny, pair)
-    model = ContinualModel(build_backbone(config.backbone), make_classifier(config.classifier, 32))
-    adapter = make_adapter(config.adapter)
-    adapter.prepare(model)
+    model, adapter = make_learner(config, build_backbone(config.backbone))
     for index in range(tasks):
         data = task_of_noise(index, **{"lr": 0.01, "epochs": 2} | optim)
         model.classifier.begin_task(data)
@@ -123,7 +123,7 @@ def begun(
         if index + 1 < tasks:
             train_task(model, adapter, data, lambda _: None)
             adapter.end_task(model, data)
-            model.classifier.fit(model, data)
+            model.classifier.fit(features_of(model, data), None, data)
     return model, adapter, data
 
 

@@ -46,16 +46,18 @@ FLOORS = {
         "inflora.predictions",
     ),
     4: ("inflora.prompts", "inflora.task_data"),
-    5: ("inflora.classifiers",),
-    6: ("inflora.model",),
-    7: ("inflora.adapters",),
-    8: ("inflora.training", "inflora.integrity", "inflora.replay"),
-    9: ("inflora.setup",),
-    10: ("inflora.continual", "inflora.serving"),
+    5: ("inflora.features",),
+    6: ("inflora.classifiers",),
+    7: ("inflora.model",),
+    8: ("inflora.adapters",),
+    9: ("inflora.training", "inflora.learner", "inflora.replay"),
+    10: ("inflora.integrity",),
+    11: ("inflora.setup",),
+    12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.
-    11: ("inflora.runs",),
-    12: ("inflora", "inflora.cli", "inflora.gpu_check"),
-    13: (
+    13: ("inflora.runs",),
+    14: ("inflora", "inflora.cli", "inflora.gpu_check"),
+    15: (
         "sweeps.engine.ledger.records",
         "sweeps.engine.ledger.failures",
         "sweeps.engine.ledger.snapshot",
@@ -64,9 +66,9 @@ FLOORS = {
         "sweeps.engine.show.plots",
         "sweeps.engine.space.domains",
     ),
-    14: ("sweeps.engine.run.reach", "sweeps.engine.space.objectives"),
-    15: ("sweeps.engine.show.mlflow_database", "sweeps.engine.space.spec"),
-    16: (
+    16: ("sweeps.engine.run.reach", "sweeps.engine.space.objectives"),
+    17: ("sweeps.engine.show.mlflow_database", "sweeps.engine.space.spec"),
+    18: (
         "sweeps.engine.ledger.trials",
         "sweeps.engine.run.cluster",
         "sweeps.engine.run.smoke",
@@ -77,19 +79,19 @@ FLOORS = {
         "sweeps.engine.space.early_stopping",
         "sweeps.engine.space.samplers",
     ),
-    17: ("sweeps.engine.ledger.consistency", "sweeps.engine.run.driver", "sweeps.engine.show.status"),
-    18: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
-    19: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
-    20: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
-    21: ("sweeps.engine.run.tune",),
-    22: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
-    23: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
-    24: ("sweeps.cli",),
-    25: ("sweeps.recipe",),
+    19: ("sweeps.engine.ledger.consistency", "sweeps.engine.run.driver", "sweeps.engine.show.status"),
+    20: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
+    21: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
+    22: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
+    23: ("sweeps.engine.run.tune",),
+    24: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
+    25: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
+    26: ("sweeps.cli",),
+    27: ("sweeps.recipe",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-RECIPES_FLOOR = 26
+RECIPES_FLOOR = 28
 
 
 def modules() -> dict[str, Path]:

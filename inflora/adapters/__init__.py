@@ -3,6 +3,7 @@
 from typing import Any
 
 from inflora.adapters.base import Adapter
+from inflora.adapters.first_tasks import FirstTasks
 from inflora.config import Alternative, build
 
 __all__ = ["Adapter", "make_adapter"]
@@ -11,4 +12,5 @@ __all__ = ["Adapter", "make_adapter"]
 def make_adapter(settings: Alternative) -> Adapter[Any]:
     """The adapter that ``settings`` describes, before its first task."""
     adapter: Adapter[Any] = build(settings)
-    return adapter
+    tasks = getattr(settings, "adapt_tasks", None)
+    return adapter if tasks is None else FirstTasks(adapter, tasks)

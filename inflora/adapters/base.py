@@ -20,7 +20,7 @@ class Adapter(Generic[S]):
     ``is_trained``: there are parameters of it to train.
     """
 
-    passes: ClassVar[tuple[str, ...]] = ()
+    passes: tuple[str, ...] = ()
     is_trained: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
@@ -39,6 +39,10 @@ class Adapter(Generic[S]):
     def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         """The parameters that the task that has begun trains; nothing else of the backbone changes until its end."""
         return []
+
+    def adapts(self, task: int) -> bool:
+        """True where learning ``task`` changes the features."""
+        return self.is_trained
 
     def penalties(self, model: ContinualModel) -> Iterable[Tensor]:
         """Terms that are added to each batch's loss."""

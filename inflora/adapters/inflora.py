@@ -44,10 +44,11 @@ class InfLoRA(Adapter[InfLoRASettings]):
         layers = dict(adapted_layers(model))
         memories = [self.memory.get(name) for name in layers]
         # All layers at once: those of one width are decomposed together.
-        designs = design([covariances[name] for name in layers], memories, self.settings.rank)
+        rank = self._share(data) if self.settings.rank == "auto" else self.settings.rank
+        designs = design([covariances[name] for name in layers], memories, rank)
         # Signs of singular vectors are arbitrary and differ between devices: the first worker's are everyone's.
         for (name, layer), memory, lora_A in zip(layers.items(), memories, map(broadcast, designs), strict=True):
-            if len(lora_A) < self.settings.rank:
+            if len(lora_A) < rank:
                 warnings.warn(
                     f"task {data.task.index}: {name} has {len(lora_A)} free directions left, "
                     f"fewer than adapter.rank={self.settings.rank}; using {len(lora_A)}",
@@ -62,18 +63,15 @@ class InfLoRA(Adapter[InfLoRASettings]):
         return adapter_parameters(model)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
-        """Merge ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
-        factors = merge_all(model)
+        """Merge ``merge`` of ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
+        factors = merge_all(model, self.settings.merge)
         # Of the merged model's inputs: what later tasks must not disturb is what this one reads from now on.
         self._remember(input_covariances(model, data, "after"), data)
         return factors
 
     def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
         """DualGPM: take the directions that hold the finished task's inputs out of those that are free."""
-        settings, known = self.settings, self._diagnostics
-        total_tasks = settings.total_tasks or data.total_tasks
-        # The share of energy to be kept rises from task to task: eps_t of the paper.
-        share = threshold(data.task.index, total_tasks, settings.energy, settings.energy_end)
+        settings, known, share = self.settings, self._diagnostics, self._share(data)
         updated = update(
             [self.memory.get(name) for name in covariances],
             list(covariances.values()),
@@ -86,6 +84,13 @@ class InfLoRA(Adapter[InfLoRASettings]):
             layer, cov_DD = f"memory/{short_name(name)}", covariances[name]
             known[f"{layer}/size"] = float(taken_count(memory, len(cov_DD)))
             known[f"{layer}/kept"] = energy_inside(cov_DD, memory, settings.energy_of)
+
+    def _share(self, data: TaskData) -> float:
+        """The share of energy to be kept, which rises from task to task: eps_t of the paper."""
+        settings = self.settings
+        return threshold(
+            data.task.index, settings.total_tasks or data.total_tasks, settings.energy, settings.energy_end
+        )
 
     def diagnostics(self) -> dict[str, float]:
         """Three numbers for each adapted layer.

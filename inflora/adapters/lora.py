@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from inflora.adapters.base import Adapter
-from inflora.config import LoRASettings, LowRankSettings
+from inflora.config import FixedRankSettings, LoRASettings
 from inflora.injection import inject
 from inflora.lora import adapted_layers, adapter_parameters, merge_all
 from inflora.model import ContinualModel
 from inflora.task_data import TaskData
 
-S = TypeVar("S", bound=LowRankSettings)
+S = TypeVar("S", bound=FixedRankSettings)
 
 
 class TrainedLoRA(Adapter[S]):
@@ -34,7 +34,7 @@ class TrainedLoRA(Adapter[S]):
         return adapter_parameters(model)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
-        return merge_all(model)
+        return merge_all(model, self.settings.merge)
 
 
 class LoRA(TrainedLoRA[LoRASettings]):

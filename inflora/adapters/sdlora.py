@@ -49,9 +49,9 @@ class DecoupledLinear(LoRALinear):
         return weight
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Turn the adapter into one more direction with its magnitude."""
-        factors = self.detach_adapter()
+    def keep(self, share: float) -> None:
+        """Turn this share of the adapter into one more direction with its magnitude."""
+        factors = self.detach_adapter(share)
         if factors is not None:
             lora_A, lora_B = factors
             norm = torch.linalg.matrix_norm(lora_B @ lora_A)
@@ -83,7 +83,7 @@ class SDLoRA(TrainedLoRA[SDLoRASettings]):
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         for _, layer in decoupled_layers(model):
-            layer.keep()
+            layer.keep(self.settings.merge)
         return {}  # nothing is merged: the layers keep the factors, and go on changing how much each counts
 
     def model_layout(self, model: ContinualModel, sizes: Sequence[int]) -> Layout:

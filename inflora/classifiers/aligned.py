@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from inflora import distributed
-from inflora.classifiers.base import FeatureModel
+from inflora.classifiers.drift import drift_map
 from inflora.classifiers.linear import LinearHeads
-from inflora.classifiers.statistics import class_gaussians
+from inflora.classifiers.statistics import class_covariances, class_means
 from inflora.config import AlignedSettings
+from inflora.features import Features
 from inflora.gaussians import Gaussians
 from inflora.layout import Layout, Spec
 from inflora.task_data import TaskData
@@ -25,13 +26,23 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class Aligned(LinearHeads[AlignedSettings]):
     """Linear heads, and the Gaussians of all classes seen, task by task; those are kept on the CPU."""
 
+    is_fitted = True
+
     def __init__(self, settings: AlignedSettings, width: int) -> None:
         super().__init__(settings, width)
         self.gaussians: list[Gaussians] = []
 
-    def fit(self, model: FeatureModel, data: TaskData) -> None:
-        """Remember the task's classes; from the second task on, align all heads."""
-        self.gaussians.append(Gaussians.of(*class_gaussians(model, data, self.width)).to("cpu"))
+    @property
+    def follows_drift(self) -> bool:
+        return self.settings.drift is not None
+
+    def fit(self, seen: Features, before: Features | None, data: TaskData) -> None:
+        """Let old classes follow the features, remember the task's; from the second task on, align all heads."""
+        if before is not None and self.settings.drift is not None:
+            map_DD = drift_map(before.features_ND, seen.features_ND, self.settings.drift)
+            self.gaussians = [task.to(map_DD.device).carried(map_DD).to("cpu") for task in self.gaussians]
+        count_C, mean_CD = class_means(seen)
+        self.gaussians.append(Gaussians.of(mean_CD, class_covariances(seen, count_C, mean_CD)).to("cpu"))
         if len(self.gaussians) > 1:
             align(self, self._epochs(data), self.settings)
 
@@ -40,7 +51,7 @@ class Aligned(LinearHeads[AlignedSettings]):
         device, samples = data.input_format.device, self.settings.samples
         seen_C = torch.cat([task.has_images() for task in self.gaussians]).nonzero()[:, 0].to(device)
         gaussians = [task.with_images().to(device) for task in self.gaussians]
-        for epoch in range(self.settings.epochs):
+        for epoch in range(self.settings.epochs_of(len(seen_C))):
             drawn = data.draws.class_features(gaussians, seen_C, samples, data.task.index, epoch)
             yield zip(*(part.split(samples) for part in drawn), strict=True)
 
@@ -70,7 +81,7 @@ def align(classifier: LinearHeads, epochs: Iterable[Batches], settings: AlignedS
     weight_CD, bias_C = (part.detach().requires_grad_() for part in classifier.joined())
     in_task_CT = torch.block_diag(*(weight_CD.new_ones(number, 1) for number in classes))
     optimizer = torch.optim.SGD([weight_CD, bias_C], settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs_of(len(weight_CD)))
     for batches in epochs:
         for features_BD, classes_B in batches:
             optimizer.zero_grad()

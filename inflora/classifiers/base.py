@@ -5,31 +5,28 @@ Shapes: B batch, C classes of a task, D width of the features.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from inflora.config import Settings
 from inflora.data.stream import Task
+from inflora.features import Features
 from inflora.layout import Layout
 from inflora.task_data import TaskData
 
 S = TypeVar("S", bound=Settings)
 
 
-class FeatureModel(Protocol):
-    """A model as classifiers see it: from images to features (B x D)."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-
-
 class Classifier(nn.Module, ABC, Generic[S]):
     """Tells the classes of all tasks so far apart by their features; forward gives logits in order of learning.
 
-    ``trained_alone``: its own training is worth the epochs where no adapter is trained with it.
+    ``trained_alone``: its own training is worth the epochs where no adapter is trained with it; ``is_fitted``: it is
+    fitted when a task has been learnt; ``follows_drift``: and then asks for the features before the task as well.
     """
 
     trained_alone: ClassVar[bool] = True
+    is_fitted: ClassVar[bool] = False
 
     def __init__(self, settings: S, width: int) -> None:
         super().__init__()
@@ -52,8 +49,15 @@ class Classifier(nn.Module, ABC, Generic[S]):
     def loss(self, features_BD: Tensor, labels_B: Tensor, task: Task) -> Tensor:
         """Mean loss of a batch of the task that is being learnt."""
 
-    def fit(self, model: FeatureModel, data: TaskData) -> None:
-        """Learn from the finished task's features; the adapter has ended its task."""
+    @property
+    def follows_drift(self) -> bool:
+        return False
+
+    def fit(self, seen: Features, before: Features | None, data: TaskData) -> None:
+        """Learn from the finished task's features; the adapter has ended its task.
+
+        ``before`` are those of the same images before the task, None where nothing has moved them.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

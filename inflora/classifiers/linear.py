@@ -27,9 +27,7 @@ class LinearHeads(Classifier[S]):
         return sum(len(head.get_parameter("bias")) for head in self.heads)
 
     def begin_task(self, data: TaskData) -> None:
-        head = self._new_head(len(data.task.classes))
-        data.draws.begin_head(head, data.task.index, data.optim.head_init)
-        head.to(data.input_format.device)
+        self.heads.append(new_head(self.width, data))
 
     def task_parameters(self) -> list[nn.Parameter]:
         return list(self.heads[-1].parameters())
@@ -46,7 +44,7 @@ class LinearHeads(Classifier[S]):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for task in range(sum(name.endswith(".weight") for name in state)):
-            self._new_head(len(state[f"heads.{task}.bias"]))
+            self.heads.append(_empty_head(self.width, len(state[f"heads.{task}.bias"])))
         self.load_state_dict({name: state[name] for name in self.state_dict()})
 
     def layout(self, sizes: Sequence[int]) -> Layout:
@@ -65,12 +63,18 @@ class LinearHeads(Classifier[S]):
         )
         return weight_CD, bias_C
 
-    def _new_head(self, classes: int) -> nn.Linear:
-        # Uninitialised: nn.Linear would draw from the process's own generator.
-        head = nn.utils.skip_init(nn.Linear, self.width, classes)
-        self.heads.append(head)
-        return head
-
 
 class Linear(LinearHeads[LinearSettings]):
     """The heads as the tasks have left them."""
+
+
+def new_head(width: int, data: TaskData) -> nn.Linear:
+    """A linear layer for the task's classes, as the run's draws begin it."""
+    head = _empty_head(width, len(data.task.classes))
+    data.draws.begin_head(head, data.task.index, data.optim.head_init)
+    return head.to(data.input_format.device)
+
+
+def _empty_head(width: int, classes: int) -> nn.Linear:
+    # Uninitialised: nn.Linear would draw from the process's own generator.
+    return nn.utils.skip_init(nn.Linear, width, classes)

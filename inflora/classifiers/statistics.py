@@ -1,62 +1,34 @@
-"""Statistics of a task's features: means and covariances of its classes.
+"""Statistics of a task's features: numbers, means, scatters and covariances of its classes.
 
 Everything is summed over all workers before it is used, so that all of them work with the same numbers.
-Shapes: C classes of the task, D width.
+Shapes: C classes of the task, N features, D width. All in float64.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from inflora import distributed
-from inflora.classifiers.base import FeatureModel
-from inflora.task_data import TaskData
+from inflora.features import Features
 
 
-@torch.no_grad()
-def class_means(model: FeatureModel, data: TaskData, width: int) -> Tensor:
-    """Mean feature (C x D, float64) of each of the task's classes, in one pass without augmentation.
-
-    Zero for a class without images, as DomainNet has some in some domains.
-    """
-    count_C = torch.zeros(len(data.task.classes), dtype=torch.float64, device=data.input_format.device)
-    sum_CD = count_C.new_zeros(len(count_C), width)
-    for features, labels in _features(model, data):
-        count_C.index_add_(0, labels, torch.ones_like(labels, dtype=count_C.dtype))
-        sum_CD.index_add_(0, labels, features)
-    return distributed.all_sum(sum_CD) / distributed.all_sum(count_C).clamp_min(1)[:, None]
+def class_means(seen: Features) -> tuple[Tensor, Tensor]:
+    """The number (C) of each class's images and their mean feature (C x D), zero for a class without images."""
+    one_hot_NC = nn.functional.one_hot(seen.labels_N, seen.classes).to(seen.features_ND.dtype)
+    count_C = distributed.all_sum(one_hot_NC.sum(0))
+    return count_C, distributed.all_sum(one_hot_NC.T @ seen.features_ND) / count_C.clamp_min(1)[:, None]
 
 
-@torch.no_grad()
-def class_gaussians(model: FeatureModel, data: TaskData, width: int) -> tuple[Tensor, Tensor]:
-    """Means (C x D) and unbiased covariances (C x D x D) of the features of the task's classes, float64.
-
-    The mean of a class without images is zero, and the covariance of a class with one or none.
-
-    Raises:
-        FloatingPointError: They are not finite numbers.
-    """
-    # With a one beside every feature, the sum of their products has the sum of the features and their number as well.
-    classes, extended = len(data.task.classes), width + 1
-    sum_CEE = torch.zeros(classes, extended, extended, dtype=torch.float64, device=data.input_format.device)
-    for features, labels in _features(model, data):
-        features = nn.functional.pad(features, (0, 1), value=1.0)[labels.argsort(stable=True)]
-        for sum_EE, own_BE in zip(sum_CEE, features.split(labels.bincount(minlength=classes).tolist()), strict=True):
-            sum_EE.addmm_(own_BE.T, own_BE)
-    distributed.all_sum(sum_CEE)
-    product_CDD, sum_CD, count_C = sum_CEE[:, :-1, :-1], sum_CEE[:, -1, :-1], sum_CEE[:, -1, -1]
-    mean_CD = sum_CD / count_C.clamp_min(1)[:, None]
-    # In float64 this difference keeps all digits that the features have.
-    cov_CDD = (product_CDD - sum_CD[:, :, None] * mean_CD[:, None]) / (count_C - 1).clamp_min(1)[:, None, None]
-    # It is decomposed next: solvers stop at other numbers with an error of their own, or never.
-    if not torch.isfinite(cov_CDD).all():
-        raise FloatingPointError(f"the features after task {data.task.index} are not finite; try a smaller optim.lr")
-    return mean_CD, cov_CDD
+def pooled_scatter(seen: Features, mean_CD: Tensor) -> Tensor:
+    """Sum over all features of ``(f - mu)(f - mu)^T`` (D x D), with ``mu`` the mean of the feature's class."""
+    centred_ND = seen.features_ND - mean_CD[seen.labels_N]
+    return distributed.all_sum(centred_ND.T @ centred_ND)
 
 
-def _features(model: FeatureModel, data: TaskData) -> Iterator[tuple[Tensor, Tensor]]:
-    """This worker's share: features (float64) and labels within the task, batch by batch."""
-    for batch in data.plain():
-        if len(batch.images):
-            yield model.features(batch.images).double(), batch.labels - data.task.first_label
+def class_covariances(seen: Features, count_C: Tensor, mean_CD: Tensor) -> Tensor:
+    """Unbiased covariances (C x D x D) of each class's features; zero for a class with one image or none."""
+    width = seen.features_ND.shape[1]
+    scatter_CDD = seen.features_ND.new_zeros(seen.classes, width, width)
+    for label, scatter_DD in enumerate(scatter_CDD):
+        centred_ND = seen.features_ND[seen.labels_N == label] - mean_CD[label]
+        torch.mm(centred_ND.T, centred_ND, out=scatter_DD)
+    return distributed.all_sum(scatter_CDD) / (count_C - 1).clamp_min(1)[:, None, None]

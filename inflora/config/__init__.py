@@ -6,8 +6,10 @@ the command line, in a search space, in Optuna, as an MLflow parameter and in th
 
 from inflora.config.adapters import (
     ADAPTERS,
+    AdaptedSettings,
     CODAPromptSettings,
     DualPromptSettings,
+    FixedRankSettings,
     InfLoRASettings,
     L2PSettings,
     LoRASettings,
@@ -19,7 +21,16 @@ from inflora.config.adapters import (
 )
 from inflora.config.alternatives import Alternative, build
 from inflora.config.base import ConfigError, Count, Flag, Number, Seed, Settings, ShortSeed, Whole
-from inflora.config.classifiers import CLASSIFIERS, AlignedSettings, LinearSettings, NCMSettings
+from inflora.config.classifiers import (
+    CLASSIFIERS,
+    AlignedSettings,
+    FittedSettings,
+    LDASettings,
+    LinearSettings,
+    NCMSettings,
+    QDASettings,
+    RanPACSettings,
+)
 from inflora.config.identity import config_hash
 from inflora.config.messages import cut, explain, shown
 from inflora.config.methods import METHODS, felt_after_first_task, method_of, settings_of_method

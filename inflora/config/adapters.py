@@ -3,7 +3,7 @@
 An adapter is one settings model here, one line in ``ADAPTERS``, and the class that the model names.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,12 +24,27 @@ class NoAdapterSettings(Alternative):
     built_by: ClassVar = "inflora.adapters.base:Adapter"
 
 
-class LowRankSettings(Alternative):
+class AdaptedSettings(Alternative):
+    """An adapter that is trained."""
+
+    adapt_tasks: Count | None = Field(default=None, description="adapt during the first n tasks only; None: in all")
+    features: Literal["adapted", "both"] = Field(
+        default="adapted", description="what classifiers see; both: the frozen model's features beside the adapted's"
+    )
+
+
+class LowRankSettings(AdaptedSettings):
     """Low-rank updates of linear layers in the backbone's blocks."""
 
-    rank: Width = Field(default=10, description="of the adapters: directions that a task may learn in")
     blocks: Depth | None = Field(default=None, description="adapt the first n blocks only; None: all")
     targets: tuple[Target, ...] = Field(default=("k", "v"), min_length=1, description="what is adapted in a block")
+    merge: Share = Field(default=1.0, description="share of a task's update that stays when the task ends")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _of_text(cls, targets: Any) -> Any:
+        """Also as one text, "q,k,v": a search chooses between plain values."""
+        return tuple(targets.split(",")) if isinstance(targets, str) else targets
 
     @field_validator("targets")
     @classmethod
@@ -39,12 +54,21 @@ class LowRankSettings(Alternative):
         return targets
 
 
+class FixedRankSettings(LowRankSettings):
+    """Updates of one rank."""
+
+    rank: Width = Field(default=10, description="of the adapters: directions that a task may learn in")
+
+
 class InfLoRASettings(LowRankSettings):
     """InfLoRA: adapters designed not to disturb the old tasks."""
 
     name: Literal["inflora"] = "inflora"
     built_by: ClassVar = "inflora.adapters.inflora:InfLoRA"
     felt_later: ClassVar = frozenset({"energy", "energy_end", "total_tasks", "memory", "energy_of"})
+    rank: Width | Literal["auto"] = Field(
+        default=10, description="of the adapters; auto: each layer's directions that hold energy of what is free"
+    )
     energy: Share = Field(default=0.95, description="share of input energy the memory keeps, first task")
     energy_end: Share = Field(default=1.0, description="where the threshold would arrive after the last")
     total_tasks: Count | None = Field(default=None, description="T of the schedule; None: the stream's length")
@@ -62,14 +86,14 @@ class InfLoRASettings(LowRankSettings):
         return self
 
 
-class LoRASettings(LowRankSettings):
+class LoRASettings(FixedRankSettings):
     """Plain LoRA, trained task after task with nothing protected: the lower bound of methods that adapt."""
 
     name: Literal["lora"] = "lora"
     built_by: ClassVar = "inflora.adapters.lora:LoRA"
 
 
-class OLoRASettings(LowRankSettings):
+class OLoRASettings(FixedRankSettings):
     """O-LoRA: plain LoRA whose new A is pulled towards being orthogonal to the old ones."""
 
     name: Literal["olora"] = "olora"
@@ -77,14 +101,14 @@ class OLoRASettings(LowRankSettings):
     penalty: Weight = Field(default=0.5, description="weight of the squared products of new and old rows of A")
 
 
-class SDLoRASettings(LowRankSettings):
+class SDLoRASettings(FixedRankSettings):
     """SD-LoRA: old directions are kept, their magnitudes go on learning."""
 
     name: Literal["sdlora"] = "sdlora"
     built_by: ClassVar = "inflora.adapters.sdlora:SDLoRA"
 
 
-class L2PSettings(Alternative):
+class L2PSettings(AdaptedSettings):
     """L2P: a pool of prompts, of which each image picks those with the nearest keys."""
 
     name: Literal["l2p"] = "l2p"
@@ -101,7 +125,7 @@ class L2PSettings(Alternative):
         return self
 
 
-class DualPromptSettings(Alternative):
+class DualPromptSettings(AdaptedSettings):
     """DualPrompt: prompts common to all tasks in the first blocks, a task's own in the blocks that follow."""
 
     name: Literal["dualprompt"] = "dualprompt"
@@ -115,7 +139,7 @@ class DualPromptSettings(Alternative):
     pull: Weight = Field(default=1.0, description="weight of the distance between an image and its task's key")
 
 
-class CODAPromptSettings(Alternative):
+class CODAPromptSettings(AdaptedSettings):
     """CODA-Prompt: each image's prompt is a weighted sum of components; every task adds some."""
 
     name: Literal["codaprompt"] = "codaprompt"

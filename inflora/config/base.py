@@ -66,5 +66,7 @@ Rate = Annotated[Number, Field(ge=1e-30, le=1e30)]
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
 """Of a term of a loss, or of a decay."""
 Share = Annotated[Number, Field(gt=0, le=1)]
+Part = Annotated[Number, Field(ge=0, le=1)]
+"""A share that may be nothing."""
 Scale = Annotated[Number, Field(ge=1e-6, le=1e6)]
 """Of a division or a stretch."""

@@ -14,6 +14,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"adapter": "lora", "classifier": "linear"},
     "frozen": {"adapter": "none", "classifier": "linear"},
     "ncm": {"adapter": "none", "classifier": "ncm"},
+    "slda": {"adapter": "none", "classifier": "lda"},
+    "ranpac": {"adapter": "lora", "adapter.adapt_tasks": 1, "classifier": "ranpac"},
     "joint": {"adapter": "lora", "classifier": "linear", "data.joint": True},
     **{
         name: {"adapter": name, "classifier": "linear"}
@@ -38,6 +40,8 @@ def method_of(config: RunConfig) -> str:
     """The published name of a config's pair, else both names: "lora-ncm"."""
     pair: dict[str, Any] = {"adapter": config.adapter.name, "classifier": config.classifier.name}
     pair |= {"data.joint": True} if config.data.joint else {}
+    tasks = getattr(config.adapter, "adapt_tasks", None)
+    pair |= {} if tasks is None else {"adapter.adapt_tasks": tasks}
     published = (name for name, settings in METHODS.items() if settings == pair)
     unnamed = "-".join([*(["joint"] if config.data.joint else []), config.adapter.name, config.classifier.name])
     return next(published, unnamed)

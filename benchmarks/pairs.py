@@ -1,0 +1,213 @@
+"""Every adapter with every classifier on three streams of tasks: tuned alike, tested alike.
+
+python benchmarks/pairs.py                  writes its part of docs/results.md; what is done is not done again
+python benchmarks/pairs.py --only digits    one stream
+
+The same for all pairs: an adapter is trained with so many settings, its defaults and others that are drawn alike for
+all adapters, and every classifier is fitted, with at most so many settings of its own, to the features of the same
+trainings (one_training.py). The best on validation images, with the first class order and seed, is trained on all
+training images with every seed and class order, and tested.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from one_training import shown_by
+from pairs_report import TITLE, Pair, Tuned, read_figures, report, write_figures, write_section
+from streams import STREAMS, prepare
+
+from inflora.config import ConfigError, RunConfig, config_hash, override
+from inflora.data.stream import EvaluateOn
+from inflora.files import write_atomically
+
+# What is compared.
+
+COMPARED = ("digits", "strokes")
+ORDERS, SEEDS = (1993, 1, 2), (0, 1, 2)
+TRAININGS = 12
+DRIFTS = (None, 0.01, 0.1)
+CLASSIFIERS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{}],
+    "aligned": [{"temperature": 0.1, "steps": steps, "drift": drift} for steps in (50, 500) for drift in DRIFTS],
+    "ncm": [{"drift": drift} for drift in (*DRIFTS, 1e-3, 0.03, 1.0)],
+    "lda": [{"shrinkage": shrinkage, "drift": drift} for shrinkage in (None, 0.1) for drift in DRIFTS],
+    "qda": [{"pooling": pooling, "drift": drift} for pooling in (0.5, 0.9) for drift in DRIFTS],
+    "ranpac": [{"features": features, "drift": drift} for features in (500, 1000) for drift in DRIFTS],
+}
+"""The settings of each classifier that are tried: as many for all that have any."""
+PROMPTS = ("l2p", "dualprompt", "codaprompt")
+ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", *PROMPTS)
+
+
+def settings_tried(adapter: str) -> list[dict[str, Any]]:
+    """The settings of an adapter that are tried, its defaults first; draw ``i`` is every adapter's draw ``i``."""
+    if adapter == "none":
+        return [{}]
+    random = np.random.default_rng(0)
+
+    def one_of(*values: Any) -> Any:
+        return values[random.integers(len(values))]
+
+    tried: list[dict[str, Any]] = [{"optim.lr": 1e-3}]
+    for _ in range(TRAININGS - 1):
+        common = {
+            "optim.lr": float(10 ** random.uniform(-4, -2)),
+            "adapter.features": one_of("adapted", "both"),
+            "adapter.adapt_tasks": one_of(None, None, 1),
+        }
+        low_rank = {
+            "adapter.rank": int(2 ** random.uniform(2, 6)),
+            "adapter.merge": one_of(1.0, 0.5, 0.3, 0.1),
+            "adapter.targets": one_of(["k", "v"], ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]),
+        }
+        own = {
+            "inflora": {"adapter.energy": float(1 - 10 ** random.uniform(-4, -0.7))},
+            "olora": {"adapter.penalty": float(10 ** random.uniform(-2, 1))},
+        }
+        tried.append(common | ({} if adapter in PROMPTS else low_rank) | own.get(adapter, {}))
+    return tried
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """A label for every classifier with its settings."""
+    labelled = {}
+    for name, several in CLASSIFIERS.items():
+        for settings in several:
+            said = [name, *(f"{key}={value}" for key, value in settings.items())]
+            labelled[" ".join(said)] = {"name": name} | settings
+    return labelled
+
+
+# What is done once.
+
+
+class Training(NamedTuple):
+    """One training of an adapter: what is to be done once."""
+
+    stream: str
+    adapter: str
+    changes: tuple[tuple[str, Any], ...]
+    order: int
+    seed: int
+    evaluate_on: EvaluateOn
+
+    def config(self, root: Path) -> RunConfig:
+        """Its settings; "joint" learns all tasks as one with plain LoRA."""
+        stream, joint = STREAMS[self.stream], self.adapter == "joint"
+        train_on = "train+validation" if self.evaluate_on == "test" else "train"
+        data = stream.data.model_copy(
+            update={"order_seed": self.order, "root": str(root), "joint": joint, "train_on": train_on}
+        )
+        base = RunConfig(data=data, optim=stream.optim, seed=self.seed, device="cpu")
+        return override(base, {"adapter": "lora" if joint else self.adapter} | dict(self.changes))
+
+
+def remembered(training: Training, folder: Path) -> dict[str, Any]:
+    """What the training shows, or what it did when it was done before; empty of classifiers where it went astray."""
+    config = training.config(folder / "data")
+    labelled = {k: v for k, v in choices().items() if not (config.data.joint and v["name"] == "aligned")}
+    name = f"{training.stream}-{training.adapter}-{training.order}-{training.seed}-{config_hash(config)}"
+    file = folder / f"{name}-{training.evaluate_on}.json"
+    if not file.exists():
+        torch.set_num_threads(1)
+        try:
+            shown = shown_by(config, training.evaluate_on, labelled)
+        except (FloatingPointError, ConfigError) as error:
+            shown = {"": {"error": str(error)}}
+        write_atomically(file, json.dumps(shown).encode())
+    return dict(json.loads(file.read_text()))
+
+
+def frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Settings as a value that can be a key."""
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in changes.items())
+
+
+def done(trainings: list[Training], folder: Path, jobs: int) -> dict[Training, dict[str, Any]]:
+    """Do all of them, so many at a time; a line for each."""
+    known: dict[Training, dict[str, Any]] = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(remembered, training, folder): training for training in dict.fromkeys(trainings)}
+        for number, future in enumerate(as_completed(waiting), 1):
+            training = waiting[future]
+            known[training] = future.result()
+            best = max((v["acc/final"] for k, v in known[training].items() if k), default=float("nan"))
+            print(
+                f"{number}/{len(waiting)} {training.stream} {training.adapter} {training.evaluate_on}: {best:.3f}",
+                flush=True,
+            )
+    return known
+
+
+def compared(stream: str, folder: Path, jobs: int) -> dict[Pair, Tuned]:
+    """How every pair does on a stream."""
+    tried = {
+        adapter: [
+            Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation")
+            for changes in settings_tried(adapter)
+        ]
+        for adapter in ADAPTERS
+    }
+    on_validation = done([training for several in tried.values() for training in several], folder, jobs)
+    chosen: dict[Pair, tuple[Training, str]] = {}
+    for adapter, several in tried.items():
+        for name in CLASSIFIERS:
+            candidates = [
+                (metrics["acc/final"], metrics["acc/avg_incremental"], training, label)
+                for training in several
+                for label, metrics in on_validation[training].items()
+                if label.split(" ")[0] == name
+            ]
+            if candidates:
+                *_, training, label = max(candidates, key=lambda found: found[:2])
+                chosen[Pair(adapter, name)] = training, label
+    finals = {
+        pair: [training._replace(order=order, seed=seed, evaluate_on="test") for order in ORDERS for seed in SEEDS]
+        for pair, (training, _) in chosen.items()
+    }
+    on_test = done([training for several in finals.values() for training in several], folder, jobs)
+    return {
+        pair: Tuned(
+            dict(training.changes),
+            label,
+            on_validation[training][label]["acc/final"],
+            [on_test[final][label] | {"share": share(on_test[final], label)} for final in finals[pair]],
+        )
+        for pair, (training, label) in chosen.items()
+    }
+
+
+def share(shown: Mapping[str, Mapping[str, float]], label: str) -> float:
+    """The classifier's seconds as a share of its training's."""
+    if label == "linear":
+        return 0.0
+    passes = 1 if label.endswith("drift=None") else 2
+    return (shown[label]["seconds"] + passes * shown[""]["pass"]) / shown[""]["training"]
+
+
+def main() -> None:
+    """Do what is not done yet, keep the figures, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(COMPARED), choices=COMPARED)
+    parser.add_argument("--folder", type=Path, default=Path("results/pairs"), help="a file for each training")
+    parser.add_argument("--figures", type=Path, default=Path("benchmarks/pairs.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
+    arguments = parser.parse_args()
+    known = read_figures(arguments.figures)
+    for name in arguments.only:
+        prepare(name, arguments.folder / "data")
+        known[name] = compared(name, arguments.folder, arguments.jobs)
+        write_figures(known, arguments.figures)
+        write_section(arguments.out, TITLE, report(known))
+
+
+if __name__ == "__main__":
+    main()

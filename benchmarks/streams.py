@@ -1,0 +1,94 @@
+"""Generated streams of tasks for benchmarks: always the same images, drawn when they are first needed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from inflora.config import AugmentSettings, DataSettings, OptimSettings
+from inflora.data import DATASETS, prepare_store
+from inflora.data.source import Arrays, Dataset, Options, Source
+from inflora.data.store import Split
+
+SIDE, FINE = 32, 4
+UNSTEADY = 0.06
+
+
+def generated(
+    classes: int, train: int, test: int, kinds_of: Callable[[int, np.random.Generator], np.ndarray], drawn: Callable
+) -> Dataset:
+    """A dataset of so many classes and images of each: ``drawn`` draws one image of a class of ``kinds_of``."""
+
+    def read(source: Path, options: Options, scratch: Path) -> Source:
+        random = np.random.default_rng(0)
+        kinds = kinds_of(classes, random)
+
+        def split(per_class: int) -> Arrays:
+            images = [drawn(kinds[label], random) for label in range(classes) for _ in range(per_class)]
+            return Arrays(np.stack(images), np.repeat(np.arange(classes), per_class))
+
+        splits: dict[Split, Arrays] = {"train": split(train), "test": split(test)}
+        return Source("generated", tuple(f"class {label}" for label in range(classes)), splits)
+
+    return Dataset(read, needs=None)
+
+
+# Strokes of a pen. A class is a pair of curves; every image draws them anew with an unsteady hand.
+
+
+def curves(classes: int, random: np.random.Generator) -> np.ndarray:
+    """The control points of each class's curves (classes x 2 x 3 x 2, in [0, 1])."""
+    return random.uniform(0.15, 0.85, (classes, 2, 3, 2))
+
+
+def stroke(kind: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """One image (H, W, 1) uint8 of a class, given its curves' control points."""
+    moved = kind + random.normal(0, UNSTEADY, kind.shape)
+    centred = (moved - 0.5) * random.uniform(0.8, 1.1) + 0.5 + random.normal(0, 0.04, 2)
+    t = np.linspace(0, 1, 20)[:, None]
+    canvas = Image.new("L", (SIDE * FINE, SIDE * FINE))
+    pen, width = ImageDraw.Draw(canvas), int(random.integers(8, 17))
+    for start, middle, end in centred * SIDE * FINE:
+        points = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
+        pen.line([tuple(point) for point in points], fill=255, width=width, joint="curve")
+    pixels = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=float)
+    return (pixels + random.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)[..., None]
+
+
+class Stream(NamedTuple):
+    """A stream of tasks with the budget of a task, and where its images come from."""
+
+    about: str
+    data: DataSettings
+    optim: OptimSettings
+    images: Dataset
+
+
+def _stream(name: str, about: str, images: Dataset, tasks: int, epochs: int) -> Stream:
+    augment = AugmentSettings(scale=(0.8, 1.0), flip=False)
+    data = DataSettings(dataset=name, tasks=tasks, order_seed=1993, validation=0.2, augment=augment)
+    return Stream(about, data, OptimSettings(batch_size=16, head_init="zero", epochs=epochs), images)
+
+
+STREAMS = {
+    name: _stream(name, *rest)
+    for name, *rest in (
+        ("digits", "Real scans of ten digits.", DATASETS["digits"], 5, 4),
+        (
+            "strokes",
+            "Generated: 20 classes of two bent strokes each, drawn with an unsteady hand.",
+            generated(20, 40, 30, curves, stroke),
+            10,
+            6,
+        ),
+        ("many_strokes", "As strokes, of 100 classes.", generated(100, 20, 10, curves, stroke), 50, 5),
+    )
+}
+
+
+def prepare(name: str, root: Path) -> None:
+    """Write a stream's store below ``root``, unless it is there."""
+    if not (root / name).exists():
+        prepare_store(name, STREAMS[name].images, Path(), Options(), str(root))
