@@ -35,4 +35,5 @@ from inflora.config.run import (
     Precision,
     ReplaySettings,
     RunConfig,
+    pycil_seed,
 )

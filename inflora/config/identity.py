@@ -11,6 +11,8 @@ from inflora.files import require_regular
 
 # What may differ between two machines that do the same run; files count by what is in them.
 _NOT_IDENTITY = {"data": {"root"}, "device": True, "provenance": True, "backbone": {"weights"}}
+# What older versions do not know, and the value that does what they did: runs of both are the same runs.
+_ADDED = {("data", "order"): None}
 
 
 def config_hash(config: RunConfig) -> str:
@@ -21,6 +23,9 @@ def config_hash(config: RunConfig) -> str:
     name, and the run that needs it is refused.
     """
     settings = config.model_dump(mode="json", exclude=_NOT_IDENTITY)  # type: ignore[arg-type]
+    for (group, name), before in _ADDED.items():
+        if settings[group].get(name) == before:
+            settings[group].pop(name, None)
     if contents := given_contents(config):
         settings["contents"] = contents
     for path in contents:
