@@ -8,11 +8,23 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from inflora.adapters import make_adapter
+from inflora.adapters.prompts.base import similarity
 from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows
 from inflora.adapters.prompts.dualprompt import DualPrompts
 from inflora.adapters.prompts.l2p import PromptPool
 from inflora.classifiers import make_classifier
-from inflora.config import CODAPromptSettings, ConfigError, DualPromptSettings, L2PSettings, LinearSettings
+from inflora.config import (
+    CODAPromptSettings,
+    ConfigError,
+    DataSettings,
+    DualPromptSettings,
+    L2PSettings,
+    LinearSettings,
+    parse_config,
+)
+from inflora.continual import TaskResult, run
+from inflora.data.loader import InputFormat, evaluation_batches
+from inflora.data.stream import make_stream
 from inflora.model import ContinualModel
 from inflora.prompts import Prompts, make_promptable, prefixed, prepended_features, query
 
@@ -139,6 +151,33 @@ def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():
     asked, first, second = (prompts(vit, IMAGES, task).features for task in (None, 0, 1))
     assert torch.equal(asked, second)
     assert not torch.allclose(first, second)
+
+
+def experts_asked(last: TaskResult, data: DataSettings) -> float:
+    """The share of validation images whose nearest key is that of their own task."""
+    stream, model = make_stream(data, "validation"), last.model
+    keys, right = torch.stack(model.prompts.of_tasks("key")), []
+    for task in stream.tasks:
+        input_format = InputFormat(data, 32, 1, torch.device("cpu"))
+        for batch in evaluation_batches(stream.evaluate, task.eval_rows, input_format, 256):
+            nearest = similarity(query(model.backbone, batch.images), keys).argmax(1)
+            right.append(nearest == task.index)
+    return torch.cat(right).float().mean().item()
+
+
+@pytest.mark.parametrize(("key_lr", "shares"), [({}, (0.7, 1)), ({"key_lr": None}, (0, 0.6))], ids=["default", "as lr"])
+def test_keys_come_to_their_tasks_queries_and_ask_the_right_expert(key_lr, shares, digits):
+    """Real digits, ten tasks of three epochs. At the prompts' own small rate the keys stay near their beginnings."""
+    settings = {
+        "data": {"tasks": 10, "augment": "none"},
+        "adapter": {"name": "dualprompt", **key_lr},
+        "optim": {"epochs": 3, "lr": 2e-4, "batch_size": 16},
+        "device": "cpu",
+    }
+    config = parse_config(settings)
+    *_, last = run(config)
+    lowest, highest = shares
+    assert lowest < experts_asked(last, config.data) < highest
 
 
 def test_only_the_newest_expert_and_components_are_trained():

@@ -40,6 +40,10 @@ class Adapter(Generic[S]):
         """The parameters that the task that has begun trains; nothing else of the backbone changes until its end."""
         return []
 
+    def own_rates(self, model: ContinualModel) -> dict[nn.Parameter, float]:
+        """The full learning rates of those ``task_parameters`` that have one of their own, in place of ``optim.lr``."""
+        return {}
+
     def penalties(self, model: ContinualModel) -> Iterable[Tensor]:
         """Terms that are added to each batch's loss."""
         return ()

@@ -14,6 +14,7 @@ from inflora.config.adapters import (
     LowRankSettings,
     NoAdapterSettings,
     OLoRASettings,
+    PromptSettings,
     SDLoRASettings,
     Target,
 )

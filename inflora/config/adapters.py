@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from inflora.config.alternatives import Alternative, Alternatives
-from inflora.config.base import Count, Depth, Share, Weight, Whole, Width
+from inflora.config.base import Count, Depth, Rate, Share, Weight, Whole, Width
 
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -82,9 +82,18 @@ class SDLoRASettings(LowRankSettings):
 
     name: Literal["sdlora"] = "sdlora"
     built_by: ClassVar = "inflora.adapters.sdlora:SDLoRA"
+    felt_later: ClassVar = frozenset({"magnitude_lr"})
+    magnitude_lr: Rate | None = Field(default=1e-3, description="of old magnitudes, which begin at 1; None: optim.lr")
 
 
-class L2PSettings(Alternative):
+class PromptSettings(Alternative):
+    """Prompts, and what is compared with an image's query to choose or weigh them."""
+
+    key_lr: Rate | None = Field(default=None, description="of the keys; None: optim.lr")
+    prompt_lr: Rate | None = Field(default=None, description="of the prompts; None: optim.lr")
+
+
+class L2PSettings(PromptSettings):
     """L2P: a pool of prompts, of which each image picks those with the nearest keys."""
 
     name: Literal["l2p"] = "l2p"
@@ -101,7 +110,7 @@ class L2PSettings(Alternative):
         return self
 
 
-class DualPromptSettings(Alternative):
+class DualPromptSettings(PromptSettings):
     """DualPrompt: prompts common to all tasks in the first blocks, a task's own in the blocks that follow."""
 
     name: Literal["dualprompt"] = "dualprompt"
@@ -113,9 +122,11 @@ class DualPromptSettings(Alternative):
     expert_blocks: Depth = Field(default=3, description="the next n blocks have prompts of every task's own")
     expert_length: PromptCount = Field(default=20, description="tokens of a task's own prompt")
     pull: Weight = Field(default=1.0, description="weight of the distance between an image and its task's key")
+    # A key has but its own task's steps to come to that task's queries: at the prompts' rate it would not.
+    key_lr: Rate | None = Field(default=0.01, description="of the keys; None: optim.lr")
 
 
-class CODAPromptSettings(Alternative):
+class CODAPromptSettings(PromptSettings):
     """CODA-Prompt: each image's prompt is a weighted sum of components; every task adds some."""
 
     name: Literal["codaprompt"] = "codaprompt"
@@ -126,6 +137,7 @@ class CODAPromptSettings(Alternative):
     )
     blocks: Depth = Field(default=5, description="prompt the first n blocks")
     orthogonality: Weight = Field(default=0.1, description="weight of the components' squared overlaps")
+    key_lr: Rate | None = Field(default=None, description="of the keys and attentions; None: optim.lr")
 
 
 ADAPTERS = Alternatives(
