@@ -9,7 +9,7 @@ from torch import nn
 
 from inflora.adapters import make_adapter
 from inflora.adapters.prompts.base import similarity
-from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows
+from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows, overlap
 from inflora.adapters.prompts.dualprompt import DualPrompts
 from inflora.adapters.prompts.l2p import PromptPool
 from inflora.classifiers import make_classifier
@@ -217,15 +217,23 @@ def test_components_start_orthogonal_to_each_other_and_to_the_old_ones_while_the
     torch.testing.assert_close(full.norm(dim=1), torch.ones(3))
 
 
-def test_the_penalty_is_the_squared_overlap_of_components_keys_and_attentions():
+@pytest.mark.parametrize("name", ["components", "keys", "attentions"])
+def test_the_penalty_is_the_mean_squared_overlap_in_a_block_summed_over_blocks_and_parts(name):
     vit = vit_of()
-    make_promptable(vit, 1, "adapter.blocks")
-    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=1, orthogonality=0.5))
+    make_promptable(vit, 2, "adapter.blocks")
+    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=2, orthogonality=0.5))
     prompts.begin(vit, 0, seed=0)
     assert penalty_of(prompts, vit) == pytest.approx(0, abs=1e-5)
+    rows = prompts.get_parameter(f"{name}_0")
     with torch.no_grad():
-        prompts.get_parameter("keys_0").copy_(torch.ones(1, 2, 12) / math.sqrt(12))
-    assert penalty_of(prompts, vit) == pytest.approx(0.5 * 2, abs=1e-4)
+        rows.fill_(1 / math.sqrt(rows.shape[-1]))  # in both blocks the two rows are one: the Gram matrix is all ones
+    assert penalty_of(prompts, vit) == pytest.approx(0.5 * 2 * (0 + 1 + 1 + 0) / 4, abs=1e-4)
+
+
+def test_overlap_of_tiny_rows_by_hand():
+    rows = torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[2.0, 0.0], [0.0, 1.0]]])
+    # [[1, .6], [.6, 1]] - 1 has squares 0, .36, .36, 0; [[4, 0], [0, 1]] - 1 has 9, 0, 0, 0.
+    assert overlap(rows).item() == pytest.approx(0.72 / 4 + 9 / 4)
 
 
 def test_too_many_blocks_are_refused_by_the_name_of_the_setting():

@@ -136,7 +136,9 @@ class CODAPromptSettings(PromptSettings):
         default=8, description="tokens: half for the keys, half for the values"
     )
     blocks: Depth = Field(default=5, description="prompt the first n blocks")
-    orthogonality: Weight = Field(default=0.1, description="weight of the components' squared overlaps")
+    orthogonality: Weight = Field(
+        default=0.0, description="weight of the mean squared overlap of components, keys and attentions, in each block"
+    )
     key_lr: Rate | None = Field(default=None, description="of the keys and attentions; None: optim.lr")
 
 
