@@ -53,7 +53,7 @@ def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file; adapter.rank=8 ...")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="An experiment of the paper, in place of CONFIG.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published experiment, in place of CONFIG.")] = None,
     method: Annotated[str | None, typer.Option(help=f"A published pair: {', '.join(METHODS)}.")] = None,
     out: Annotated[Path, typer.Option(parser=path, help="Folder for config, state and results.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished task in --out.")] = False,

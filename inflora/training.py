@@ -51,10 +51,11 @@ def lr_factor(settings: OptimSettings, epoch: int) -> float:
 
 
 class Trainable(NamedTuple):
-    """The parameters that a task trains: its classifier's, and its adapter's."""
+    """The parameters that a task trains: its classifier's, and its adapter's; ``rates`` are those of their own."""
 
     classifier: list[nn.Parameter]
     adapter: list[nn.Parameter]
+    rates: dict[nn.Parameter, float]
 
     @property
     def size(self) -> int:
@@ -66,16 +67,15 @@ def trainable(model: ContinualModel, adapter: Adapter[Any]) -> Trainable:
     """The parameters that the task that has begun trains; nothing else changes."""
     adapted = adapter.task_parameters(model)
     alone = not adapted and not model.classifier.trained_alone
-    return Trainable([] if alone else model.classifier.task_parameters(), adapted)
+    return Trainable([] if alone else model.classifier.task_parameters(), adapted, adapter.own_rates(model))
 
 
 def make_optimizer(trained: Trainable, settings: OptimSettings) -> torch.optim.Optimizer:
     """A fresh optimiser over the parameters that the task trains, so that nothing else is decayed either."""
-    groups = [
-        {"params": trained.classifier, "lr": settings.head_lr or settings.lr},
-        {"params": trained.adapter, "lr": settings.lr},
-    ]
-    groups = [group for group in groups if group["params"]]
+    parts = [(trained.classifier, settings.head_lr or settings.lr)]
+    for rate in dict.fromkeys([settings.lr, *trained.rates.values()]):
+        parts.append(([p for p in trained.adapter if trained.rates.get(p, settings.lr) == rate], rate))
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in parts if parameters]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=settings.weight_decay)
     return torch.optim.Adam(groups, weight_decay=settings.weight_decay)

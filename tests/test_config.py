@@ -195,6 +195,8 @@ def test_choices_that_do_not_go_together_are_refused(settings, message):
         ("data.tasks", True),
         ("data.tasks", [5, True]),
         ("data.order_seed", 10**30),
+        ("data.order", 1993),
+        ("data.order", "pycil-1993 "),
         ("data.split_seed", 2**64),
         ("data.eval_resize", 2**63),
         ("data.dataset", "x" * 5000),
@@ -226,6 +228,17 @@ def test_a_value_outside_its_range_is_refused_by_the_name_of_its_setting(path, v
         override(ALIGNED, {path: value})
     assert path.split(".")[0] in str(error.value)
     assert path.split(".")[-1] in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["", "1993", "pycil-", "pycil--1", "icarl-1993", "pycil-4294967296", "pycil-1\n"])
+def test_an_order_that_is_not_known_is_refused_with_those_that_are(order):
+    line = refusal_of(override, RunConfig(), {"data.order": order})
+    assert line.startswith("data.order: must be pycil-<seed> with a seed from 0 to 4294967295, as pycil-1993, got ")
+
+
+def test_two_class_orders_at_once_are_refused():
+    line = refusal_of(override, RunConfig(), {"data.order": "pycil-1993", "data.order_seed": 1993})
+    assert line == "data: order and order_seed are two orders, got pycil-1993 and 1993; set one"
 
 
 @given(settings=st.dictionaries(st.sampled_from([*GROUPS, "seed", "device", "provenance"]) | st.text(), junk))
@@ -374,6 +387,7 @@ CHANGES = {
     "data.scenario": "domain",
     "data.eval_resize": 256,
     "data.order_seed": 3,
+    "data.order": "pycil-3",
     "data.validation": 0.2,
     "data.split_seed": 1,
     "data.train_on": "train+validation",
@@ -573,7 +587,7 @@ def test_an_old_method_is_refused_with_the_settings_that_make_it(old, new):
 def test_a_whole_config_of_the_old_form_is_refused_in_one_line():
     alignment = dict.fromkeys(["epochs", "lr", "weight_decay", "samples", "temperature", "draws"]) | {"epochs": 5}
     method = {"name": "inflora", **dict.fromkeys(OF_ADAPTERS[:8]), "classifier_alignment": alignment}
-    line = refusal_of(parse_config, {"data": {"tasks": 5, "order": None}, "method": method, "seed": 0})
+    line = refusal_of(parse_config, {"data": {"tasks": 5, "order": "orders.safetensors"}, "method": method, "seed": 0})
     assert line.startswith("old names of settings: data.order is now replay.orders; method.name is now adapter=inflora")
     assert "adapter=inflora classifier=aligned" in line and line.endswith("; and 8 more")
     idle = refusal_of(parse_config, {"method": {"name": "inflora", "classifier_alignment": {"epochs": 0, "lr": 0.01}}})

@@ -243,6 +243,16 @@ def test_the_natural_class_order_is_the_datasets_and_a_seeded_one_a_fixed_permut
     assert sorted(class_order(10, 1993)) == list(range(10))
 
 
+def test_the_order_of_the_fields_tools_is_drawn_as_they_draw_it(digits):
+    order = class_order(100, None, "pycil-1993")
+    assert order[:10] == (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
+    np.random.seed(7)
+    assert class_order(200, None, "pycil-7") == tuple(np.random.permutation(200).tolist())
+    stream = make_stream(DataSettings(order="pycil-1993"), "validation")
+    assert stream.class_order == class_order(10, None, "pycil-1993") != class_order(10, 1993)
+    assert [name for task in stream.tasks for name in task.classes] == [str(c) for c in stream.class_order]
+
+
 @pytest.mark.parametrize("order_seed", [None, 1993])
 @pytest.mark.parametrize("tasks", [1, 2, 5, 10])
 def test_tasks_divide_the_classes_in_order_and_the_images_by_class(tasks, order_seed, digits):

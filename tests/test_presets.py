@@ -1,4 +1,4 @@
-"""The paper's experiments by name, and what is said of a run's numbers beside the published ones."""
+"""Published experiments by name, and what is said of a run's numbers beside the published ones."""
 
 from pathlib import Path
 
@@ -6,6 +6,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from inflora.adapters import make_adapter
+from inflora.backbone import meta_backbone
+from inflora.classifiers import make_classifier
 from inflora.cli import app, beside_published
 from inflora.config import (
     AlignedSettings,
@@ -20,7 +23,8 @@ from inflora.data import DATASETS, prepare_store
 from inflora.data.manifest import read_manifest
 from inflora.data.samples import cifar100
 from inflora.data.source import Options
-from inflora.presets import PRESETS, Published, comparison, find_preset, for_tuning
+from inflora.model import ContinualModel
+from inflora.presets import FIELD, LOGS, PAPER, PRESETS, Published, comparison, find_preset, for_tuning
 
 METRICS = {"acc/final": 0.8600, "acc/avg_incremental": 0.9100}
 
@@ -30,6 +34,75 @@ def test_a_preset_trains_on_all_images_and_its_tuning_form_holds_some_out(name):
     config = PRESETS[name].config
     assert config.data.train_on == "train+validation"
     assert for_tuning(name) == override(config, {"data.train_on": "train"})
+
+
+# Final / average incremental accuracies, as printed.
+PRINTED = """
+imagenet-r-20-l2p           57.92/64.57   cifar100-10-l2p           82.48/87.64   domainnet-5-l2p         70.16/75.60
+imagenet-r-5-dualprompt     67.88/71.16   imagenet-r-10-dualprompt  65.41/69.39   imagenet-r-20-dualprompt 61.00/65.80
+cifar100-10-dualprompt      84.42/90.06   domainnet-5-dualprompt    72.14/77.71
+imagenet-r-5-codaprompt     73.09/76.91   imagenet-r-10-codaprompt  71.47/75.82   imagenet-r-20-codaprompt 67.28/72.34
+cifar100-10-codaprompt      86.62/91.08   domainnet-5-codaprompt    72.33/78.72
+imagenet-r-5                77.52/82.01   imagenet-r-10             75.65/80.82   imagenet-r-20           71.01/77.28
+cifar100-10                 86.51/91.70   domainnet-5               74.53/79.57
+cifar100-10-pycil           86.51/91.70   imagenet-r-10-pycil       75.65/80.82   cub200-10-pycil         70.82/81.39
+cifar100-10-pycil-sdlora    88.01/92.54   imagenet-r-10-pycil-sdlora 77.34/82.04  cub200-10-pycil-sdlora  77.48/85.59
+cifar100-50-pycil           56.65/70.29   imagenet-r-50-pycil       60.49/69.95   imagenet-a-10-pycil     46.28/58.50
+imagenet-r-20-pycil-sdlora-in1k 74.64/80.58
+"""
+
+
+def test_every_published_row_is_a_preset_with_the_printed_numbers():
+    words = PRINTED.split()
+    printed = {name: tuple(map(float, pair.split("/"))) for name, pair in zip(words[::2], words[1::2], strict=True)}
+    found = {name: preset.published[0][:2] for name, preset in PRESETS.items() if preset.published}
+    assert found == printed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_two_tables_are_never_mixed(name):
+    """Neither their numbers nor what they were measured on: each has a class order of its own."""
+    sources = {published.source for published in PRESETS[name].published}
+    of_the_field = "-pycil" in name
+    assert sources <= ({FIELD} if of_the_field else {PAPER, LOGS})
+    assert PRESETS[name].config.data.order == ("pycil-1993" if of_the_field else None)
+
+
+CLASSES = {"cifar100": 100, "imagenet_r": 200, "imagenet_a": 200, "cub200": 200, "domainnet": 345}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_its_dataset_and_its_backbone(name):
+    config = PRESETS[name].config
+    assert CLASSES[config.data.dataset] % config.data.tasks == 0
+    assert config.data.dataset.replace("_", "-") + f"-{config.data.tasks}" == "-".join(
+        name.split("-")[: 3 if "imagenet" in name else 2]
+    )
+    assert config.data.dataset in DATASETS
+    make_adapter(config.adapter).prepare(
+        ContinualModel(meta_backbone(config.backbone), make_classifier(config.classifier, 768))
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith(("l2p", "dualprompt", "codaprompt"))])
+def test_the_papers_baselines_train_as_codaprompts_experiments_do(name):
+    config = PRESETS[name].config
+    epochs = {"cifar100": 20, "imagenet_r": 50, "domainnet": 5}[config.data.dataset]
+    optim, adapter = config.optim, config.adapter
+    assert (optim.name, optim.lr, optim.batch_size, optim.epochs) == ("adam", 1e-3, 128, epochs)
+    assert (optim.head_lr, adapter.key_lr, adapter.prompt_lr) == (None, None, None)
+    if adapter.name == "codaprompt":
+        assert (adapter.components * config.data.tasks, adapter.length, adapter.orthogonality) == (100, 8, 0)
+    assert method_of(config) == adapter.name
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "sdlora" in name])
+def test_sdlora_trains_as_released(name):
+    config = PRESETS[name].config
+    optim, adapter = config.optim, config.adapter
+    assert (optim.name, optim.schedule, optim.epochs, optim.batch_size) == ("sgd", "constant", 20, 128)
+    assert (optim.lr, optim.weight_decay) == (8e-3 if config.data.dataset == "cifar100" else 1e-2, 0)
+    assert (adapter.rank, adapter.targets, adapter.magnitude_lr) == (10, ("q", "v"), None)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +152,12 @@ def test_a_result_is_called_within_or_outside_the_published_spread():
     assert line == "logs: final 86.33 ± 0.81 over 5 seeds, average incremental 91.18; this run: 86.00, 91.00"
     assert "-0.33 points on the final accuracy: within two standard deviations (1.62)" in verdict
     assert "+1.97 points on the final accuracy: outside" in comparison(published, 88.3, 91.0)[1]
+
+
+def test_a_spread_of_nobody_knows_how_many_seeds_is_told_without_them():
+    (line, verdict) = comparison(Published(56.65, 70.29, "a table", spread=5.55), 60.0, 71.0)
+    assert line.startswith("a table: final 56.65 ± 5.55, average incremental 70.29; this run")
+    assert "within two standard deviations (11.10)" in verdict
 
 
 def test_without_a_published_spread_no_verdict_is_given():

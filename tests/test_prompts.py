@@ -8,11 +8,23 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from inflora.adapters import make_adapter
-from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows
+from inflora.adapters.prompts.base import similarity
+from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows, overlap
 from inflora.adapters.prompts.dualprompt import DualPrompts
 from inflora.adapters.prompts.l2p import PromptPool
 from inflora.classifiers import make_classifier
-from inflora.config import CODAPromptSettings, ConfigError, DualPromptSettings, L2PSettings, LinearSettings
+from inflora.config import (
+    CODAPromptSettings,
+    ConfigError,
+    DataSettings,
+    DualPromptSettings,
+    L2PSettings,
+    LinearSettings,
+    parse_config,
+)
+from inflora.continual import TaskResult, run
+from inflora.data.loader import InputFormat, evaluation_batches
+from inflora.data.stream import make_stream
 from inflora.model import ContinualModel
 from inflora.prompts import Prompts, make_promptable, prefixed, prepended_features, query
 
@@ -141,6 +153,33 @@ def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():
     assert not torch.allclose(first, second)
 
 
+def experts_asked(last: TaskResult, data: DataSettings) -> float:
+    """The share of validation images whose nearest key is that of their own task."""
+    stream, model = make_stream(data, "validation"), last.model
+    keys, right = torch.stack(model.prompts.of_tasks("key")), []
+    for task in stream.tasks:
+        input_format = InputFormat(data, 32, 1, torch.device("cpu"))
+        for batch in evaluation_batches(stream.evaluate, task.eval_rows, input_format, 256):
+            nearest = similarity(query(model.backbone, batch.images), keys).argmax(1)
+            right.append(nearest == task.index)
+    return torch.cat(right).float().mean().item()
+
+
+@pytest.mark.parametrize(("key_lr", "shares"), [({}, (0.7, 1)), ({"key_lr": None}, (0, 0.6))], ids=["default", "as lr"])
+def test_keys_come_to_their_tasks_queries_and_ask_the_right_expert(key_lr, shares, digits):
+    """Real digits, ten tasks of three epochs. At the prompts' own small rate the keys stay near their beginnings."""
+    settings = {
+        "data": {"tasks": 10, "augment": "none"},
+        "adapter": {"name": "dualprompt", **key_lr},
+        "optim": {"epochs": 3, "lr": 2e-4, "batch_size": 16},
+        "device": "cpu",
+    }
+    config = parse_config(settings)
+    *_, last = run(config)
+    lowest, highest = shares
+    assert lowest < experts_asked(last, config.data) < highest
+
+
 def test_only_the_newest_expert_and_components_are_trained():
     vit = vit_of()
     make_promptable(vit, 3, "adapter.blocks")
@@ -178,15 +217,23 @@ def test_components_start_orthogonal_to_each_other_and_to_the_old_ones_while_the
     torch.testing.assert_close(full.norm(dim=1), torch.ones(3))
 
 
-def test_the_penalty_is_the_squared_overlap_of_components_keys_and_attentions():
+@pytest.mark.parametrize("name", ["components", "keys", "attentions"])
+def test_the_penalty_is_the_mean_squared_overlap_in_a_block_summed_over_blocks_and_parts(name):
     vit = vit_of()
-    make_promptable(vit, 1, "adapter.blocks")
-    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=1, orthogonality=0.5))
+    make_promptable(vit, 2, "adapter.blocks")
+    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=2, orthogonality=0.5))
     prompts.begin(vit, 0, seed=0)
     assert penalty_of(prompts, vit) == pytest.approx(0, abs=1e-5)
+    rows = prompts.get_parameter(f"{name}_0")
     with torch.no_grad():
-        prompts.get_parameter("keys_0").copy_(torch.ones(1, 2, 12) / math.sqrt(12))
-    assert penalty_of(prompts, vit) == pytest.approx(0.5 * 2, abs=1e-4)
+        rows.fill_(1 / math.sqrt(rows.shape[-1]))  # in both blocks the two rows are one: the Gram matrix is all ones
+    assert penalty_of(prompts, vit) == pytest.approx(0.5 * 2 * (0 + 1 + 1 + 0) / 4, abs=1e-4)
+
+
+def test_overlap_of_tiny_rows_by_hand():
+    rows = torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[2.0, 0.0], [0.0, 1.0]]])
+    # [[1, .6], [.6, 1]] - 1 has squares 0, .36, .36, 0; [[4, 0], [0, 1]] - 1 has 9, 0, 0, 0.
+    assert overlap(rows).item() == pytest.approx(0.72 / 4 + 9 / 4)
 
 
 def test_too_many_blocks_are_refused_by_the_name_of_the_setting():

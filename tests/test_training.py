@@ -81,9 +81,51 @@ def test_the_classifier_learns_at_its_own_rate_where_one_is_given(tiny):
     trained = trainable(model, adapter)
     head, adapters = make_optimizer(trained, OptimSettings(lr=0.01, head_lr=0.1)).param_groups
     assert (head["lr"], adapters["lr"]) == (0.1, 0.01)
-    assert (head["params"], adapters["params"]) == trained
+    assert (head["params"], adapters["params"]) == (trained.classifier, trained.adapter)
     head, adapters = make_optimizer(trained, OptimSettings(lr=0.01)).param_groups
     assert (head["lr"], adapters["lr"]) == (0.01, 0.01)
+
+
+OWN_RATES = {
+    "l2p": {"pool_PLD": "prompt_lr", "keys_PD": "key_lr"},
+    "dualprompt": {"general_G2LW": "prompt_lr", "expert_1": "prompt_lr", "key_1": "key_lr"},
+    "codaprompt": {"components_1": "prompt_lr", "keys_1": "key_lr", "attentions_1": "key_lr"},
+    "sdlora": {"magnitudes": "magnitude_lr"},
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), OWN_RATES.items(), ids=OWN_RATES)
+@pytest.mark.parametrize("set_rates", [True, False])
+def test_parts_of_an_adapter_learn_at_rates_of_their_own_where_they_are_set(name, settings, set_rates, tiny):
+    rates = {"key_lr": 0.3, "prompt_lr": 0.2, "magnitude_lr": 0.4} if set_rates else {}
+    pair = pair_of(name)
+    pair["adapter"] |= {setting: rates.get(setting) for setting in settings.values()}
+    model, adapter, _ = begun(tiny, pair, 2, epochs=1)
+    groups = make_optimizer(trainable(model, adapter), OptimSettings(lr=0.01, head_lr=0.1)).param_groups
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    expected = {
+        full: 0.1 if full.startswith("classifier.") else rates.get(settings.get(full.split(".")[-1], ""), 0.01)
+        for full, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    expected = {full: rate for full, rate in expected.items() if not full.startswith("classifier.heads.0")}
+    assert {full: found[id(model.get_parameter(full))] for full in expected} == expected
+    assert len(found) == len(expected)
+
+
+def test_the_schedule_lowers_the_rates_of_all_parts_alike(tiny, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: (rates.append([g["lr"] for g in self.param_groups]), step(self))
+    )
+    pair = pair_of("dualprompt")
+    pair["adapter"] |= {"key_lr": 0.3, "prompt_lr": 0.2}
+    epochs = train(*begun(tiny, pair, lr=0.01, head_lr=0.1, epochs=3))
+    factors = [lr_factor(OptimSettings(epochs=3), epoch) for epoch in range(3) for _ in range(3)]
+    np.testing.assert_allclose(sorted(rates[0]), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(rates, [[factor * rate for rate in rates[0]] for factor in factors])
+    assert [(epoch.head_lr, epoch.lr) for epoch in epochs] == [(0.1 * f, 0.01 * f) for f in factors[::3]]
 
 
 def test_the_optimisers_are_those_of_the_paper(tiny):

@@ -44,6 +44,10 @@ class Adapter(Generic[S]):
         """True where learning ``task`` changes the features."""
         return self.is_trained
 
+    def own_rates(self, model: ContinualModel) -> dict[nn.Parameter, float]:
+        """The full learning rates of those ``task_parameters`` that have one of their own, in place of ``optim.lr``."""
+        return {}
+
     def penalties(self, model: ContinualModel) -> Iterable[Tensor]:
         """Terms that are added to each batch's loss."""
         return ()

@@ -36,6 +36,9 @@ class FirstTasks(Adapter[Any]):
     def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         return self.adapter.task_parameters(model) if self._now else []
 
+    def own_rates(self, model: ContinualModel) -> dict[nn.Parameter, float]:
+        return self.adapter.own_rates(model) if self._now else {}
+
     def penalties(self, model: ContinualModel) -> Iterable[Tensor]:
         return self.adapter.penalties(model) if self._now else ()
 

@@ -15,10 +15,11 @@ from inflora.task_data import TaskData
 
 
 class DecoupledLinear(LoRALinear):
-    """``W + sum_k m_k B_k A_k / |B_k A_k|_F + B A``: a sum over the old tasks k, and the current task's adapter.
+    """``W + sum_k m_k B_k A_k + B A``: a sum over the old tasks k, and the current task's adapter.
 
-    ``old_A`` (T x R x D) and ``old_B`` (T x O x R) are the old tasks' factors, ``old_B`` divided by the update's norm;
-    ``magnitudes`` (T) are trained. A magnitude starts at its update's norm: a task that begins changes nothing.
+    ``old_A`` (T x R x D) and ``old_B`` (T x O x R) are the old tasks' factors; ``magnitudes`` (T) are trained. The
+    paper's directions have norm one. Here a magnitude is told in units of the norm that its task's update ended with,
+    and starts at 1: a task that begins changes nothing, and one learning rate suits the updates of all layers.
     """
 
     old_A: Tensor
@@ -54,11 +55,10 @@ class DecoupledLinear(LoRALinear):
         factors = self.detach_adapter(share)
         if factors is not None:
             lora_A, lora_B = factors
-            norm = torch.linalg.matrix_norm(lora_B @ lora_A)
-            direction_B = lora_B / norm if norm > 0 else lora_B
             self.old_A = torch.cat([self.old_A.reshape(-1, *lora_A.shape), lora_A[None]])
-            self.old_B = torch.cat([self.old_B.reshape(-1, *lora_B.shape), direction_B[None]])
-            self.magnitudes = nn.Parameter(torch.cat([self.magnitudes.detach(), norm[None]]), requires_grad=False)
+            self.old_B = torch.cat([self.old_B.reshape(-1, *lora_B.shape), lora_B[None]])
+            magnitudes = torch.cat([self.magnitudes.detach(), self.magnitudes.new_ones(1)])
+            self.magnitudes = nn.Parameter(magnitudes, requires_grad=False)
 
 
 def decoupled_layers(model: nn.Module) -> Iterator[tuple[str, DecoupledLinear]]:
@@ -80,6 +80,10 @@ class SDLoRA(TrainedLoRA[SDLoRASettings]):
     def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         magnitudes = [layer.magnitudes for _, layer in decoupled_layers(model) if len(layer.magnitudes)]
         return super().task_parameters(model) + magnitudes
+
+    def own_rates(self, model: ContinualModel) -> dict[nn.Parameter, float]:
+        rate = self.settings.magnitude_lr
+        return {} if rate is None else {layer.magnitudes: rate for _, layer in decoupled_layers(model)}
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         for _, layer in decoupled_layers(model):

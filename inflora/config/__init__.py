@@ -16,6 +16,7 @@ from inflora.config.adapters import (
     LowRankSettings,
     NoAdapterSettings,
     OLoRASettings,
+    PromptSettings,
     SDLoRASettings,
     Target,
 )
@@ -46,4 +47,5 @@ from inflora.config.run import (
     Precision,
     ReplaySettings,
     RunConfig,
+    pycil_seed,
 )

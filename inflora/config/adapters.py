@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from inflora.config.alternatives import Alternative, Alternatives
-from inflora.config.base import Count, Depth, Share, Weight, Whole, Width
+from inflora.config.base import Count, Depth, Rate, Share, Weight, Whole, Width
 
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -106,9 +106,18 @@ class SDLoRASettings(FixedRankSettings):
 
     name: Literal["sdlora"] = "sdlora"
     built_by: ClassVar = "inflora.adapters.sdlora:SDLoRA"
+    felt_later: ClassVar = frozenset({"magnitude_lr"})
+    magnitude_lr: Rate | None = Field(default=1e-3, description="of old magnitudes, which begin at 1; None: optim.lr")
 
 
-class L2PSettings(AdaptedSettings):
+class PromptSettings(AdaptedSettings):
+    """Prompts, and what is compared with an image's query to choose or weigh them."""
+
+    key_lr: Rate | None = Field(default=None, description="of the keys; None: optim.lr")
+    prompt_lr: Rate | None = Field(default=None, description="of the prompts; None: optim.lr")
+
+
+class L2PSettings(PromptSettings):
     """L2P: a pool of prompts, of which each image picks those with the nearest keys."""
 
     name: Literal["l2p"] = "l2p"
@@ -125,7 +134,7 @@ class L2PSettings(AdaptedSettings):
         return self
 
 
-class DualPromptSettings(AdaptedSettings):
+class DualPromptSettings(PromptSettings):
     """DualPrompt: prompts common to all tasks in the first blocks, a task's own in the blocks that follow."""
 
     name: Literal["dualprompt"] = "dualprompt"
@@ -137,9 +146,11 @@ class DualPromptSettings(AdaptedSettings):
     expert_blocks: Depth = Field(default=3, description="the next n blocks have prompts of every task's own")
     expert_length: PromptCount = Field(default=20, description="tokens of a task's own prompt")
     pull: Weight = Field(default=1.0, description="weight of the distance between an image and its task's key")
+    # A key has but its own task's steps to come to that task's queries: at the prompts' rate it would not.
+    key_lr: Rate | None = Field(default=0.01, description="of the keys; None: optim.lr")
 
 
-class CODAPromptSettings(AdaptedSettings):
+class CODAPromptSettings(PromptSettings):
     """CODA-Prompt: each image's prompt is a weighted sum of components; every task adds some."""
 
     name: Literal["codaprompt"] = "codaprompt"
@@ -149,7 +160,10 @@ class CODAPromptSettings(AdaptedSettings):
         default=8, description="tokens: half for the keys, half for the values"
     )
     blocks: Depth = Field(default=5, description="prompt the first n blocks")
-    orthogonality: Weight = Field(default=0.1, description="weight of the components' squared overlaps")
+    orthogonality: Weight = Field(
+        default=0.0, description="weight of the mean squared overlap of components, keys and attentions, in each block"
+    )
+    key_lr: Rate | None = Field(default=None, description="of the keys and attentions; None: optim.lr")
 
 
 ADAPTERS = Alternatives(

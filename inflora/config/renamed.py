@@ -9,6 +9,8 @@ from inflora.config.methods import METHODS
 
 _ALIGNMENT = "method.classifier_alignment"
 _FILES = {"data.order": "replay.orders", "optim.head_init": "replay.heads", f"{_ALIGNMENT}.draws": "replay.draws"}
+_STILL_SETTINGS = ("data.order", "optim.head_init")
+"""Of these, which name no file any more."""
 _FIRST = 8  # more are not told of in one line
 
 
@@ -41,7 +43,7 @@ def _renamed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield path, " ".join(f"{new}={str(given).lower()}" for new, given in pair.items())
         elif isinstance(value, Mapping) and value:
             yield from _renamed(value, f"{path}.")
-        elif path in _FILES and (path != "optim.head_init" or str(value).endswith(".safetensors")):
+        elif path in _FILES and (path not in _STILL_SETTINGS or str(value).endswith(".safetensors")):
             yield path, _FILES[path]
         elif path == _ALIGNMENT or path.startswith(f"{_ALIGNMENT}."):
             yield path, f"classifier{cut(path.removeprefix(_ALIGNMENT))} of classifier.name=aligned"

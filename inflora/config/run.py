@@ -1,5 +1,6 @@
 """Every setting of a run, as frozen models that check themselves: data, backbone, adapter, classifier, optimiser."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -52,6 +53,11 @@ class AugmentSettings(Settings):
         return scale
 
 
+def pycil_seed(order: str) -> int:
+    """The seed in the name of an order, ``pycil-<seed>``."""
+    return int(order.removeprefix("pycil-"))
+
+
 class DataSettings(Settings):
     """Which images, cut into which tasks, seen through which augmentation."""
 
@@ -67,6 +73,7 @@ class DataSettings(Settings):
     )
     joint: Flag = Field(default=False, description="learn all tasks as one: the upper bound of every continual learner")
     order_seed: Seed | None = Field(default=None, description="None keeps the natural order of classes or domains")
+    order: Name | None = Field(default=None, description="pycil-1993: shuffled as PyCIL and PILOT do with that seed")
     validation: Annotated[Share, Field(lt=1)] = Field(
         default=0.1, description="share of the training images held out, per class"
     )
@@ -99,6 +106,19 @@ class DataSettings(Settings):
         if not tasks:
             raise ValueError("must list at least one task")
         return tasks
+
+    @field_validator("order")
+    @classmethod
+    def _known_shuffle(cls, order: str | None) -> str | None:
+        if order is not None and (not re.fullmatch(r"pycil-\d{1,10}", order, re.ASCII) or pycil_seed(order) >= 2**32):
+            raise ValueError("must be pycil-<seed> with a seed from 0 to 4294967295, as pycil-1993")
+        return order
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.order is not None and self.order_seed is not None:
+            raise ValueError(f"order and order_seed are two orders, got {self.order} and {self.order_seed}; set one")
+        return self
 
     @property
     def task_count(self) -> int:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from inflora.config import ConfigError, DataSettings
+from inflora.config import ConfigError, DataSettings, pycil_seed
 from inflora.data import ensure_store
 from inflora.data.manifest import Manifest, read_manifest
 from inflora.data.store import Images, open_split
@@ -100,9 +101,8 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
     if settings.train_on == "train+validation":
         train_rows = torch.arange(len(train.labels))
     # What arrives task by task, classes or domains, arrives in this order.
-    order = class_order(
-        len(manifest.domains if settings.scenario == "domain" else manifest.classes), settings.order_seed
-    )
+    arriving = manifest.domains if settings.scenario == "domain" else manifest.classes
+    order = class_order(len(arriving), settings.order_seed, settings.order)
     place = torch.empty(len(order), dtype=torch.int64)
     place[torch.tensor(order)] = torch.arange(len(order))
     classes = len(manifest.classes)
@@ -173,8 +173,11 @@ def check_tasks(settings: DataSettings, manifest: Manifest) -> None:
         )
 
 
-def class_order(classes: int, seed: int | None) -> tuple[int, ...]:
-    """Classes (or domains) in the order they are learnt; natural when ``seed`` is None."""
+def class_order(classes: int, seed: int | None, order: str | None = None) -> tuple[int, ...]:
+    """Classes (or domains) in the order they are learnt; natural when both ``seed`` and ``order`` are None."""
+    if order is not None:
+        # NumPy's legacy generator, which stays as it is: published class orders were drawn from it.
+        return tuple(np.random.RandomState(pycil_seed(order)).permutation(classes).tolist())
     if seed is None:
         return tuple(range(classes))
     return tuple(torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).tolist())

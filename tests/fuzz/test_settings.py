@@ -38,6 +38,7 @@ PATHS = [
     "data.augment",
     "data.augment.scale",
     "data.order_seed",
+    "data.order",
     "backbone.weights",
     "backbone.options",
     "adapter",

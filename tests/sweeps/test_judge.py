@@ -66,6 +66,13 @@ def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_be
     assert json.loads((tmp_path / "judged.json").read_text())["winner"] == winner
 
 
+def test_an_order_to_judge_on_takes_the_place_of_a_named_one_and_none_keeps_it(tiny_sweep, tmp_path):
+    config = tiny_sweep.config({"data.order": "pycil-1993"})
+    runs = plan({"one": config}, [0], tmp_path, orders=[1, None], evaluate_on="validation")
+    assert [(run.config.data.order_seed, run.config.data.order) for run in runs] == [(1, None), (None, "pycil-1993")]
+    assert len({run.folder for run in runs}) == 2
+
+
 def test_one_run_has_no_interval_and_decides_nothing(tiny_sweep, tmp_path):
     estimates = {"trial-1": estimate([0.5]), FIRST: estimate([0.4])}
     text = write_judgement(tiny_sweep, "trial-1", estimates, {"trial-1": compare([0.5], [0.4])}, [None], tmp_path)

@@ -7,13 +7,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.adapters.base import Adapter
-from inflora.config import Settings
+from inflora.config import PromptSettings
 from inflora.data.loader import seeded
 from inflora.model import ContinualModel
 from inflora.prompts import Prompts
 from inflora.task_data import TaskData
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=PromptSettings)
+
+MATCHED = ("key", "attentions")
+"""How the names begin of what is compared with an image's query; all else is shown to the backbone."""
 
 
 class PromptAdapter(Adapter[S]):
@@ -29,6 +32,16 @@ class PromptAdapter(Adapter[S]):
     def task_parameters(self, model: ContinualModel) -> list[nn.Parameter]:
         assert model.prompts is not None
         return [parameter for parameter in model.prompts.parameters() if parameter.requires_grad]
+
+    def own_rates(self, model: ContinualModel) -> dict[nn.Parameter, float]:
+        """Those of ``key_lr`` and ``prompt_lr``, where they are set."""
+        assert model.prompts is not None
+        settings, rates = self.settings, {}
+        for name, parameter in model.prompts.named_parameters():
+            rate = settings.key_lr if name.startswith(MATCHED) else settings.prompt_lr
+            if rate is not None:
+                rates[parameter] = rate
+        return rates
 
 
 def begin_at_random(prompts: Prompts, vit: VisionTransformer, task: int, seed: int) -> None:

@@ -45,7 +45,7 @@ class ComponentPrompts(Prompts):
             self.learn(new, torch.stack(blocks), next(vit.parameters()))
 
     def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
-        """Also the paper's equation 8: ``orthogonality`` times the squared overlaps of P, K and A among themselves."""
+        """Also the paper's equation 8: ``orthogonality`` times the overlaps of P, K and A among themselves."""
         query_BD = query(vit, images)
         parts = [torch.cat(self.of_tasks(name), dim=1) for name in ("components", "keys", "attentions")]
         prefixes = {}
@@ -69,9 +69,12 @@ class CODAPrompt(PromptAdapter[CODAPromptSettings]):
 
 
 def overlap(rows_NMD: Tensor) -> Tensor:
-    """``|X X^T - 1|^2`` of each block's rows X, summed over the blocks."""
+    """The mean square of the entries of ``X X^T - 1`` of each block's rows X, summed over the blocks.
+
+    The mean, as in the authors' released code: a weight then means the same for any number of components.
+    """
     gram_NMM = rows_NMD @ rows_NMD.mT
-    return (gram_NMM - torch.eye(gram_NMM.shape[-1], device=gram_NMM.device)).square().sum()
+    return (gram_NMM - torch.eye(gram_NMM.shape[-1], device=gram_NMM.device)).square().mean(dim=(1, 2)).sum()
 
 
 def orthogonal_rows(count: int, old_MD: Tensor, generator: torch.Generator) -> Tensor:

@@ -103,7 +103,7 @@ def plan(
     runs = []
     for label, config in configs.items():
         check(config)
-        for each in [config] if orders is None else [override(config, {"data.order_seed": order}) for order in orders]:
+        for each in [config] if orders is None else [_in_order(config, order) for order in orders]:
             for seed in seeds:
                 folder = out / f"{label}-{_identity(each)}" / f"seed-{seed}"
                 runs.append(FinalRun(label, seed, override(each, {"seed": seed}), folder, evaluate_on))
@@ -152,8 +152,14 @@ def _train_one(run: FinalRun, threads: int, news: Queue) -> float:
     return _final_metrics(state)["acc/final"]
 
 
+def _in_order(config: RunConfig, order: int | None) -> RunConfig:
+    """The config with another class order in the place of its own; None keeps the one that no seed has drawn."""
+    named = {} if order is None else {"data.order": None}
+    return override(config, {"data.order_seed": order} | named)
+
+
 def _name(run: FinalRun) -> str:
-    order = run.config.data.order_seed
+    order = run.config.data.order or run.config.data.order_seed
     return f"{run.label} seed {run.seed} order {'natural' if order is None else order}"
 
 
