@@ -17,10 +17,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from one_training import shown_by
 from pairs_report import TITLE, Pair, Tuned, read_figures, report, write_figures, write_section
+from scipy.stats import qmc
 from streams import STREAMS, prepare
 
 from inflora.config import ConfigError, RunConfig, config_hash, override
@@ -29,9 +29,9 @@ from inflora.files import write_atomically
 
 # What is compared.
 
-COMPARED = ("digits", "strokes")
+COMPARED = ("digits", "strokes", "woven")
 ORDERS, SEEDS = (1993, 1, 2), (0, 1, 2)
-TRAININGS = 12
+TRAININGS = 17
 DRIFTS = (None, 0.01, 0.1)
 CLASSIFIERS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
@@ -47,31 +47,34 @@ ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", *PROMPTS)
 
 
 def settings_tried(adapter: str) -> list[dict[str, Any]]:
-    """The settings of an adapter that are tried, its defaults first; draw ``i`` is every adapter's draw ``i``."""
-    if adapter == "none":
-        return [{}]
-    random = np.random.default_rng(0)
+    """The settings of an adapter that are tried: its defaults, then points of one Sobol sequence for all adapters."""
 
-    def one_of(*values: Any) -> Any:
-        return values[random.integers(len(values))]
+    def log(point: float, low: float, high: float) -> float:
+        return float(low * (high / low) ** point)
+
+    def one_of(point: float, *values: Any) -> Any:
+        return values[int(point * len(values))]
 
     tried: list[dict[str, Any]] = [{"optim.lr": 1e-3}]
-    for _ in range(TRAININGS - 1):
-        common = {
-            "optim.lr": float(10 ** random.uniform(-4, -2)),
-            "adapter.features": one_of("adapted", "both"),
-            "adapter.adapt_tasks": one_of(None, None, 1),
-        }
-        low_rank = {
-            "adapter.rank": int(2 ** random.uniform(2, 6)),
-            "adapter.merge": one_of(1.0, 0.5, 0.3, 0.1),
-            "adapter.targets": one_of(["k", "v"], ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]),
-        }
-        own = {
-            "inflora": {"adapter.energy": float(1 - 10 ** random.uniform(-4, -0.7))},
-            "olora": {"adapter.penalty": float(10 ** random.uniform(-2, 1))},
-        }
-        tried.append(common | ({} if adapter in PROMPTS else low_rank) | own.get(adapter, {}))
+    for lr, features, tasks, rank, merge, targets, own in qmc.Sobol(7, seed=0).random(TRAININGS - 1):
+        changes = {"optim.lr": log(lr, 3e-4, 2e-2)}
+        if adapter != "none":
+            changes["adapter.features"] = one_of(features, "adapted", "both")
+        if adapter not in ("none", "joint"):
+            changes["adapter.adapt_tasks"] = one_of(tasks, None, None, 1)
+        if adapter not in ("none", *PROMPTS):
+            changes["adapter.rank"] = int(log(rank, 8, 64))
+            changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
+            changes["adapter.targets"] = one_of(targets, ["k", "v"], ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"])
+        changes |= {
+            "inflora": {"adapter.energy": 1 - log(own, 1e-4, 0.05)},
+            "olora": {"adapter.penalty": log(own, 0.01, 10)},
+            "sdlora": {"adapter.magnitude_lr": log(own, 1e-4, 0.03)},
+            "l2p": {"adapter.key_lr": log(own, 3e-4, 0.1)},
+            "dualprompt": {"adapter.key_lr": log(own, 3e-4, 0.1)},
+            "codaprompt": {"adapter.prompt_lr": log(own, 3e-4, 0.1)},
+        }.get(adapter, {})
+        tried.append(changes)
     return tried
 
 

@@ -57,6 +57,32 @@ def stroke(kind: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return (pixels + random.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)[..., None]
 
 
+# Woven cloth. A class is three waves; every image has them at phases of its own, a little turned and stretched, uneven
+# and noisy. The backbone knows glyphs on plain ground: what tells weaves apart it has to learn.
+
+
+def weaves(classes: int, random: np.random.Generator) -> np.ndarray:
+    """Each class's wave vectors (classes x 3 x 2), in waves per image."""
+    angle, number = random.uniform(0, np.pi, (classes, 3)), random.uniform(3, 9, (classes, 3))
+    return np.stack([number * np.cos(angle), number * np.sin(angle)], -1)
+
+
+def cloth(kind: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """One image (H, W, 1) uint8 of a class, given its wave vectors."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+
+    def wave(vector: np.ndarray) -> np.ndarray:
+        return np.cos(2 * np.pi * (vector[0] * x + vector[1] * y) + random.uniform(0, 2 * np.pi))
+
+    turn = random.normal(0, 0.06)
+    turned = kind @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * random.uniform(0.93, 1.07)
+    threads = sum(random.uniform(0.6, 1) * wave(vector) for vector in turned)
+    angle = random.uniform(0, 2 * np.pi)
+    light = 30 * wave(random.uniform(0.5, 1.5) * np.array([np.cos(angle), np.sin(angle)]))
+    pixels = 128 + random.uniform(25, 40) * threads + light + random.normal(0, 20, (SIDE, SIDE))
+    return pixels.clip(0, 255).astype(np.uint8)[..., None]
+
+
 class Stream(NamedTuple):
     """A stream of tasks with the budget of a task, and where its images come from."""
 
@@ -81,6 +107,13 @@ STREAMS = {
             "Generated: 20 classes of two bent strokes each, drawn with an unsteady hand.",
             generated(20, 40, 30, curves, stroke),
             10,
+            6,
+        ),
+        (
+            "woven",
+            "Generated: 24 classes of cloth, each of three waves, unevenly lit and noisy.",
+            generated(24, 60, 40, weaves, cloth),
+            8,
             6,
         ),
         ("many_strokes", "As strokes, of 100 classes.", generated(100, 20, 10, curves, stroke), 50, 5),
