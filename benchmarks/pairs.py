@@ -47,7 +47,7 @@ ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", *PROMPTS)
 
 
 def settings_tried(adapter: str) -> list[dict[str, Any]]:
-    """The settings of an adapter that are tried: its defaults, then points of one Sobol sequence for all adapters."""
+    """The settings of an adapter that are tried: its defaults, then points of one Latin hypercube for all adapters."""
 
     def log(point: float, low: float, high: float) -> float:
         return float(low * (high / low) ** point)
@@ -55,8 +55,9 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
     def one_of(point: float, *values: Any) -> Any:
         return values[int(point * len(values))]
 
+    points = qmc.LatinHypercube(7, optimization="random-cd", rng=0).random(TRAININGS - 1)
     tried: list[dict[str, Any]] = [{"optim.lr": 1e-3}]
-    for lr, features, tasks, rank, merge, targets, own in qmc.Sobol(7, seed=0).random(TRAININGS - 1):
+    for lr, features, tasks, rank, merge, targets, own in points:
         changes = {"optim.lr": log(lr, 3e-4, 2e-2)}
         if adapter != "none":
             changes["adapter.features"] = one_of(features, "adapted", "both")

@@ -48,7 +48,8 @@ class Gaussians(NamedTuple):
             FloatingPointError: The features are too large for half precision.
         """
         upper_CDD = torch.linalg.qr(self.roots().double().mT @ map_DD, mode="r").R
-        signs_CD = upper_CDD.diagonal(dim1=-2, dim2=-1).sign()
+        # A zero on the diagonal, where the map takes a direction away, has no sign: its row stays.
+        signs_CD = 1.0 - 2.0 * (upper_CDD.diagonal(dim1=-2, dim2=-1) < 0)
         return self._replace(
             mean_CD=(self.mean_CD.double() @ map_DD).float(), factor_CP=_packed((signs_CD[:, :, None] * upper_CDD).mT)
         )

@@ -44,7 +44,7 @@ class ContinualModel(nn.Module):
         """
         self.to(device)
         for backbone in (self.backbone, *([] if self.frozen is None else [self.frozen])):
-            if self.prompts is None:
+            if self.prompts is None or backbone is self.frozen:
                 read_class_token_only(backbone)
             if self.precision == "bf16":
                 hold_weights(backbone, torch.bfloat16)

@@ -116,7 +116,10 @@ def _check_features(
     asked: list[str] = []
     for task in stream.tasks[1:]:
         classes = task.first_label + len(task.classes)
-        for epoch in range(cast(AlignedSettings, config.classifier).epochs):
+        with_images = torch.cat(
+            [stream.train.labels[old.train_rows] for old in stream.tasks[: task.index + 1]]
+        ).unique()
+        for epoch in range(cast(AlignedSettings, config.classifier).epochs_of(len(with_images))):
             names = f"{task.index}/features-{epoch}", f"{task.index}/classes-{epoch}"
             features, labels = (_recorded(recorded, name, "replay.draws") for name in names)
             asked += names

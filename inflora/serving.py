@@ -100,6 +100,7 @@ def load(path: str | PathLike[str]) -> nn.Module:
     shape = shape_of(backbone)
     learnt, adapter = make_learner(config, backbone)
     restore(learnt, adapter, state)
+    make_plain(learnt)
     outputs = learnt.classifier.classes
     model = _as_timm(learnt) or learnt
     input_format = InputFormat(config.data, shape.image_size, shape.channels, torch.device("cpu"))
@@ -132,7 +133,6 @@ def _as_timm(learnt: ContinualModel) -> VisionTransformer | None:
     if head is None or learnt.prompts is not None or learnt.frozen is not None:
         return None
     vit = cast(VisionTransformer, learnt.backbone)
-    make_plain(vit)
     vit.reset_classifier(head.out_features)
     cast(nn.Linear, vit.head).load_state_dict(head.state_dict())
     return vit

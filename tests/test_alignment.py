@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inflora.classifiers import Classifier
 from inflora.classifiers.aligned import Aligned, Batches, align, normalised
 from inflora.classifiers.linear import Linear
 from inflora.classifiers.ncm import NCM
-from inflora.classifiers.statistics import class_gaussians, class_means
+from inflora.classifiers.statistics import class_covariances, class_means
 from inflora.config import AlignedSettings, ConfigError, LinearSettings, NCMSettings, RunConfig, override
 from inflora.continual import run
 from inflora.data.loader import Batch
 from inflora.data.store import Images
 from inflora.draws import Draws
+from inflora.features import features_of
 from inflora.gaussians import Gaussians, sample
 from inflora.state import RunState
 from inflora.task_data import TaskData
@@ -29,6 +32,8 @@ WIDTH = 4
 
 class Identity:
     """A model whose features are its inputs."""
+
+    width = WIDTH
 
     def features(self, images: Tensor) -> Tensor:
         return images
@@ -61,25 +66,36 @@ def made_up(index: int, count: int = 60) -> tuple[Tensor, Tensor]:
     return torch.randn(count, WIDTH, generator=generator) * 0.1 + torch.eye(WIDTH)[labels % WIDTH], labels
 
 
+def gaussians_of(data: TaskData) -> tuple[Tensor, Tensor]:
+    """Means and covariances (float64) of the features of a task's classes."""
+    seen = features_of(Identity(), data)
+    count_C, mean_CD = class_means(seen)
+    return mean_CD, class_covariances(seen, count_C, mean_CD)
+
+
+def learn(classifier: Classifier[Any], data: TaskData) -> None:
+    """The end of a task whose features nothing has moved."""
+    classifier.fit(features_of(Identity(), data), None, data)
+
+
 def test_means_and_covariances_are_those_of_each_classs_features():
     features, labels = made_up(1)
-    mean_CD, cov_CDD = class_gaussians(Identity(), data_of(1, features, labels), WIDTH)
+    mean_CD, cov_CDD = gaussians_of(data_of(1, features, labels))
     for c in range(2):
         own = features[labels == 2 + c].double()
         torch.testing.assert_close(mean_CD[c], own.mean(0))
         torch.testing.assert_close(cov_CDD[c], torch.cov(own.T))
-    torch.testing.assert_close(class_means(Identity(), data_of(1, features, labels), WIDTH), mean_CD)
 
 
 def test_a_class_with_one_image_or_none_has_no_covariance():
-    mean_CD, cov_CDD = class_gaussians(Identity(), data_of(0, torch.ones(1, WIDTH), torch.zeros(1).long()), WIDTH)
+    mean_CD, cov_CDD = gaussians_of(data_of(0, torch.ones(1, WIDTH), torch.zeros(1).long()))
     assert torch.equal(mean_CD, torch.stack([torch.ones(WIDTH), torch.zeros(WIDTH)]).double())
     assert not cov_CDD.any()
 
 
 def test_covariances_keep_six_digits_where_features_vary_by_a_ten_thousandth_of_their_means():
     features, labels = made_up(0, 400)
-    _, cov_CDD = class_gaussians(Identity(), data_of(0, features + 1000, labels), WIDTH)
+    _, cov_CDD = gaussians_of(data_of(0, features + 1000, labels))
     for c in range(2):
         own = (features + 1000)[labels == c].double()
         torch.testing.assert_close(cov_CDD[c], torch.cov(own.T), atol=1e-6 * 0.1**2, rtol=0)
@@ -112,18 +128,18 @@ def test_the_first_task_is_remembered_and_the_second_aligns_every_head():
     first, second = (data_of(index, *made_up(index)) for index in range(2))
     classifier.begin_task(first)
     before = classifier.heads[0].weight.clone()
-    classifier.fit(Identity(), first)
+    learn(classifier, first)
     assert torch.equal(classifier.heads[0].weight, before)
     classifier.begin_task(second)
     newer = classifier.heads[1].bias.clone()
-    classifier.fit(Identity(), second)
+    learn(classifier, second)
     assert not torch.equal(classifier.heads[0].weight, before)
     assert not torch.equal(classifier.heads[1].bias, newer)
     assert all(parameter.grad is None for parameter in classifier.parameters())
 
 
 def test_drawn_features_have_the_classes_moments_with_older_means_shrunk_more():
-    mean_CD, cov_CDD = class_gaussians(Identity(), data_of(0, *made_up(0)), WIDTH)
+    mean_CD, cov_CDD = gaussians_of(data_of(0, *made_up(0)))
     means, covs = torch.cat([mean_CD, mean_CD + 1]), torch.cat([cov_CDD, 2 * cov_CDD])
     tasks = [Gaussians.of(means[:2], covs[:2]), Gaussians.of(means[2:], covs[2:])]
     drawn = sample(tasks, 20_000, torch.Generator().manual_seed(0)).split(20_000)
@@ -140,7 +156,7 @@ def remembered(tasks: int, samples: int = 8, epochs: int = 1) -> Aligned:
     for index in range(tasks):
         data = data_of(index, *made_up(index))
         classifier.begin_task(data)
-        classifier.gaussians.append(Gaussians.of(*class_gaussians(Identity(), data, WIDTH)))
+        classifier.gaussians.append(Gaussians.of(*gaussians_of(data)))
     return classifier
 
 
@@ -180,7 +196,7 @@ def test_alignment_steps_are_those_of_sgd_with_momentum_decay_and_a_cosine():
     features, classes = torch.randn(5, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
     speed_W, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
-    align(classifier, [[(features, classes)] * 2] * 3, settings)
+    align(classifier, [[(features, classes)] * 2] * 3, settings, 3)
     for epoch in range(3):
         for _ in range(2):
             error = (features @ weight.T + bias).softmax(1) - nn.functional.one_hot(classes, 3)
@@ -197,7 +213,7 @@ def test_classifiers_that_are_trained_together_learn_what_each_would_beside_the_
     classifier = linear_of(3)
     expected = [parameter.detach().clone().requires_grad_() for parameter in classifier.parameters()]
     features, classes = torch.randn(16, WIDTH), torch.arange(16) % 6
-    align(classifier, [[(features, classes)] * 3], AlignedSettings(epochs=1, lr=0.1, temperature=0.1))
+    align(classifier, [[(features, classes)] * 3], AlignedSettings(lr=0.1, temperature=0.1), 1)
     optimizer = torch.optim.SGD(expected, lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(3):
         logits = [features @ w.T + b for w, b in zip(expected[::2], expected[1::2], strict=True)]
@@ -236,12 +252,12 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_a_step_is_as_many_operations_after_ten_tasks_as_after_two(temperature):
-    settings = AlignedSettings(epochs=1, temperature=temperature)
+    settings = AlignedSettings(temperature=temperature)
 
     def operations(tasks: int, steps: int) -> Counter[str]:
         batch = torch.randn(8, WIDTH), torch.arange(8) % (2 * tasks)
         with Operations() as operations:
-            align(linear_of(tasks), [[batch] * steps], settings)
+            align(linear_of(tasks), [[batch] * steps], settings, 1)
         return operations.seen
 
     of_a_step = {tasks: operations(tasks, 3) - operations(tasks, 2) for tasks in (2, 10)}
@@ -264,14 +280,14 @@ def test_no_epoch_waits_for_the_device():
             yield from epochs
         assert "randn" in operations.seen and operations.seen.keys().isdisjoint(MAKE_THE_HOST_WAIT)
 
-    align(classifier, watched(), AlignedSettings(epochs=2, temperature=0.1))
+    align(classifier, watched(), AlignedSettings(temperature=0.1), 2)
 
 
 def test_no_step_needs_a_number_that_it_has_computed():
     """As where there are none."""
     classifier = linear_of(3).to("meta")
     batch = torch.randn(8, WIDTH, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
-    align(classifier, [[batch] * 2], AlignedSettings(epochs=1, temperature=0.1))
+    align(classifier, [[batch] * 2], AlignedSettings(temperature=0.1), 1)
 
 
 ALIGNED = {"data.tasks": 2, "classifier": {"name": "aligned", "epochs": 2, "samples": 16}}
@@ -340,7 +356,7 @@ def test_a_class_without_images_is_neither_drawn_nor_the_nearest_mean():
     aligned, ncm = Aligned(AlignedSettings(epochs=1, samples=8), WIDTH), NCM(NCMSettings(), WIDTH)
     for classifier in (aligned, ncm):
         classifier.begin_task(data)
-        classifier.fit(Identity(), data)
+        learn(classifier, data)
     aligned.gaussians.append(remembered(2).gaussians[1])
     ((*batches,),) = epochs_of(aligned, 1)
     assert torch.cat([classes for _, classes in batches]).bincount().tolist() == [0, 8, 8, 8]
@@ -358,11 +374,11 @@ def test_features_that_are_large_and_fewer_than_their_width_are_drawn_too():
 
 def test_features_beyond_half_precision_stop_the_run():
     features, labels = made_up(0)
-    with pytest.raises(FloatingPointError, match=r"variance .* too large .* try a smaller optim\.lr"):
-        Aligned(AlignedSettings(), WIDTH).fit(Identity(), data_of(0, features * 1e6, labels))
+    with pytest.raises(FloatingPointError, match=r"deviation of .* too large .* try a smaller optim\.lr"):
+        learn(Aligned(AlignedSettings(), WIDTH), data_of(0, features * 1e6, labels))
 
 
 def test_features_that_are_no_numbers_stop_the_run_and_say_where():
     features, labels = made_up(0)
     with pytest.raises(FloatingPointError, match=r"the features after task 0 are not finite; try a smaller optim\.lr"):
-        Aligned(AlignedSettings(), WIDTH).fit(Identity(), data_of(0, features / 0, labels))
+        learn(Aligned(AlignedSettings(), WIDTH), data_of(0, features / 0, labels))

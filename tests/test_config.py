@@ -46,14 +46,23 @@ shares = st.floats(min_value=0, max_value=1, exclude_min=True)
 scales = st.floats(min_value=1e-6, max_value=1)
 bounds = st.tuples(scales, scales).map(lambda pair: tuple(sorted(pair)))
 energies = st.tuples(shares, shares).map(sorted).map(lambda pair: {"energy": pair[0], "energy_end": pair[1]})
-ranks = st.fixed_dictionaries({"rank": st.integers(1, 999), "blocks": st.none() | st.integers(1, 99)})
+trained = {"adapt_tasks": st.none() | st.integers(1, 99), "features": st.sampled_from(["adapted", "both"])}
+ranks = st.fixed_dictionaries(
+    {"rank": st.integers(1, 999), "blocks": st.none() | st.integers(1, 99)}, optional=trained | {"merge": shares}
+)
 adapters = st.one_of(
     st.builds(lambda rank, energy: {"name": "inflora"} | rank | energy, ranks, energies),
     st.builds(lambda name, rank: {"name": name} | rank, st.sampled_from(["lora", "olora", "sdlora"]), ranks),
-    st.sampled_from(["none", "l2p", "dualprompt", "codaprompt"]),
+    st.fixed_dictionaries({"name": st.sampled_from(["l2p", "dualprompt", "codaprompt"])}, optional=trained),
+    st.just("none"),
 )
-classifiers = st.sampled_from(["linear", "ncm"]) | st.fixed_dictionaries(
-    {"name": st.just("aligned"), "lr": positive, "temperature": st.none() | scales}
+parts = st.none() | st.floats(min_value=0, max_value=1)
+drift = {"drift": parts}
+classifiers = st.one_of(
+    st.just("linear"),
+    st.fixed_dictionaries({"name": st.just("aligned"), "lr": positive, "temperature": st.none() | scales} | drift),
+    st.fixed_dictionaries({"name": st.sampled_from(["ncm", "ranpac"])} | drift),
+    st.fixed_dictionaries({"name": st.sampled_from(["lda", "qda"]), "shrinkage": parts} | drift),
 )
 configs = st.fixed_dictionaries(
     {
@@ -408,12 +417,17 @@ CHANGES = {
     "adapter.energy_of": "inputs",
     "adapter.blocks": 1,
     "adapter.targets": ("q", "v"),
+    "adapter.adapt_tasks": 1,
+    "adapter.features": "both",
+    "adapter.merge": 0.5,
     "classifier.name": "ncm",
     "classifier.epochs": 3,
     "classifier.lr": 0.1,
     "classifier.weight_decay": 0.1,
     "classifier.samples": 3,
     "classifier.temperature": 0.1,
+    "classifier.steps": 3,
+    "classifier.drift": 0.1,
     "replay.orders": Path("orders.safetensors"),
     "replay.heads": Path("heads.safetensors"),
     "replay.draws": Path("draws.safetensors"),
@@ -457,8 +471,8 @@ def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
 
 def test_the_hash_of_settings_stays_from_version_to_version():
     """A state is resumed and a study's trials are compared by it."""
-    assert config_hash(RunConfig()) == "96b6f13357200456"
-    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "c965a4289657ad4b"
+    assert config_hash(RunConfig()) == "63717f3fdca83718"
+    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "d15e7a3d5a7c6ec6"
 
 
 def test_no_setting_is_forgotten_in_the_two_lists_above():
@@ -490,13 +504,23 @@ def test_the_list_names_every_setting_with_what_it_does():
     assert [path for path, setting in listed.items() if not setting.description] == []
 
 
+COMMON = ("adapt_tasks", "features")
+"""Settings of every adapter that is trained."""
+
+
 def test_the_list_of_one_adapter_or_classifier_has_its_settings_and_no_others():
-    own = {name: {setting.path for setting in all_settings(name)} for name in ("olora", "aligned", "ncm")}
-    assert own == {
-        "olora": {"adapter.rank", "adapter.blocks", "adapter.targets", "adapter.penalty"},
-        "aligned": {f"classifier.{name}" for name in ("epochs", "lr", "weight_decay", "samples", "temperature")},
-        "ncm": {"classifier.name"},
+    expected = {
+        "olora": {f"adapter.{name}" for name in (*COMMON, "rank", "blocks", "targets", "merge", "penalty")},
+        "l2p": {f"adapter.{name}" for name in (*COMMON, "pool", "length", "top", "pull", "prompt_lr", "key_lr")},
+        "aligned": {
+            f"classifier.{name}"
+            for name in ("epochs", "steps", "lr", "weight_decay", "samples", "temperature", "drift")
+        },
+        "qda": {"classifier.pooling", "classifier.shrinkage", "classifier.drift"},
+        "ncm": {"classifier.drift"},
+        "linear": {"classifier.name"},
     }
+    assert {name: {setting.path for setting in all_settings(name)} for name in expected} == expected
     assert any(line.startswith("adapter.penalty") and "0 to 1e+06" in line for line in lines_of_settings("olora"))
     with pytest.raises(ConfigError, match=r"unknown adapter or classifier 'nix'; known: none, .*ncm"):
         all_settings("nix")

@@ -14,7 +14,12 @@ from inflora.layout import misfit
 from inflora.state import RunState, StateError, save_state
 from tests.conftest import pair_of, tiny_method
 
-KINDS = {name: tiny_method(name) for name in METHODS} | {"frozen, aligned": pair_of("none", "aligned")}
+KINDS = {name: tiny_method(name) for name in METHODS} | {
+    "frozen, aligned": pair_of("none", "aligned"),
+    "frozen, qda": pair_of("none", "qda"),
+    "sdlora in its first task": pair_of("sdlora") | {"adapter.adapt_tasks": 1},
+    "inflora beside the frozen model": pair_of("inflora", "lda") | {"adapter.features": "both"},
+}
 GROUPS = ("model", "adapter", "classifier", "probes")
 UNKNOWN = torch.zeros(1)
 
@@ -38,7 +43,8 @@ def edits(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]
 
 def changed(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "flat", tensor.flatten() if tensor.dim() != 1 else tensor[None]
-    yield "a number", tensor.new_zeros(())
+    if tensor.dim():
+        yield "a number", tensor.new_zeros(())
     for side in range(tensor.dim()):
         longer = [length + 65 * (side == place) for place, length in enumerate(tensor.shape)]
         yield f"longer in {side}", tensor.new_zeros(longer)
@@ -53,9 +59,7 @@ def changed(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def is_an_allowed_memory(kind: str, what: str) -> bool:
     """How many directions a memory holds is the learner's own affair: as few as none."""
-    return kind in ("inflora", "inflora-ca") and what.endswith(
-        (".remove of no length in 1", ".retain of no length in 1")
-    )
+    return kind.startswith("inflora") and what.endswith((".remove of no length in 1", ".retain of no length in 1"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

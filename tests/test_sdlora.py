@@ -35,7 +35,7 @@ def test_the_merged_weight_of_decoupled_directions_is_the_sum_of_their_updates_t
         with torch.no_grad():
             layer.lora_B.normal_()
         expected += layer.lora_B.detach() @ layer.lora_A.detach()
-        layer.keep()
+        layer.keep(1.0)
     torch.testing.assert_close(layer.merged_weight(), expected)
     with torch.no_grad():
         layer.magnitudes.fill_(3)

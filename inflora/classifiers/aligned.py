@@ -44,7 +44,8 @@ class Aligned(LinearHeads[AlignedSettings]):
         count_C, mean_CD = class_means(seen)
         self.gaussians.append(Gaussians.of(mean_CD, class_covariances(seen, count_C, mean_CD)).to("cpu"))
         if len(self.gaussians) > 1:
-            align(self, self._epochs(data), self.settings)
+            seen = sum(int(task.has_images().sum()) for task in self.gaussians)
+            align(self, self._epochs(data), self.settings, self.settings.epochs_of(seen))
 
     def _epochs(self, data: TaskData) -> Iterator[Batches]:
         """Every epoch's batches: slices of what is on the model's device already."""
@@ -71,8 +72,8 @@ class Aligned(LinearHeads[AlignedSettings]):
         return {**super().layout(sizes), **means, **factors}
 
 
-def align(classifier: LinearHeads, epochs: Iterable[Batches], settings: AlignedSettings) -> None:
-    """Train all classifiers on drawn features: SGD with momentum 0.9, one cosine over the epochs, from a fresh start.
+def align(classifier: LinearHeads, epochs: Iterable[Batches], settings: AlignedSettings, total: int) -> None:
+    """Train all classifiers on drawn features: SGD with momentum 0.9, one cosine over ``total`` epochs, afresh.
 
     They are trained as one, so that a step is as long after many tasks as after two. The first worker's result is
     everyone's.
@@ -81,7 +82,7 @@ def align(classifier: LinearHeads, epochs: Iterable[Batches], settings: AlignedS
     weight_CD, bias_C = (part.detach().requires_grad_() for part in classifier.joined())
     in_task_CT = torch.block_diag(*(weight_CD.new_ones(number, 1) for number in classes))
     optimizer = torch.optim.SGD([weight_CD, bias_C], settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs_of(len(weight_CD)))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
     for batches in epochs:
         for features_BD, classes_B in batches:
             optimizer.zero_grad()

@@ -60,13 +60,22 @@ class Fitted(Classifier[S]):
 
     @torch.no_grad()
     def fit(self, seen: Features, before: Features | None, data: TaskData) -> None:
-        """Let what is remembered follow the features, add the new classes, and solve."""
+        """Let what is remembered follow the features, add the new classes, and solve.
+
+        Raises:
+            FloatingPointError: The features are too large.
+        """
         if before is not None and self.settings.drift is not None:
             self.follow(before.features_ND, seen.features_ND, self.settings.drift)
         count_C, mean_CD = class_means(seen)
         self.counts = torch.cat([self.counts.to(count_C.device), count_C.float()])
         self.remember(seen, count_C, mean_CD, data)
         self.head = None
+        # What is remembered is in float32, which squares of large features leave; solvers stop at it with other errors.
+        if not all(tensor.isfinite().all() for tensor in self.buffers()):
+            raise FloatingPointError(
+                f"the features after task {data.task.index} are too large to be remembered; try a smaller optim.lr"
+            )
         self.solve()
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inflora import distributed
 from inflora.classifiers.drift import drift_map
 from inflora.classifiers.fitted import Fitted
+from inflora.classifiers.statistics import one_hot
 from inflora.config import RanPACSettings
 from inflora.features import Features
 from inflora.layout import Layout, Spec
@@ -51,12 +52,14 @@ class RanPAC(Fitted[RanPACSettings]):
             self.projection = drawn.to(data.input_format.device)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        return nn.functional.relu(features_BD @ self.projection) @ self.weight
+        # All answers may be below zero, which a class without images would always have.
+        logits_BC = nn.functional.relu(features_BD @ self.projection) @ self.weight
+        return logits_BC.masked_fill(self.counts == 0, torch.finfo(logits_BC.dtype).min)
 
     def follow(self, before_ND: Tensor, after_ND: Tensor, ridge: float) -> None:
         """Let the projection follow in the place of what is remembered: ``(f W) (W^-1 P) = f P``."""
         map_DD = drift_map(before_ND, after_ND, ridge)
-        self.projection = torch.linalg.solve(map_DD, self.projection.double()).float()
+        self.projection = (torch.linalg.pinv(map_DD) @ self.projection.double()).float()
 
     def remember(self, seen: Features, count_C: Tensor, mean_CD: Tensor, data: TaskData) -> None:
         """Choose the ridge with the new task's held-out images, then add all of its images."""
@@ -90,7 +93,7 @@ class RanPAC(Fitted[RanPACSettings]):
 
 def _products(random_NM: Tensor, labels_N: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Gram matrix (M x M) and class sums (M x C) over all workers' images."""
-    one_hot_NC = nn.functional.one_hot(labels_N, classes).to(random_NM.dtype)
+    one_hot_NC = one_hot(labels_N, classes)
     return distributed.all_sum(random_NM.T @ random_NM), distributed.all_sum(random_NM.T @ one_hot_NC)
 
 

@@ -5,15 +5,20 @@ Shapes: C classes of the task, N features, D width. All in float64.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflora import distributed
 from inflora.features import Features
 
 
+def one_hot(labels_N: Tensor, classes: int) -> Tensor:
+    """Ones (N x C) where an image is of a class."""
+    return (labels_N[:, None] == torch.arange(classes, device=labels_N.device)).double()
+
+
 def class_means(seen: Features) -> tuple[Tensor, Tensor]:
     """The number (C) of each class's images and their mean feature (C x D), zero for a class without images."""
-    one_hot_NC = nn.functional.one_hot(seen.labels_N, seen.classes).to(seen.features_ND.dtype)
+    one_hot_NC = one_hot(seen.labels_N, seen.classes)
     count_C = distributed.all_sum(one_hot_NC.sum(0))
     return count_C, distributed.all_sum(one_hot_NC.T @ seen.features_ND) / count_C.clamp_min(1)[:, None]
 
