@@ -57,8 +57,8 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
 
     points = qmc.LatinHypercube(7, optimization="random-cd", rng=0).random(TRAININGS - 1)
     tried: list[dict[str, Any]] = [{"optim.lr": 1e-3}]
-    for lr, features, tasks, rank, merge, targets, own in points:
-        changes = {"optim.lr": log(lr, 3e-4, 2e-2)}
+    for lr, features, tasks, rank, merge, own, train_A in points:
+        changes = {"optim.lr": log(lr, 5e-4, 2e-2)}
         if adapter != "none":
             changes["adapter.features"] = one_of(features, "adapted", "both")
         if adapter not in ("none", "joint"):
@@ -66,9 +66,9 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
         if adapter not in ("none", *PROMPTS):
             changes["adapter.rank"] = int(log(rank, 8, 64))
             changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
-            changes["adapter.targets"] = one_of(targets, ["k", "v"], ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"])
+            changes["adapter.first_merge"] = 1.0
         changes |= {
-            "inflora": {"adapter.energy": 1 - log(own, 1e-4, 0.05)},
+            "inflora": {"adapter.energy": 1 - log(own, 1e-4, 0.05), "adapter.train_A": one_of(train_A, False, True)},
             "olora": {"adapter.penalty": log(own, 0.01, 10)},
             "sdlora": {"adapter.magnitude_lr": log(own, 1e-4, 0.03)},
             "l2p": {"adapter.key_lr": log(own, 3e-4, 0.1)},

@@ -98,6 +98,7 @@ class LoRALinear(nn.Linear):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     held: Tensor | None
+    within: Tensor | None
 
     def __init__(self, plain: nn.Linear, rows: Sequence[slice] = (ALL,)) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
@@ -108,6 +109,7 @@ class LoRALinear(nn.Linear):
         self.register_parameter("lora_B", None)
         # The weight in a lower precision, beside the float32 one that updates are merged into.
         self.register_buffer("held", None, persistent=False)
+        self.register_buffer("within", None, persistent=False)
 
     def forward(self, x_BND: Tensor, outputs: slice = ALL) -> Tensor:
         """The layer's ``outputs`` (all, unless some are asked for)."""
@@ -139,7 +141,13 @@ class LoRALinear(nn.Linear):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A (R x D) and B (O x R) of what is added to the weight, None where nothing is."""
-        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        if self.within is None:
+            return self.lora_A, self.lora_B
+        # In float32 whatever the backbone's products are: rounded, A would reach out of its subspace.
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.lora_A @ self.within, self.lora_B
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep the weight in ``dtype`` too, and the bias, which never changes, in nothing else: no step casts them."""
@@ -147,18 +155,22 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
 
-    def attach(self, lora_A: Tensor, *, train_A: bool = False) -> None:
-        """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change."""
+    def attach(self, lora_A: Tensor, *, train_A: bool = False, within: Tensor | None = None) -> None:
+        """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change.
+
+        ``within`` (D x D) projects the rows of an A that is trained onto a subspace; None: they may go anywhere.
+        """
+        self.within = None if within is None else within.to(self.weight)
         self.lora_A = nn.Parameter(lora_A.to(self.weight), requires_grad=train_A)
         self.lora_B = nn.Parameter(self.weight.new_zeros(sum(self.sizes), lora_A.shape[0]))
 
     def detach_adapter(self, share: float = 1.0) -> tuple[Tensor, Tensor] | None:
         """Remove the adapter; its A and this share of its B, or None where there is none."""
-        if self.lora_A is None or self.lora_B is None:
+        factors = LoRALinear.factors(self)
+        if factors is None:
             return None
-        factors = self.lora_A.detach(), share * self.lora_B.detach()
-        self.lora_A = self.lora_B = None
-        return factors
+        self.lora_A = self.lora_B = self.within = None
+        return factors[0].detach(), share * factors[1].detach()
 
     def plain(self) -> nn.Linear:
         """An ordinary layer that computes the same; only where no adapter is being trained."""

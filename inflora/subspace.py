@@ -42,6 +42,15 @@ def free_basis(memory: Memory | None, width: int) -> Tensor:
     return basis_DK if memory.kind == "retain" else complement(basis_DK)
 
 
+def free_projector(memory: Memory | None, cov_DD: Tensor) -> Tensor | None:
+    """Projector (D x D, float32) onto the directions that old tasks leave free, beside ``cov_DD``; None: all are."""
+    exact = _exact(memory, cov_DD)
+    if exact is None:
+        return None
+    taken_DD = exact.basis_DK @ exact.basis_DK.T
+    return (taken_DD if exact.kind == "retain" else torch.eye(len(taken_DD)).to(taken_DD) - taken_DD).float()
+
+
 def complement(basis_DK: Tensor) -> Tensor:
     """Orthonormal basis (D x D-K) of what is orthogonal to ``basis_DK``'s columns."""
     return torch.linalg.qr(basis_DK, mode="complete").Q[:, basis_DK.shape[1] :]

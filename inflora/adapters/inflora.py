@@ -15,7 +15,7 @@ from inflora.injection import inject
 from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers, adapter_parameters, merge_all
 from inflora.model import ContinualModel
-from inflora.subspace import Memory, design, energy_inside, taken_count, threshold, update
+from inflora.subspace import Memory, design, energy_inside, free_projector, taken_count, threshold, update
 from inflora.task_data import TaskData
 
 
@@ -23,7 +23,8 @@ class InfLoRA(Adapter[InfLoRASettings]):
     """Each task learns in a subspace that old tasks' inputs do not reach, and then merges into the weights.
 
     A task adds ``B_t A_t`` to a layer's weight (the paper writes the factors the other way round). ``A_t`` is designed
-    before the task and fixed, so that ``B_t A_t h = 0`` for the inputs ``h`` of old tasks; only ``B_t`` is trained.
+    before the task, so that ``B_t A_t h = 0`` for the inputs ``h`` of old tasks; with it fixed, as
+    published, only ``B_t`` is trained. With ``train_A`` its rows are trained too, and stay among the free directions.
     """
 
     passes = ("covariance-before", "covariance-after")
@@ -54,7 +55,9 @@ class InfLoRA(Adapter[InfLoRASettings]):
                     f"fewer than adapter.rank={self.settings.rank}; using {len(lora_A)}",
                     stacklevel=2,
                 )
-            layer.attach(lora_A)
+            train_A = self.settings.train_A
+            within = free_projector(memory, covariances[name]) if train_A else None
+            layer.attach(lora_A, train_A=train_A, within=within if within is None else broadcast(within))
             self._diagnostics[f"memory/{short_name(name)}/overlap"] = energy_inside(
                 covariances[name], memory, energy_of
             )
@@ -64,7 +67,7 @@ class InfLoRA(Adapter[InfLoRASettings]):
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         """Merge ``merge`` of ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
-        factors = merge_all(model, self.settings.merge)
+        factors = merge_all(model, self.settings.share_merged(data.task.index))
         # Of the merged model's inputs: what later tasks must not disturb is what this one reads from now on.
         self._remember(input_covariances(model, data, "after"), data)
         return factors

@@ -34,7 +34,7 @@ class TrainedLoRA(Adapter[S]):
         return adapter_parameters(model)
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
-        return merge_all(model, self.settings.merge)
+        return merge_all(model, self.settings.share_merged(data.task.index))
 
 
 class LoRA(TrainedLoRA[LoRASettings]):

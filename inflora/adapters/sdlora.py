@@ -87,7 +87,7 @@ class SDLoRA(TrainedLoRA[SDLoRASettings]):
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         for _, layer in decoupled_layers(model):
-            layer.keep(self.settings.merge)
+            layer.keep(self.settings.share_merged(data.task.index))
         return {}  # nothing is merged: the layers keep the factors, and go on changing how much each counts
 
     def model_layout(self, model: ContinualModel, sizes: Sequence[int]) -> Layout:

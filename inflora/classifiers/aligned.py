@@ -44,8 +44,8 @@ class Aligned(LinearHeads[AlignedSettings]):
         count_C, mean_CD = class_means(seen)
         self.gaussians.append(Gaussians.of(mean_CD, class_covariances(seen, count_C, mean_CD)).to("cpu"))
         if len(self.gaussians) > 1:
-            seen = sum(int(task.has_images().sum()) for task in self.gaussians)
-            align(self, self._epochs(data), self.settings, self.settings.epochs_of(seen))
+            classes = sum(int(task.has_images().sum()) for task in self.gaussians)
+            align(self, self._epochs(data), self.settings, self.settings.epochs_of(classes))
 
     def _epochs(self, data: TaskData) -> Iterator[Batches]:
         """Every epoch's batches: slices of what is on the model's device already."""

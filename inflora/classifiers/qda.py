@@ -62,7 +62,10 @@ class QDA(Means[QDASettings]):
             ((features_BD - mean_D) @ inverse_DD.T).square().sum(1)
             for mean_D, inverse_DD in zip(self.means, self.whitening, strict=True)
         ]
-        return self.offset - torch.stack(distances, dim=1) / 2
+        # A class with one image may have no extent, so that all else is infinitely far: still nearer than one without.
+        numbers = torch.finfo(self.offset.dtype)
+        distance_BC = torch.stack(distances, dim=1).clamp_max(numbers.max / 8)
+        return (self.offset - distance_BC / 2).clamp_min(numbers.min)
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         triangle = self.width * (self.width + 1) // 2

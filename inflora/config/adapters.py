@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from inflora.config.alternatives import Alternative, Alternatives
-from inflora.config.base import Count, Depth, Rate, Share, Weight, Whole, Width
+from inflora.config.base import Count, Depth, Flag, Rate, Share, Weight, Whole, Width
 
 Target = Literal["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -39,6 +39,7 @@ class LowRankSettings(AdaptedSettings):
     blocks: Depth | None = Field(default=None, description="adapt the first n blocks only; None: all")
     targets: tuple[Target, ...] = Field(default=("k", "v"), min_length=1, description="what is adapted in a block")
     merge: Share = Field(default=1.0, description="share of a task's update that stays when the task ends")
+    first_merge: Share | None = Field(default=None, description="of the first task's update; None: as merge")
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -52,6 +53,10 @@ class LowRankSettings(AdaptedSettings):
         if len(set(targets)) < len(targets):
             raise ValueError("must name each target once")
         return targets
+
+    def share_merged(self, task: int) -> float:
+        """The share of the update of ``task`` (from 0) that stays."""
+        return self.merge if task or self.first_merge is None else self.first_merge
 
 
 class FixedRankSettings(LowRankSettings):
@@ -69,6 +74,7 @@ class InfLoRASettings(LowRankSettings):
     rank: Width | Literal["auto"] = Field(
         default=10, description="of the adapters; auto: each layer's directions that hold energy of what is free"
     )
+    train_A: Flag = Field(default=False, description="train A too, among the directions that old tasks leave free")
     energy: Share = Field(default=0.95, description="share of input energy the memory keeps, first task")
     energy_end: Share = Field(default=1.0, description="where the threshold would arrive after the last")
     total_tasks: Count | None = Field(default=None, description="T of the schedule; None: the stream's length")
