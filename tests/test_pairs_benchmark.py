@@ -1,0 +1,96 @@
+"""The table of pairs (benchmarks/pairs.py): one training stands for a run with every classifier, its report is right."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from inflora.config import override
+from inflora.continual import run
+from tests.conftest import pair_of
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from one_training import shown_by
+from pairs import ADAPTERS, CLASSIFIERS, settings_tried
+from pairs_report import Pair, Tuned, paired, ranked, read_figures, report, write_figures, write_section
+
+METRICS = ("acc/final", "acc/avg_incremental", "forgetting", "bwt", "acc/task_aware", "acc/task_identity")
+FITTED = {
+    "linear": {"name": "linear"},
+    "aligned": {"name": "aligned", "steps": 20, "temperature": 0.1, "drift": 0.1},
+    "ncm": {"name": "ncm", "drift": 0.1},
+    "lda": {"name": "lda", "drift": None},
+    "lda drift": {"name": "lda", "drift": 0.1},
+    "qda": {"name": "qda", "drift": 0.1},
+    "ranpac": {"name": "ranpac", "features": 40, "drift": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapter.features": "both"}, {"adapter.adapt_tasks": 2}, {"adapter": "none"}])
+def test_one_training_shows_what_a_run_with_each_classifier_does(changes, tiny, digits):
+    config = override(tiny, pair_of("inflora") | changes | {"optim.lr": 0.02})
+    shown = shown_by(config, "validation", FITTED)
+    for label, settings in FITTED.items():
+        *_, last = run(override(config, {"classifier": settings}))
+        assert {m: shown[label][m] for m in METRICS} == {m: last.metrics[m] for m in METRICS}, label
+    assert shown[""]["training"] > 0 and shown["lda"]["seconds"] > 0
+
+
+def test_every_adapter_is_tried_as_often_and_alike_in_what_adapters_have_in_common():
+    tried = {adapter: settings_tried(adapter) for adapter in ADAPTERS}
+    assert len({len(several) for several in tried.values()}) == 1
+    assert len({tuple(changes["optim.lr"] for changes in several) for several in tried.values()}) == 1
+    for adapter in ("olora", "sdlora", "inflora"):
+        common = [{k: v for k, v in changes.items() if k in tried["lora"][1]} for changes in tried[adapter]]
+        assert common == tried["lora"]
+    assert len({len(several) for name, several in CLASSIFIERS.items() if name != "linear"}) == 1
+
+
+def tuned(*finals: float) -> Tuned:
+    metrics = ("acc/avg_incremental", "forgetting", "acc/new_mean", "acc/task_aware", "share")
+    return Tuned(
+        {"optim.lr": 1e-3}, "lda drift=None", 0.9, [dict.fromkeys(metrics, 0.5) | {"acc/final": f} for f in finals]
+    )
+
+
+PAIRS = {
+    Pair("none", "lda"): tuned(0.50, 0.52, 0.51),
+    Pair("lora", "lda"): tuned(0.40, 0.53, 0.60),
+    Pair("inflora", "lda"): tuned(0.60, 0.62, 0.62),
+}
+
+
+def test_a_difference_is_taken_test_by_test_with_an_interval_of_students_t():
+    gap, half = paired(PAIRS[Pair("inflora", "lda")], PAIRS[Pair("none", "lda")])
+    assert gap == pytest.approx(10.333, abs=1e-3)  # of 10, 10 and 11 points
+    assert half == pytest.approx(4.303 * 0.57735 / 3**0.5, abs=1e-3)
+
+
+def test_a_pair_is_marked_only_beyond_the_interval_and_the_best_comes_first():
+    page = report({"digits": PAIRS})
+    assert "| inflora | 61.3 ± 1.2 ▲ |" in page and "| lora | 51.0 ± 10.1 |" in page
+    assert ranked(PAIRS)[0] == Pair("inflora", "lda")
+    assert "| none | lda | 51.0 ± 1.0 | +10.3 ± 1.4 |" in page
+
+
+def test_figures_come_back_as_they_were_kept(tmp_path):
+    write_figures({"digits": PAIRS}, tmp_path / "figures.json")
+    known = read_figures(tmp_path / "figures.json")
+    assert known == {"digits": PAIRS} and report(known) == report({"digits": PAIRS})
+
+
+def test_a_section_takes_the_place_of_the_old_one_and_leaves_the_others(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\nfirst\n\n## A\n\nold\n\n## B\n\nlast\n")
+    write_section(page, "## A", "## A\n\nnew\n")
+    assert page.read_text() == "# Page\n\nfirst\n\n## A\n\nnew\n\n## B\n\nlast\n"
+    write_section(page, "## C", "## C\n\nthird\n")
+    assert page.read_text().endswith("\n\nlast\n\n## C\n\nthird\n")
+
+
+def test_the_page_of_results_says_what_the_figures_say():
+    root = Path(__file__).parents[1]
+    known = read_figures(root / "benchmarks" / "pairs.json")
+    if known:
+        assert report(known).strip() in (root / "docs" / "results.md").read_text()
