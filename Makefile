@@ -45,13 +45,9 @@ chaos: $(READY)  ## worker, driver, node and MLflow server killed at random, twe
 hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
 	$(BIN)/python -m pytest -m hosts
 
-compare: $(READY)  ## every method tuned with the same budget, then trained over three seeds and tested, side by side
-	for sweep in digits digits-aligned digits-sequential digits-frozen digits-joint; do \
-		$(BIN)/python sweeps/digits.py --sweep $$sweep --executor inline || exit; \
-		$(BIN)/sweeps export $$sweep -o results/$$sweep.yaml || exit; \
-	done
-	$(BIN)/sweeps final results/digits.yaml results/digits-aligned.yaml results/digits-sequential.yaml \
-		results/digits-frozen.yaml results/digits-joint.yaml --seeds 0,1,2
+compare: $(READY)  ## every adapter with every classifier, tuned and tested alike: docs/results.md (hours)
+	$(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/fifty.py
 
 bench: $(READY)  ## data path, engine, start of a trial and training step, each against its floor; under ten minutes
 	$(BIN)/python benchmarks/data.py --seconds 2

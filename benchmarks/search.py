@@ -46,7 +46,7 @@ from inflora.config import override
 from inflora.files import write_atomically
 from inflora.state import RunState
 from sweeps.cli import parse_seeds, quiet_libraries
-from sweeps.digits import inflora as digits
+from sweeps.digits import published as digits
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, best_record, describe
 from sweeps.engine.run.cluster import Cluster

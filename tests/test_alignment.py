@@ -323,6 +323,8 @@ def test_features_can_be_given_in_place_of_drawn_ones(drawn, tiny, tmp_path):
     *_, last = run(override(tiny, given))
     assert all(same_tensors(last.state.tensors[group], tensors) for group, tensors in state.tensors.items())
     assert last.state.evaluations == state.evaluations
+    *_, in_steps = run(override(tiny, given | {"classifier.epochs": 7, "classifier.steps": 11}))  # two epochs of ten
+    assert same_tensors(in_steps.state.classifier, state.classifier)
     save_file(draws | {"1/features-0": 2 * draws["1/features-0"]}, tmp_path / "draws.safetensors")
     *_, other = run(override(tiny, given))
     assert not same_tensors(other.state.classifier, state.classifier)

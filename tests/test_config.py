@@ -420,6 +420,8 @@ CHANGES = {
     "adapter.adapt_tasks": 1,
     "adapter.features": "both",
     "adapter.merge": 0.5,
+    "adapter.first_merge": 0.5,
+    "adapter.train_A": True,
     "classifier.name": "ncm",
     "classifier.epochs": 3,
     "classifier.lr": 0.1,
@@ -471,8 +473,8 @@ def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
 
 def test_the_hash_of_settings_stays_from_version_to_version():
     """A state is resumed and a study's trials are compared by it."""
-    assert config_hash(RunConfig()) == "63717f3fdca83718"
-    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "d15e7a3d5a7c6ec6"
+    assert config_hash(RunConfig()) == "73a7d09b508ea453"
+    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "8ba6a28a3703f280"
 
 
 def test_no_setting_is_forgotten_in_the_two_lists_above():
@@ -504,13 +506,13 @@ def test_the_list_names_every_setting_with_what_it_does():
     assert [path for path, setting in listed.items() if not setting.description] == []
 
 
-COMMON = ("adapt_tasks", "features")
-"""Settings of every adapter that is trained."""
+COMMON, LOW_RANK = ("adapt_tasks", "features"), ("blocks", "targets", "merge", "first_merge")
+"""Settings of every adapter that is trained, and of those that change weights."""
 
 
 def test_the_list_of_one_adapter_or_classifier_has_its_settings_and_no_others():
     expected = {
-        "olora": {f"adapter.{name}" for name in (*COMMON, "rank", "blocks", "targets", "merge", "penalty")},
+        "olora": {f"adapter.{name}" for name in (*COMMON, *LOW_RANK, "rank", "penalty")},
         "l2p": {f"adapter.{name}" for name in (*COMMON, "pool", "length", "top", "pull", "prompt_lr", "key_lr")},
         "aligned": {
             f"classifier.{name}"

@@ -46,7 +46,7 @@ class FittedSettings(Alternative):
     """Found in closed form after each task; an adapter learns with a linear layer that is then thrown away."""
 
     felt_later: ClassVar = frozenset({"drift"})
-    drift: Drift = 0.01
+    drift: Drift = None
 
 
 class NCMSettings(FittedSettings):
@@ -71,7 +71,7 @@ class QDASettings(FittedSettings):
 
     name: Literal["qda"] = "qda"
     built_by: ClassVar = "inflora.classifiers.qda:QDA"
-    pooling: Part = Field(default=0.5, description="of every class's covariance towards the common one")
+    pooling: Part = Field(default=0.9, description="of every class's covariance towards the common one")
     shrinkage: Part | None = Field(
         default=0.1, description="then towards equal variances; None: as suits so many images"
     )
@@ -83,7 +83,6 @@ class RanPACSettings(FittedSettings):
     name: Literal["ranpac"] = "ranpac"
     built_by: ClassVar = "inflora.classifiers.ranpac:RanPAC"
     features: Width = Field(default=1_000, description="random ones, M: it keeps M x M numbers; the paper has 10,000")
-    drift: Drift = None
 
 
 CLASSIFIERS = Alternatives(
