@@ -1,7 +1,7 @@
 """Every adapter with every classifier on three streams of tasks: tuned alike, tested alike.
 
 python benchmarks/pairs.py                  writes its part of docs/results.md; what is done is not done again
-python benchmarks/pairs.py --only digits    one stream
+python benchmarks/pairs.py --only digits --adapters none inflora    a part of it
 
 The same for all pairs: an adapter is trained with so many settings, its defaults and others that are drawn alike for
 all adapters, and every classifier is fitted, with at most so many settings of its own, to the features of the same
@@ -150,14 +150,14 @@ def done(trainings: list[Training], folder: Path, jobs: int) -> dict[Training, d
     return known
 
 
-def compared(stream: str, folder: Path, jobs: int) -> dict[Pair, Tuned]:
+def compared(stream: str, adapters: list[str], folder: Path, jobs: int) -> dict[Pair, Tuned]:
     """How every pair does on a stream."""
     tried = {
         adapter: [
             Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation")
             for changes in settings_tried(adapter)
         ]
-        for adapter in ADAPTERS
+        for adapter in adapters
     }
     on_validation = done([training for several in tried.values() for training in several], folder, jobs)
     chosen: dict[Pair, tuple[Training, str]] = {}
@@ -196,10 +196,16 @@ def share(shown: Mapping[str, Mapping[str, float]], label: str) -> float:
     return (shown[label]["seconds"] + passes * shown[""]["pass"]) / shown[""]["training"]
 
 
+def in_order(pairs: dict[Pair, Tuned]) -> dict[Pair, Tuned]:
+    """The pairs, adapter by adapter."""
+    return {pair: pairs[pair] for adapter in ADAPTERS for pair in pairs if pair.adapter == adapter}
+
+
 def main() -> None:
     """Do what is not done yet, keep the figures, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(COMPARED), choices=COMPARED)
+    parser.add_argument("--adapters", nargs="*", default=list(ADAPTERS), choices=ADAPTERS)
     parser.add_argument("--folder", type=Path, default=Path("results/pairs"), help="a file for each training")
     parser.add_argument("--figures", type=Path, default=Path("benchmarks/pairs.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
@@ -208,7 +214,8 @@ def main() -> None:
     known = read_figures(arguments.figures)
     for name in arguments.only:
         prepare(name, arguments.folder / "data")
-        known[name] = compared(name, arguments.folder, arguments.jobs)
+        found = compared(name, arguments.adapters, arguments.folder, arguments.jobs)
+        known[name] = in_order({**known.get(name, {}), **found})
         write_figures(known, arguments.figures)
         write_section(arguments.out, TITLE, report(known))
 

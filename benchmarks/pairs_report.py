@@ -71,7 +71,8 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def matrix(pairs: Pairs) -> list[str]:
     """Final accuracies: a row for each adapter, a column for each classifier."""
-    adapters, classifiers = (list(dict.fromkeys(pair[axis] for pair in pairs)) for axis in (0, 1))
+    adapters = list(dict.fromkeys(pair.adapter for pair in pairs))
+    classifiers = [pair.classifier for pair in pairs if pair.adapter == "none"]
 
     def cell(pair: Pair) -> str:
         if pair not in pairs:

@@ -32,6 +32,7 @@ from inflora.data.stream import Task
 from inflora.features import Features
 from inflora.gaussians import Gaussians
 from inflora.lora import LoRALinear, adapted_layers
+from inflora.state import StateError
 from inflora.task_data import TaskData
 from inflora.training import train_task
 from tests.conftest import begun, pair_of, same_tensors, task_of_noise
@@ -697,3 +698,18 @@ def test_sdloras_new_direction_is_the_share_of_the_update_and_its_magnitude_one(
         assert torch.equal(layer.old_B[0], SHARE * lora_B)
         gained = torch.cat([(layer.merged_weight() - layer.weight)[rows] for rows in layer.rows])
         torch.testing.assert_close(gained, SHARE * lora_B @ lora_A, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "part"), [("lda", "scatter"), ("qda", "covariances"), ("ranpac", "gram")])
+def test_statistics_that_no_images_could_have_are_a_damaged_state(name, part):
+    classifier = learn(fitted(name), tasks_of())
+    state = classifier.state()
+    state[part] = -1e3 * state[part].abs() - 1
+    with pytest.raises(StateError, match="damaged"):
+        fitted(name).load_state(state)
+
+
+def test_a_ridge_beyond_all_numbers_is_a_damaged_state():
+    state = learn(fitted("ranpac"), tasks_of()).state() | {"ridge": torch.tensor(1e9)}
+    with pytest.raises(StateError, match="damaged"):
+        fitted("ranpac").load_state(state)

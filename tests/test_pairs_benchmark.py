@@ -1,4 +1,4 @@
-"""The table of pairs (benchmarks/pairs.py): one training stands for a run with every classifier, its report is right."""
+"""The table of pairs (benchmarks/pairs.py): one training shows what runs with every classifier do; its report too."""
 
 import sys
 from pathlib import Path

@@ -18,6 +18,7 @@ from inflora.config import FittedSettings
 from inflora.data.stream import Task
 from inflora.features import Features
 from inflora.layout import Layout, Spec
+from inflora.state import StateError
 from inflora.task_data import TaskData
 
 S = TypeVar("S", bound=FittedSettings)
@@ -101,7 +102,10 @@ class Fitted(Classifier[S]):
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state.items():
             self.register_buffer(name, tensor.clone())
-        self.solve()
+        try:
+            self.solve()
+        except (torch.linalg.LinAlgError, OverflowError):
+            raise StateError("the state is damaged: the classifier's statistics are of no images") from None
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         return {"counts": Spec((sum(sizes),))}
