@@ -145,7 +145,7 @@ def test_final_judges_a_sweeps_best_against_the_first_setting_before_it_opens_th
         ("python my_digits.py --sweep digit", "unknown --sweep 'digit'; known: digits"),
         ("python my_digits.py --executor thread", "executor: must be 'train' or 'inline', got 'thread'"),
         ("python my_digits.py --num-trials 0", "trials: must be greater than or equal to 1, got 0"),
-        ("python my_digits.py adapter.rnk=3", "unknown setting adapter.rnk; known here: name, rank"),
+        ("python my_digits.py adapter.rnk=3", "unknown setting adapter.rnk; known here: name, adapt_tasks"),
         ("python my_digits.py data.tasks=3", "data.tasks must divide the 10 classes of digits (1, 2, 5, 10), got 3"),
         ("sweeps export nothing", "sweep.json is missing"),
         ("sweeps status nothing", "sweep.json is missing"),
