@@ -16,7 +16,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from inflora.config import load_config
+from inflora.config import load_config, method_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -96,9 +96,10 @@ def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept)
     line = "sweeps final digits.yaml digits-frozen.yaml --seeds 0,1"
     out = ok(swept(line))
     report = json.loads((swept.folder / "results/final/report.json").read_text())
-    assert set(report["summary"]) == {"inflora", "frozen"}
-    assert "| inflora |" in out
-    assert "| frozen |" in out
+    ours, frozen = (method_of(load_config(swept.folder / f"{name}.yaml")) for name in ("digits", "digits-frozen"))
+    assert set(report["summary"]) == {ours, frozen}
+    assert f"| {ours} |" in out
+    assert f"| {frozen} |" in out
 
     client = MlflowClient(f"sqlite:///{swept.folder}/results/final/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
@@ -107,7 +108,7 @@ def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept)
     assert len(children) == 4
     assert {r.info.status for r in runs} == {"FINISHED"}
     inflora = [r.data.metrics["acc/final"] for r in children if r.data.params["adapter.name"] == "inflora"]
-    assert parent.data.metrics["inflora/acc/final_mean"] == pytest.approx(sum(inflora) / 2)
+    assert parent.data.metrics[f"{ours}/acc/final_mean"] == pytest.approx(sum(inflora) / 2)
     for child in children:
         model = {a.path for a in client.list_artifacts(child.info.run_id, "model")}
         learnt = {"model/adapters"} if child.data.params["adapter.name"] == "inflora" else set()
