@@ -488,6 +488,11 @@ def test_the_first_task_takes_its_own_values_and_the_others_the_common_ones():
     assert optim.of_task(1) == optim
 
 
+def test_a_name_that_is_no_text_is_unknown_as_others_are():
+    with pytest.raises(ConfigError, match=r"^unknown classifier.name '\?'; known: linear"):
+        override(RunConfig(), {"classifier": "\ud800"})
+
+
 def test_long_names_and_values_are_cut_and_many_mistakes_are_counted():
     for settings in ({"x" * 5000: 1}, {"seed": "x" * 5000}, {f"k{i}": 1 for i in range(5000)}, {"\x1b[31m\n": 1}):
         with pytest.raises(ConfigError) as error:

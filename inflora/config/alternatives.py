@@ -59,7 +59,9 @@ class Alternatives(dict[str, type[Alternative]]):
         if name is None:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": "'name'"})
         if not isinstance(name, str) or (name not in self and name not in self.with_plugins()):
-            context = {"discriminator": "'name'", "tag": str(name), "expected_tags": ", ".join(self)}
+            # An unpaired surrogate is no text for pydantic.
+            tag = str(name).encode(errors="replace").decode()
+            context = {"discriminator": "'name'", "tag": tag, "expected_tags": ", ".join(self)}
             raise PydanticKnownError("union_tag_invalid", context)
         try:
             return self[name].model_validate(settings)
