@@ -45,7 +45,7 @@ def features_of(model: FeatureModel, data: TaskData) -> Features:
             seen.append((model.features(batch.images).double(), batch.labels - data.task.first_label))
     features_ND, labels_N = (torch.cat(parts) for parts in zip(*seen, strict=True))
     # Statistics of them are decomposed: solvers stop at other numbers with an error of their own, or never.
-    if not distributed.all_true(bool(features_ND.isfinite().all())):
+    if distributed.all_sum((~features_ND.isfinite()).sum()):
         raise FloatingPointError(f"the features after task {data.task.index} are not finite; try a smaller optim.lr")
     places_N = torch.arange(len(labels_N), device=labels_N.device) * distributed.world_size() + distributed.rank()
     return Features(features_ND, labels_N, places_N, len(data.task.classes))
