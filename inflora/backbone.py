@@ -197,7 +197,7 @@ def _vision_transformer(name: str, model: nn.Module) -> VisionTransformer:
 
 
 class InputCovariance:
-    """Running sum of ``h h^T`` over a layer's inputs ``h`` (float64 sums of float32 products), and their number.
+    """Running sums of ``h h^T`` (float64 sums of float32 products) and ``h`` over a layer's inputs, and their number.
 
     The products are made for the upper triangle only, in strips; ``mirror`` completes the sum.
     """
@@ -206,6 +206,7 @@ class InputCovariance:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.sum_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.sum_D = torch.zeros(width, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, inputs_BND: Tensor) -> None:
@@ -215,6 +216,7 @@ class InputCovariance:
             for start in range(0, flat.shape[1], self.STRIP):
                 end = start + self.STRIP
                 self.sum_DD[start:end, start:] += flat[:, start:end].T @ flat[:, start:]
+        self.sum_D += flat.sum(0, dtype=torch.float64)
         self.count += len(flat)
 
     def mirror(self) -> None:

@@ -155,14 +155,18 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
 
-    def attach(self, lora_A: Tensor, *, train_A: bool = False, within: Tensor | None = None) -> None:
-        """Start an adapter at zero: ``lora_B`` is zero, so the layer's output does not change.
+    def attach(
+        self, lora_A: Tensor, *, train_A: bool = False, within: Tensor | None = None, lora_B: Tensor | None = None
+    ) -> None:
+        """Start an adapter: with a zero B that is trained the layer's output does not change.
 
         ``within`` (D x D) projects the rows of an A that is trained onto a subspace; None: they may go anywhere.
+        A ``lora_B`` that is given stays as it is.
         """
         self.within = None if within is None else within.to(self.weight)
         self.lora_A = nn.Parameter(lora_A.to(self.weight), requires_grad=train_A)
-        self.lora_B = nn.Parameter(self.weight.new_zeros(sum(self.sizes), lora_A.shape[0]))
+        zeros = self.weight.new_zeros(sum(self.sizes), lora_A.shape[0])
+        self.lora_B = nn.Parameter(zeros if lora_B is None else lora_B.to(self.weight), requires_grad=lora_B is None)
 
     def detach_adapter(self, share: float = 1.0) -> tuple[Tensor, Tensor] | None:
         """Remove the adapter; its A and this share of its B, or None where there is none."""
@@ -192,10 +196,15 @@ class LoRALinear(nn.Linear):
         """
         factors = self.detach_adapter(share)
         if factors is not None:
-            self.add_update(self.weight, *factors)
-            if self.held is not None:
-                self.held.copy_(self.weight)
+            self.fold_in(*factors)
         return factors
+
+    @torch.no_grad()
+    def fold_in(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Add ``B A`` to the layer's own weight."""
+        self.add_update(self.weight, lora_A, lora_B)
+        if self.held is not None:
+            self.held.copy_(self.weight)
 
     def add_update(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         """Add ``B A`` to the adapted rows of ``weight``, in place."""

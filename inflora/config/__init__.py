@@ -9,6 +9,7 @@ from inflora.config.adapters import (
     AdaptedSettings,
     CODAPromptSettings,
     DualPromptSettings,
+    E2LoRASettings,
     FixedRankSettings,
     InfLoRASettings,
     L2PSettings,

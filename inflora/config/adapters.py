@@ -116,6 +116,16 @@ class SDLoRASettings(FixedRankSettings):
     magnitude_lr: Rate | None = Field(default=1e-3, description="of old magnitudes, which begin at 1; None: optim.lr")
 
 
+class E2LoRASettings(LowRankSettings):
+    """E2-LoRA: a new task writes to outputs that old tasks' updates hardly use, and these updates let go of them."""
+
+    name: Literal["e2lora"] = "e2lora"
+    built_by: ClassVar = "inflora.adapters.e2lora:E2LoRA"
+    targets: tuple[Target, ...] = Field(
+        default=("q", "k", "v", "mlp.fc1"), min_length=1, description="what is adapted in a block"
+    )
+
+
 class PromptSettings(AdaptedSettings):
     """Prompts, and what is compared with an image's query to choose or weigh them."""
 
@@ -179,6 +189,7 @@ ADAPTERS = Alternatives(
     InfLoRASettings,
     OLoRASettings,
     SDLoRASettings,
+    E2LoRASettings,
     L2PSettings,
     DualPromptSettings,
     CODAPromptSettings,
