@@ -78,7 +78,7 @@ def run(
         classifier.begin_task(data)
         # What is remembered of old classes can follow the features where these images show how they move.
         moves = task.index > 0 and adapter.adapts(task.index)
-        before = features_of(model, data) if moves and classifier.follows_drift else None
+        before = features_of(model, data, classifier.views) if moves and classifier.follows_drift else None
         adapter.begin_task(model, data)
         trained_size = trainable(model, adapter).size
 
@@ -87,7 +87,7 @@ def run(
         # First the adapter: the classifier is fitted to features that stay until the next task.
         factors = adapter.end_task(model, data)
         if classifier.is_fitted:
-            classifier.fit(features_of(model, data), before, data)
+            classifier.fit(features_of(model, data, classifier.views), before, data)
 
         # All classes seen so far compete, and a few features are kept to see later how far they have moved.
         seen = stream.tasks[: task.index + 1]

@@ -19,10 +19,10 @@ class FeatureModel(Protocol):
 
 
 class Features(NamedTuple):
-    """Features (N x D, float64) of this worker's share of a task's training images, without augmentation.
+    """Features (N x D, float64) of this worker's share of the looks at a task's training images.
 
     ``labels_N`` count within the task's ``classes``; ``places_N`` are the images' places among the task's, which are
-    the same on any number of workers.
+    the same on any number of workers, and for all looks at an image.
     """
 
     features_ND: Tensor
@@ -32,20 +32,25 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def features_of(model: FeatureModel, data: TaskData) -> Features:
-    """Look at each of the task's training images once, in stored order.
+def features_of(model: FeatureModel, data: TaskData, views: int = 0) -> Features:
+    """Look at each of the task's training images in stored order, once as they are and in so many augmented ``views``.
 
     Raises:
         FloatingPointError: They are not finite numbers.
     """
-    labels = torch.zeros(0, dtype=torch.int64, device=data.input_format.device)
-    seen = [(labels.new_zeros(0, model.width, dtype=torch.float64), labels)]
-    for batch in data.plain():
-        if len(batch.images):
-            seen.append((model.features(batch.images).double(), batch.labels - data.task.first_label))
+    places = torch.arange(len(data.task.train_rows), device=data.input_format.device)
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    # Workers share out a plain pass as a whole, and an augmented one batch by batch.
+    passes = [(data.plain(), places[mine])]
+    for view in range(views):
+        passes.append((data.view(view), torch.cat([batch[mine] for batch in places.split(data.optim.batch_size)])))
+    seen = [(places.new_zeros(0, model.width, dtype=torch.float64), places[:0])]
+    for batches, _ in passes:
+        for batch in batches:
+            if len(batch.images):
+                seen.append((model.features(batch.images).double(), batch.labels - data.task.first_label))
     features_ND, labels_N = (torch.cat(parts) for parts in zip(*seen, strict=True))
     # Statistics of them are decomposed: solvers stop at other numbers with an error of their own, or never.
     if distributed.all_sum((~features_ND.isfinite()).sum()):
         raise FloatingPointError(f"the features after task {data.task.index} are not finite; try a smaller optim.lr")
-    places_N = torch.arange(len(labels_N), device=labels_N.device) * distributed.world_size() + distributed.rank()
-    return Features(features_ND, labels_N, places_N, len(data.task.classes))
+    return Features(features_ND, labels_N, torch.cat([places_N for _, places_N in passes]), len(data.task.classes))

@@ -26,6 +26,11 @@ class TaskData(NamedTuple):
         rows = self.draws.order(self.task, purpose, generator)
         return training_batches(self.images, rows, self.input_format, self.optim.batch_size, generator)
 
+    def view(self, number: int) -> Iterator[Batch]:
+        """One augmented pass in stored order; the same number gives the same crops, on any number of workers."""
+        generator = self.draws.generator(self.task.index, "view", number)
+        return training_batches(self.images, self.task.train_rows, self.input_format, self.optim.batch_size, generator)
+
     def plain(self) -> Iterator[Batch]:
         """One pass in stored order, seen as evaluation images are."""
         return evaluation_batches(self.images, self.task.train_rows, self.input_format, self.optim.batch_size)

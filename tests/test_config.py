@@ -430,6 +430,7 @@ CHANGES = {
     "classifier.temperature": 0.1,
     "classifier.steps": 3,
     "classifier.drift": 0.1,
+    "classifier.views": 2,
     "replay.orders": Path("orders.safetensors"),
     "replay.heads": Path("heads.safetensors"),
     "replay.draws": Path("draws.safetensors"),
@@ -474,7 +475,7 @@ def test_a_given_file_counts_by_its_content_wherever_it_lies(path, tmp_path):
 def test_the_hash_of_settings_stays_from_version_to_version():
     """A state is resumed and a study's trials are compared by it."""
     assert config_hash(RunConfig()) == "73a7d09b508ea453"
-    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "8ba6a28a3703f280"
+    assert config_hash(PRESETS["imagenet-r-10-ca"].config) == "77bf71b2cb1c3de1"
 
 
 def test_no_setting_is_forgotten_in_the_two_lists_above():
@@ -521,10 +522,10 @@ def test_the_list_of_one_adapter_or_classifier_has_its_settings_and_no_others():
         "l2p": {f"adapter.{name}" for name in (*COMMON, "pool", "length", "top", "pull", "prompt_lr", "key_lr")},
         "aligned": {
             f"classifier.{name}"
-            for name in ("epochs", "steps", "lr", "weight_decay", "samples", "temperature", "drift")
+            for name in ("epochs", "steps", "lr", "weight_decay", "samples", "temperature", "drift", "views")
         },
-        "qda": {"classifier.pooling", "classifier.shrinkage", "classifier.drift"},
-        "ncm": {"classifier.drift"},
+        "qda": {"classifier.pooling", "classifier.shrinkage", "classifier.drift", "classifier.views"},
+        "ncm": {"classifier.drift", "classifier.views"},
         "linear": {"classifier.name"},
     }
     assert {name: {setting.path for setting in all_settings(name)} for name in expected} == expected

@@ -111,7 +111,7 @@ def test_a_run_on_the_device_learns_what_a_run_on_the_cpu_learns(method, form, p
 
 @pytest.mark.parametrize("classifier", [name for name in CLASSIFIERS if "drift" in CLASSIFIERS[name].model_fields])
 def test_classes_follow_the_features_on_the_device_as_on_the_cpu(classifier, tiny, root):
-    changes = pair_of("lora", classifier) | {"classifier.drift": 0.1, "adapter.features": "both"}
+    changes = pair_of("lora", classifier) | {"classifier.drift": 0.1, "classifier.views": 1, "adapter.features": "both"}
     config = config_of(tiny, root, **changes)
     with gpu_for():
         ours = learnt(config)[-1].state

@@ -36,6 +36,10 @@ class Aligned(LinearHeads[AlignedSettings]):
     def follows_drift(self) -> bool:
         return self.settings.drift is not None
 
+    @property
+    def views(self) -> int:
+        return self.settings.views
+
     def fit(self, seen: Features, before: Features | None, data: TaskData) -> None:
         """Let old classes follow the features, remember the task's; from the second task on, align all heads."""
         if before is not None and self.settings.drift is not None:

@@ -53,6 +53,11 @@ class Classifier(nn.Module, ABC, Generic[S]):
     def follows_drift(self) -> bool:
         return False
 
+    @property
+    def views(self) -> int:
+        """The number of augmented looks at each image that it is fitted to, besides the plain one."""
+        return 0
+
     def fit(self, seen: Features, before: Features | None, data: TaskData) -> None:
         """Learn from the finished task's features; the adapter has ended its task.
 

@@ -28,7 +28,7 @@ class Fitted(Classifier[S]):
     """Remembers tensors that a subclass registers as buffers, and finds its answers from them.
 
     While an adapter is trained a linear head says where the adapter should go; it is thrown away when the task ends.
-    ``counts`` (C) are the numbers of the classes' training images.
+    ``counts`` (C) are the numbers of looks at the classes' training images.
     """
 
     trained_alone = False
@@ -43,6 +43,10 @@ class Fitted(Classifier[S]):
     @property
     def follows_drift(self) -> bool:
         return self.settings.drift is not None
+
+    @property
+    def views(self) -> int:
+        return self.settings.views
 
     @property
     def classes(self) -> int:

@@ -15,6 +15,11 @@ Drift = Annotated[
 ]
 """Drift compensation (arXiv 2511.09926), of classifiers that remember statistics of old classes."""
 
+Views = Annotated[
+    int, Field(ge=0, le=100, description="augmented looks at each image that it is fitted to, besides the plain one")
+]
+"""Few images say little about how the features of a class spread; each look costs a forward pass of them."""
+
 
 class LinearSettings(Alternative):
     """One linear layer per task, trained with the adapter (``optim.head_lr``, ``optim.head_init``)."""
@@ -36,6 +41,7 @@ class AlignedSettings(Alternative):
     samples: Width = Field(default=256, description="features drawn per class seen and epoch; also the batch size")
     temperature: Scale | None = Field(default=None, description="of the normalised logits; None: not normalised")
     drift: Drift = None
+    views: Views = 0
 
     def epochs_of(self, classes: int) -> int:
         """Epochs with so many classes: an update for each of them makes one."""
@@ -47,6 +53,7 @@ class FittedSettings(Alternative):
 
     felt_later: ClassVar = frozenset({"drift"})
     drift: Drift = None
+    views: Views = 0
 
 
 class NCMSettings(FittedSettings):

@@ -225,6 +225,9 @@ class RunConfig(Settings):
     def _makes_sense(self) -> Self:
         if self.data.task_count == 1 and self.classifier.name == "aligned":
             raise ValueError("classifier aligned needs several tasks: with one there is nothing to align")
+        views = getattr(self.classifier, "views", None)
+        if views and self.data.augment == "none":
+            raise ValueError(f"classifier.views are augmented, got {views} with data.augment none")
         if self.replay.draws is not None and self.classifier.name != "aligned":
             raise ValueError(f"replay.draws are for classifier aligned, got classifier {self.classifier.name}")
         return self
