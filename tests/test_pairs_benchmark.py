@@ -22,6 +22,7 @@ FITTED = {
     "ncm": {"name": "ncm", "drift": 0.1},
     "lda": {"name": "lda", "drift": None},
     "lda drift": {"name": "lda", "drift": 0.1},
+    "lda views": {"name": "lda", "drift": 0.1, "views": 2},
     "qda": {"name": "qda", "drift": 0.1},
     "ranpac": {"name": "ranpac", "features": 40, "drift": 0.1},
 }

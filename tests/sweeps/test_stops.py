@@ -144,7 +144,7 @@ def test_ctrl_c_at_twenty_moments_of_the_first_seconds(recipe):
 
 
 def test_kills_while_its_databases_are_made_and_ctrl_c_while_it_starts(recipe):
-    assert kill_when_it_appears(recipe, set(), "/study.db")
+    assert kill_when_it_appears(recipe, set(), "/.study.db.new")
     assert kill_when_it_appears(recipe, set(), "/.mlflow.db.new")
     for seconds in (1.0, 4.0):
         interrupt_after(recipe, seconds)

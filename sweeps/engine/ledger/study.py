@@ -135,10 +135,25 @@ def open_storage(folder: Path) -> optuna.storages.BaseStorage:
     A write waits for the disk only now and then: a process that dies loses nothing, a machine that loses power at most
     the last reports, which trials send again when they go on from their checkpoints.
     """
+    _make_whole(folder / STUDY_FILE)
     storage = optuna.storages.RDBStorage(study_url(folder))
     event.listen(storage.engine, "connect", _write_ahead)
     storage.engine.dispose()  # connections made before know nothing of it
     return storage
+
+
+def _make_whole(file: Path) -> None:
+    """Make the database, if there is none, beside its place, and move it there: Optuna makes it in many steps.
+
+    Of one that was stopped between a table and its index, a later start makes no index, and then a second study.
+    """
+    if file.exists():
+        return
+    draft = file.with_name(f".{file.name}.new")  # a fixed name: what a kill has left is removed here
+    for suffix in ("", "-journal"):
+        draft.with_name(draft.name + suffix).unlink(missing_ok=True)
+    optuna.storages.RDBStorage(f"sqlite:///{draft.absolute()}").engine.dispose()
+    draft.rename(file)
 
 
 def _write_ahead(connection: Any, _: Any) -> None:

@@ -5,20 +5,22 @@ Every step of the real path runs: archive, preparation, sweep, export, training.
 
 from pathlib import Path
 
-from inflora.config import BackboneSettings, DualPromptSettings, Settings, override
+from inflora.config import BackboneSettings, DualPromptSettings, RanPACSettings, Settings, override
 from inflora.data import DATASETS, prepare_store
 from inflora.data.samples import SAMPLES
 from inflora.data.source import Options
 from sweeps.engine.space.spec import Budget, Resources, Sweep
 
 _CLASSES_PER_TASK, _IMAGES_PER_CLASS = 2, 8
-_HEAD_WIDTH = 64
+_HEAD_WIDTH, _RANDOM_FEATURES = 64, 100
 
 
 def shrink(sweep: Sweep, root: Path) -> Sweep:
     """The sweep with the same space over a run of seconds, on the dataset's sample store below ``root``."""
     sample = root / f"{sweep.base.data.dataset}-{sweep.base.data.task_count}"
     settings = {"data.root": str(sample), "data.validation": 0.25, "optim.epochs": 1, "optim.batch_size": 16}
+    if isinstance(sweep.base.classifier, RanPACSettings):
+        settings["classifier.features"] = min(sweep.base.classifier.features, _RANDOM_FEATURES)
     base = override(sweep.base, {**settings, "device": "cpu"}).model_copy(update={"backbone": _backbone_for(sweep)})
     changes = {
         "name": f"{sweep.name}-smoke",
