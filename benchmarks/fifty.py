@@ -12,18 +12,20 @@ from typing import Any
 
 from pairs import SEEDS, Training, done, frozen
 from pairs_report import spread, table, write_section
-from streams import prepare
+from streams import STREAMS, prepare
 
 TITLE = "## Fifty tasks"
-STREAM, ORDER = "many_strokes", 1993
+COMPARED, ORDER = ("letters", "many_strokes"), 1993
+TENTH = {"optim.lr": 3e-3, "adapter.merge": 0.1, "adapter.first_merge": 1.0, "adapter.features": "both"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "joint LoRA": ("joint", {"optim.lr": 1e-3}),
+    "joint LoRA": ("joint", {"optim.lr": 3e-3}),
     "none": ("none", {"optim.lr": 1e-3}),
     "LoRA": ("lora", {"optim.lr": 1e-3}),
+    "LoRA, a tenth merged": ("lora", TENTH),
     "InfLoRA, the paper's": ("inflora", {"optim.lr": 5e-4}),
-    "InfLoRA, a tenth merged": ("inflora", {"optim.lr": 1e-3, "adapter.energy": 0.999, "adapter.merge": 0.1}),
+    "InfLoRA, a tenth merged": ("inflora", TENTH | {"adapter.energy": 0.999}),
 }
-"""Adapters with settings of their own; nothing is tuned."""
+"""Adapters with settings of their own, from a few looks at the validation images of one seed."""
 FITTED = {
     "linear": "linear",
     "aligned": "aligned temperature=0.1 steps=500 drift=0.01",
@@ -34,30 +36,58 @@ FITTED = {
 }
 """Classifiers with the settings that stand for them."""
 
+Finals = Mapping[str, Mapping[str, list[float]]]
+"""Of each row and classifier: the final accuracies of all seeds, in percent."""
 
-def report(finals: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """The part of docs/results.md from its title on: accuracies, and their shares of the same classifier's on joint."""
+
+def share(finals: Finals, row: str, name: str) -> float | None:
+    """A row's accuracy as a share of what the same classifier has on joint features, None for those and without any."""
     joint = finals["joint LoRA"]
+    return fmean(finals[row][name]) / fmean(joint[name]) if name in joint and row != "joint LoRA" else None
 
-    def cell(row: str, name: str) -> str:
-        if name not in finals[row]:
-            return ""
-        share = fmean(finals[row][name]) / fmean(joint[name]) if name in joint and row != "joint LoRA" else None
-        return spread(finals[row][name]) + (f" ({share:.2f})" if share else "")
 
-    rows = [[row, *(cell(row, name) for name in FITTED)] for row in finals]
-    return "\n".join(
-        [
-            TITLE,
-            "",
-            "Written by `python benchmarks/fifty.py`: fifty tasks of two generated classes each (20 training images a",
-            "class), five epochs a task, nothing tuned, three seeds. Final accuracy on test images in percent, mean ±",
-            "sample standard deviation; in brackets as a share of what the same classifier has on the features of LoRA",
-            "trained on all tasks at once.",
-            "",
-            *table(["adapter", *FITTED], rows),
-        ]
-    )
+def report(streams: Mapping[str, Finals]) -> str:
+    """The part of docs/results.md from its title on: accuracies, and their shares of the same classifier's on joint."""
+    lines = [
+        TITLE,
+        "",
+        "Written by `python benchmarks/fifty.py`: fifty tasks of two classes each, five epochs a task, three seeds.",
+        "Final accuracy on test images in percent, mean ± sample standard deviation; in brackets as a share of what",
+        "the same classifier has on the features of LoRA trained on all tasks at once. Settings are from a few looks",
+        "at validation images; a tenth merged: all of the first task's update and a tenth of the others', features of",
+        "both models.",
+        "",
+    ]
+    for name, finals in streams.items():
+
+        def cell(row: str, fitted: str, finals: Finals = finals) -> str:
+            if fitted not in finals[row]:
+                return ""
+            part = share(finals, row, fitted)
+            return spread(finals[row][fitted]) + (f" ({part:.2f})" if part else "")
+
+        rows = [[row, *(cell(row, fitted) for fitted in FITTED)] for row in finals]
+        lines += [f"### {name}", "", STREAMS[name].about, "", *table(["adapter", *FITTED], rows)]
+    return "\n".join(lines)
+
+
+def measured(stream: str, folder: Path, jobs: int) -> Finals:
+    """What all rows have on a stream."""
+    prepare(stream, folder / "data")
+    trainings = {
+        (row, seed): Training(stream, adapter, frozen(changes), ORDER, seed, "test", labels=tuple(FITTED.values()))
+        for row, (adapter, changes) in ROWS.items()
+        for seed in SEEDS
+    }
+    shown = done(list(trainings.values()), folder, jobs)
+    return {
+        row: {
+            name: [100 * shown[trainings[row, seed]][label]["acc/final"] for seed in SEEDS]
+            for name, label in FITTED.items()
+            if label in shown[trainings[row, SEEDS[0]]]
+        }
+        for row in ROWS
+    }
 
 
 def main() -> None:
@@ -67,22 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     arguments = parser.parse_args()
-    prepare(STREAM, arguments.folder / "data")
-    trainings = {
-        (row, seed): Training(STREAM, adapter, frozen(changes), ORDER, seed, "test")
-        for row, (adapter, changes) in ROWS.items()
-        for seed in SEEDS
-    }
-    shown = done(list(trainings.values()), arguments.folder, arguments.jobs)
-    finals = {
-        row: {
-            name: [100 * shown[trainings[row, seed]][label]["acc/final"] for seed in SEEDS]
-            for name, label in FITTED.items()
-            if label in shown[trainings[row, SEEDS[0]]]
-        }
-        for row in ROWS
-    }
-    write_section(arguments.out, TITLE, report(finals))
+    streams = {stream: measured(stream, arguments.folder, arguments.jobs) for stream in COMPARED}
+    write_section(arguments.out, TITLE, report(streams))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def shown_by(
     """Label of each classifier -> what a whole run with it shows: metrics, and ``seconds`` of a task for itself alone.
 
     One run with linear heads trains the adapter; all classifiers are fitted to its features. The label "" has seconds
-    of a task: ``training`` the adapter, and looking at its images once, the ``pass`` that a fit needs.
+    of a task: ``training`` the adapter, and looking at its images as they are, the ``pass`` that every fit needs.
     """
     stream = make_stream(config.data, evaluate_on)
     shape = shape_of(meta_backbone(config.backbone))
@@ -51,7 +51,7 @@ def shown_by(
     adapter, total = make_adapter(config.adapter), len(stream.tasks)
     spent: dict[str, list[float]] = {"training": [], "pass": [], "evaluation": []}
     fits: dict[str, Fit] = {}
-    before: Features | None = None
+    before: dict[int, Features] = {}
 
     def data_of(task: int) -> TaskData:
         optim = config.optim.of_task(task)
@@ -65,21 +65,29 @@ def shown_by(
         fits = fits or {
             label: Fit(classifier_of(config, settings, model), [], []) for label, settings in labelled.items()
         }
-        with timed(spent["pass"]):
-            seen = features_of(model, data)
+        looks = sorted({0} | {fit.classifier.views for fit in fits.values()})
+        looking: dict[int, list[float]] = {views: [] for views in looks}
+        seen: dict[int, Features] = {}
+        for views in looks:
+            with timed(looking[views]):
+                seen[views] = features_of(model, data, views)
+        spent["pass"] += looking[0]
         with timed(spent["evaluation"]), torch.no_grad():
             rows = torch.cat([each.eval_rows for each in seen_tasks])
             batches = list(evaluation_batches(stream.evaluate, rows, input_format, 256))
             evaluated = torch.cat([model.features(batch.images) for batch in batches])
         for classifier, evaluations, seconds in fits.values():
             with timed(seconds):
-                learn(classifier, model.classifier.heads[-1], data, seen, before)
+                learn(
+                    classifier, model.classifier.heads[-1], data, seen[classifier.views], before.get(classifier.views)
+                )
+            seconds[-1] += looking[classifier.views][0] - looking[0][0]
             answers = RightAnswers(stream, seen_tasks, input_format.device)
             with torch.no_grad():
                 answers.count(classifier(evaluated), torch.cat([batch.labels for batch in batches]))
             evaluations.append(answers.evaluation())
         moves = task + 1 < total and adapter.adapts(task + 1)
-        before = features_of(model, data_of(task + 1)) if moves else None
+        before = {views: features_of(model, data_of(task + 1), views) for views in looks} if moves else {}
     # The run has evaluated as well, after each task.
     per_task = {"training": fmean(spent["training"]) - fmean(spent["evaluation"]), "pass": fmean(spent["pass"])}
     return {"": per_task} | {label: shown_of(fit, total) for label, fit in fits.items()}

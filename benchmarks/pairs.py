@@ -6,7 +6,8 @@ python benchmarks/pairs.py --only digits --adapters none inflora    a part of it
 The same for all pairs: an adapter is trained with so many settings, its defaults and others that are drawn alike for
 all adapters, and every classifier is fitted, with at most so many settings of its own, to the features of the same
 trainings (one_training.py). The best on validation images, with the first class order and seed, is trained on all
-training images with every seed and class order, and tested.
+training images with every seed and class order, and tested. Then the best of each adapter's trainings once more, with
+classifiers that are fitted to augmented looks at its images as well.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from one_training import shown_by
-from pairs_report import TITLE, Pair, Tuned, read_figures, report, write_figures, write_section
+from pairs_report import TITLE, Pair, Tuned, read_figures, report, viewed, write_figures, write_section
 from scipy.stats import qmc
 from streams import STREAMS, prepare
 
@@ -42,8 +43,17 @@ CLASSIFIERS: dict[str, list[dict[str, Any]]] = {
     "ranpac": [{"features": features, "drift": drift} for features in (500, 1000) for drift in DRIFTS],
 }
 """The settings of each classifier that are tried: as many for all that have any."""
+VIEWS = 8
+FITTED_TO_VIEWS: dict[str, list[dict[str, Any]]] = {
+    "aligned": [{"temperature": 0.1, "steps": 500, "drift": drift} for drift in (None, 0.1)],
+    "ncm": [{"drift": drift} for drift in (None, 0.1)],
+    "lda": [{"drift": drift} for drift in (None, 0.1)],
+    "qda": [{"pooling": 0.9, "drift": drift} for drift in (None, 0.1)],
+    "ranpac": [{"features": features, "drift": None} for features in (1000, 2000)],
+}
+"""And of those that are fitted to ``VIEWS`` augmented looks at each image."""
 PROMPTS = ("l2p", "dualprompt", "codaprompt")
-ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", *PROMPTS)
+ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", "e2lora", *PROMPTS)
 
 
 def settings_tried(adapter: str) -> list[dict[str, Any]]:
@@ -63,8 +73,9 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
             changes["adapter.features"] = one_of(features, "adapted", "both")
         if adapter not in ("none", "joint"):
             changes["adapter.adapt_tasks"] = one_of(tasks, None, None, 1)
-        if adapter not in ("none", *PROMPTS):
+        if adapter not in ("none", "e2lora", *PROMPTS):
             changes["adapter.rank"] = int(log(rank, 8, 64))
+        if adapter not in ("none", *PROMPTS):
             changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
             changes["adapter.first_merge"] = 1.0
         changes |= {
@@ -79,13 +90,13 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
     return tried
 
 
-def choices() -> dict[str, dict[str, Any]]:
-    """A label for every classifier with its settings."""
+def choices(views: int) -> dict[str, dict[str, Any]]:
+    """A label for every classifier with its settings, fitted to so many augmented looks."""
     labelled = {}
-    for name, several in CLASSIFIERS.items():
+    for name, several in (FITTED_TO_VIEWS if views else CLASSIFIERS).items():
         for settings in several:
             said = [name, *(f"{key}={value}" for key, value in settings.items())]
-            labelled[" ".join(said)] = {"name": name} | settings
+            labelled[" ".join(said)] = {"name": name} | settings | ({"views": views} if views else {})
     return labelled
 
 
@@ -93,7 +104,10 @@ def choices() -> dict[str, dict[str, Any]]:
 
 
 class Training(NamedTuple):
-    """One training of an adapter: what is to be done once."""
+    """One training of an adapter: what is to be done once.
+
+    Classifiers are fitted to so many ``views``: those of the ``labels``, or all of ``choices``.
+    """
 
     stream: str
     adapter: str
@@ -101,6 +115,8 @@ class Training(NamedTuple):
     order: int
     seed: int
     evaluate_on: EvaluateOn
+    views: int = 0
+    labels: tuple[str, ...] = ()
 
     def config(self, root: Path) -> RunConfig:
         """Its settings; "joint" learns all tasks as one with plain LoRA."""
@@ -116,9 +132,11 @@ class Training(NamedTuple):
 def remembered(training: Training, folder: Path) -> dict[str, Any]:
     """What the training shows, or what it did when it was done before; empty of classifiers where it went astray."""
     config = training.config(folder / "data")
-    labelled = {k: v for k, v in choices().items() if not (config.data.joint and v["name"] == "aligned")}
+    tried = choices(training.views).items()
+    wanted = {label: each for label, each in tried if not training.labels or label in training.labels}
+    labelled = {label: each for label, each in wanted.items() if not (config.data.joint and each["name"] == "aligned")}
     name = f"{training.stream}-{training.adapter}-{training.order}-{training.seed}-{config_hash(config)}"
-    file = folder / f"{name}-{training.evaluate_on}.json"
+    file = folder / f"{name}-{training.evaluate_on}{'-views' if training.views else ''}.json"
     if not file.exists():
         torch.set_num_threads(1)
         try:
@@ -150,28 +168,31 @@ def done(trainings: list[Training], folder: Path, jobs: int) -> dict[Training, d
     return known
 
 
-def compared(stream: str, adapters: list[str], folder: Path, jobs: int) -> dict[Pair, Tuned]:
-    """How every pair does on a stream."""
-    tried = {
-        adapter: [
-            Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation")
-            for changes in settings_tried(adapter)
-        ]
-        for adapter in adapters
+Shown = dict[Training, dict[str, Any]]
+
+
+def best_of(trainings: list[Training], shown: Shown, name: str = "") -> tuple[Training, str] | None:
+    """The best training and classifier, any or that of a ``name``, by accuracy on validation images."""
+    candidates = [
+        (metrics["acc/final"], metrics["acc/avg_incremental"], training, label)
+        for training in trainings
+        for label, metrics in shown[training].items()
+        if "acc/final" in metrics and name in ("", label.split(" ")[0])
+    ]
+    if not candidates:
+        return None
+    *_, training, label = max(candidates, key=lambda found: found[:2])
+    return training, label
+
+
+def tested(tried: Mapping[str, list[Training]], on_validation: Shown, folder: Path, jobs: int) -> dict[Pair, Tuned]:
+    """Every adapter's best training with each classifier, tested."""
+    chosen = {
+        Pair(adapter, name): best
+        for adapter, several in tried.items()
+        for name in CLASSIFIERS
+        if (best := best_of(several, on_validation, name))
     }
-    on_validation = done([training for several in tried.values() for training in several], folder, jobs)
-    chosen: dict[Pair, tuple[Training, str]] = {}
-    for adapter, several in tried.items():
-        for name in CLASSIFIERS:
-            candidates = [
-                (metrics["acc/final"], metrics["acc/avg_incremental"], training, label)
-                for training in several
-                for label, metrics in on_validation[training].items()
-                if label.split(" ")[0] == name
-            ]
-            if candidates:
-                *_, training, label = max(candidates, key=lambda found: found[:2])
-                chosen[Pair(adapter, name)] = training, label
     finals = {
         pair: [training._replace(order=order, seed=seed, evaluate_on="test") for order in ORDERS for seed in SEEDS]
         for pair, (training, _) in chosen.items()
@@ -186,6 +207,22 @@ def compared(stream: str, adapters: list[str], folder: Path, jobs: int) -> dict[
         )
         for pair, (training, label) in chosen.items()
     }
+
+
+def compared(stream: str, adapters: list[str], folder: Path, jobs: int) -> tuple[dict[Pair, Tuned], dict[Pair, Tuned]]:
+    """How every pair does on a stream, and how with views the classifiers do on each adapter's best training."""
+    tried = {
+        adapter: [
+            Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation")
+            for changes in settings_tried(adapter)
+        ]
+        for adapter in adapters
+    }
+    shown = done([training for several in tried.values() for training in several], folder, jobs)
+    best = {adapter: best_of(several, shown) for adapter, several in tried.items()}
+    with_views = {adapter: [found[0]._replace(views=VIEWS)] for adapter, found in best.items() if found}
+    shown |= done([training for several in with_views.values() for training in several], folder, jobs)
+    return tested(tried, shown, folder, jobs), tested(with_views, shown, folder, jobs)
 
 
 def share(shown: Mapping[str, Mapping[str, float]], label: str) -> float:
@@ -215,7 +252,8 @@ def main() -> None:
     for name in arguments.only:
         prepare(name, arguments.folder / "data")
         found = compared(name, arguments.adapters, arguments.folder, arguments.jobs)
-        known[name] = in_order({**known.get(name, {}), **found})
+        for key, pairs in zip((name, viewed(name)), found, strict=True):
+            known[key] = in_order({**known.get(key, {}), **pairs})
         write_figures(known, arguments.figures)
         write_section(arguments.out, TITLE, report(known))
 

@@ -47,6 +47,17 @@ class Tuned(NamedTuple):
 
 Pairs = Mapping[Pair, Tuned]
 
+FITTED_TO_VIEWS = [
+    "The training of each adapter that was best on validation images with any classifier, and classifiers that are",
+    "fitted to eight augmented looks at each image besides the plain one (`classifier.views=8`):",
+    "",
+]
+
+
+def viewed(stream: str) -> str:
+    """The name of a stream's figures where classifiers are fitted to views."""
+    return f"{stream}, views"
+
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
@@ -128,7 +139,7 @@ def report(streams: Mapping[str, Pairs]) -> str:
     lines = [
         TITLE,
         "",
-        "Written by `python benchmarks/pairs.py`, where every setting is to be seen, from `benchmarks/pairs.json`. The",
+        "Written by `python benchmarks/pairs.py`; every test and its settings go to what `--figures` names. The",
         "shipped glyph_vit, batches of 16, the same epochs for all. Every adapter is trained with as many settings",
         "(its defaults, and draws that are the same for all adapters: learning rate, rank, merge, targets, features,",
         "adapt_tasks), every classifier fitted with up to six of its own to the features of each. What has the best",
@@ -138,13 +149,17 @@ def report(streams: Mapping[str, Pairs]) -> str:
         "differences (t, 8 degrees of freedom; the nine share their test images, and a classifier in closed form on",
         "frozen features is the same for all seeds). `joint`: plain LoRA on all tasks at once, the bound. `new task`:",
         "mean over tasks of the accuracy on a task just learnt, among all classes seen; `task known`: final accuracy",
-        "when each image's task is known; `classifier's time`: in percent of the training's.",
+        "when each image's task is known; `classifier's time`: its passes over the task's images and its solution, in",
+        "percent of the time of a task's training, which is short where nothing is adapted, or in the first task only.",
         "",
     ]
-    for name, pairs in streams.items():
-        stream = STREAMS[name]
+    for name, stream in STREAMS.items():
+        if name not in streams:
+            continue
         lines += [f"### {name}, {stream.data.task_count} tasks", "", stream.about, ""]
-        lines += [*matrix(pairs), *against_others(pairs), *details(pairs)]
+        lines += [*matrix(streams[name]), *against_others(streams[name]), *details(streams[name])]
+        if pairs := streams.get(viewed(name)):
+            lines += [*FITTED_TO_VIEWS, *matrix(pairs), *against_others(pairs), *details(pairs)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -166,8 +181,8 @@ def write_figures(known: Mapping[str, Pairs], file: Path) -> None:
 
 
 def write_section(page: Path, title: str, section: str) -> None:
-    """Put a section in the place of the one of that title, or at the end of the page; others stay."""
-    before, _, rest = page.read_text().partition(title)
+    """Put a section in the place of the one of that title, or at the end of the page, which may be new; others stay."""
+    before, _, rest = (page.read_text() if page.exists() else "").partition(title)
     _, following, after = rest.partition("\n## ")
     text = f"{before.rstrip()}\n\n{section.rstrip()}\n{following}{after}"
-    write_atomically(page, (text.rstrip() + "\n").encode())
+    write_atomically(page, (text.strip() + "\n").encode())
