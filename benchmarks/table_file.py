@@ -128,9 +128,7 @@ def row_of(name: str, root: Path, setting: int, seed: int) -> pa.Table:
         told = trained(base, settings, seed)
     except FloatingPointError:
         told = Answers((), ())
-    packed = {
-        split: [[np.packbits(bits).tobytes() for bits in each]] for split, each in zip(SPLITS, told, strict=True)
-    }
+    packed = {split: [[np.packbits(bits).tobytes() for bits in each]] for split, each in zip(SPLITS, told, strict=True)}
     seconds = process_time() - start
     known = {"setting": [setting], "seed": [seed], "failed": [not told.test], "seconds": [seconds]}
     return pa.table({**known, **packed}, schema=SCHEMA)
