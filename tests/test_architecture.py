@@ -93,7 +93,7 @@ FLOORS = {
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-RECIPES_FLOOR = 28
+RECIPES_FLOOR = 29
 
 
 def modules() -> dict[str, Path]:

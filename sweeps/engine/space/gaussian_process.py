@@ -138,7 +138,7 @@ def _explained(looks_ND: Array, standard_N: Array, normal_KH: Array) -> _Explain
     cov_KNN = signal_K[:, None, None] * correlation(looks_ND, looks_ND, inverse_length_KD)
     cov_KNN += (noise_K + _JITTER)[:, None, None] * np.eye(count)
     log_det_K = 2 * np.log(np.diagonal(np.linalg.cholesky(cov_KNN), axis1=1, axis2=2)).sum(1)
-    inverse_KNN = np.linalg.inv(cov_KNN)
+    inverse_KNN = np.asarray(np.linalg.inv(cov_KNN), dtype=np.float64)
     ones_K, sums_K = inverse_KNN.sum((1, 2)), (inverse_KNN @ standard_N).sum(1)
     level_K = np.asarray(sums_K / ones_K, dtype=np.float64)
     residual_KN = (inverse_KNN @ (standard_N - level_K[:, None])[:, :, None])[..., 0]
