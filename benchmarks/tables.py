@@ -1,11 +1,20 @@
 """A tabular benchmark of this very problem: learning curves of InfLoRA, and searches replayed on them.
 
 python benchmarks/tables.py make digits-5-linear      records a stream (benchmarks/table_streams.py); resumable
-python benchmarks/tables.py make all                  all twelve: hours
+python benchmarks/tables.py make all                  all twelve: an hour and a half on two cores
 python benchmarks/tables.py make my-run.yaml          a stream of your own: a run's config, as `inflora train` takes it
+python benchmarks/tables.py replay --table digits-5-linear --search gp
+python benchmarks/tables.py choose                    all ways to search, on the six tables to choose on
+python benchmarks/tables.py judge                     the default, on the six to prove on: docs/search.md's figures
+python benchmarks/tables.py planted                   does this way of measuring find a planted order of searches?
+python benchmarks/tables.py looks                     what cheaper looks say of the full score
+
+Regret is true: the best setting's accuracy less that of the setting that would be exported, in points, over all
+recorded images and seeds. Budgets are tasks, those of stopped trials included: so many trials times the stream's tasks.
 """
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pyarrow.parquet as pq
 import torch
 import typer
-from table_file import SCHEMA, SEEDS, facts_of, row_of, settings_of, write_table
-from table_streams import STREAMS, stream_named
+from table_file import SCHEMA, SEEDS, facts_of, read_table, row_of, settings_of, write_table
+from table_replay import ARMS, Arm, Job, replayed
+from table_report import Regrets, picture, regrets, shown
+from table_streams import CHOOSING, STREAMS, stream_named
+
+from inflora.config import ConfigError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -70,6 +83,83 @@ def _kept(name: str, root: Path, setting: int, seed: int, folder: Path) -> None:
         draft = path.with_suffix(".new")
         pq.write_table(row_of(name, root, setting, seed), draft)
         draft.rename(path)
+
+
+BUDGETS = (12, 24, 48)
+CURVE = (4, 8, 12, 16, 20, 24, 32, 40, 48)
+RANDOM_CURVE = (*CURVE, 64, 80, 96)
+"""Trials' worth of tasks at which a replay is asked where it stands; random search up to the whole table."""
+
+Replays = Annotated[int, typer.Option(min=2, help="Replays of each way to search.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Replays at a time.")]
+Images = Annotated[int | None, typer.Option(help="Validation images of a replay; default: the stream's own number.")]
+Tables = Annotated[Path, typer.Option(help="Folder of the tables.")]
+CORES = os.cpu_count() or 1
+
+
+def found_on(
+    file: Path, arms: Mapping[str, Arm], replays: int, jobs: int, images: int | None = None
+) -> dict[str, Regrets]:
+    """Where every way to search stands at every budget, on one table."""
+    found = {}
+    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for label, arm in arms.items():
+            trials = RANDOM_CURVE if arm.changes.get("sampler") == "random" else CURVE
+            todo = [Job(file, arm, number, trials, images) for number in range(replays)]
+            found[label] = regrets(trials, list(pool.map(replayed, todo, chunksize=4)))
+    return found
+
+
+def file_of(table: str, tables: Path) -> Path:
+    """A table's file, by its stream's name or as a path.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    file = Path(table) if table.endswith(".parquet") else tables / f"{table}.parquet"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in tables.glob("*.parquet"))) or "none"
+        raise ConfigError(f"no table {table}; recorded: {known}")
+    return file
+
+
+@app.command()
+def replay(
+    table: Annotated[str, typer.Option(help="A recorded stream, or a .parquet file.")],
+    search: Annotated[str, typer.Option(help=f"One of: {'; '.join(ARMS)}.")],
+    trials: Annotated[int, typer.Option(min=4, help="The budget in the middle; half and twice it are shown too.")] = 24,
+    replays: Replays = 200,
+    jobs: Jobs = CORES,
+    images: Images = None,
+    out: Annotated[Path | None, typer.Option(help="A picture of regret against tasks spent.")] = None,
+    tables: Tables = TABLES,
+) -> None:
+    """Replay one way to search on one table, and random search beside it."""
+    if search not in ARMS:
+        raise ConfigError(f"unknown --search {search!r}; known: {'; '.join(ARMS)}")
+    file = file_of(table, tables)
+    known = read_table(file)
+    arms = {name: ARMS[name] for name in dict.fromkeys(("random", search))}
+    found = found_on(file, arms, replays, jobs, images)
+    budgets = tuple(min(CURVE, key=lambda each: abs(each - wanted)) for wanted in (trials // 2, trials, 2 * trials))
+    print(f"{file.stem}: {known.tasks} tasks, {len(known.settings)} settings, {replays} replays; mean regret in points")
+    print("\n".join(shown(found, budgets, found["random"], known.tasks)))
+    if out is not None:
+        picture({file.stem: found}, out)
+        print(out)
+
+
+@app.command()
+def choose(
+    replays: Replays = 40, jobs: Jobs = CORES, only: Annotated[str, typer.Option()] = "", tables: Tables = TABLES
+) -> None:
+    """All ways to search on the tables that are for choosing."""
+    arms = {name: ARMS[name] for name in only.split(";") if name} or ARMS
+    for stream in CHOOSING:
+        file = file_of(stream, tables)
+        found = found_on(file, {"random": ARMS["random"], **arms}, replays, jobs)
+        print(f"### {stream}\n")
+        print("\n".join(shown(found, BUDGETS, found["random"], read_table(file).tasks)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ BOLDNESS = 2.0
 """Standard deviations that an unknown setting is given the benefit of."""
 FIRST_LOOKS = 5
 """Trials that are spread evenly over the space before any estimate guides them."""
-_CANDIDATES, _NEAR = 400, 100
+_CANDIDATES, _NEAR = 256, 64
 _IMAGINED = 256
 
 

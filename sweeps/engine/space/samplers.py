@@ -14,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from sweeps.engine.space import domains
+from sweeps.engine.space.acquisition import next_settings
 from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
 
@@ -34,6 +35,8 @@ def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Propos
     Samplers know linear and logarithmic scales. They are asked in a study in memory, whose trials are the real ones on
     the sampler's scales, so that the study on disk holds the settings themselves.
     """
+    if sampler == "gp":
+        return Proposed(next_settings(sweep.space, *_looks(trials), sweep.sampler_seed), {})
     space = {path: domain.transformed() for path, domain in sweep.space.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -47,6 +50,12 @@ def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Propos
     chosen = domains.suggest(space, asked)
     settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
     return Proposed(settings, study.get_trials(deepcopy=False)[-1].system_attrs)
+
+
+def _looks(trials: Sequence[FrozenTrial]) -> tuple[list[tuple[dict[str, Any], float]], list[dict[str, Any]]]:
+    """The settings of finished trials with their scores, and those of trials that run."""
+    finished = [(trial.params, trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
+    return finished, [trial.params for trial in trials if trial.state is TrialState.RUNNING and trial.params]
 
 
 def _transformed(sweep: Sweep, space: domains.Space, trial: FrozenTrial) -> FrozenTrial:
@@ -77,7 +86,7 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
                 group=domains.is_conditional(sweep.space),
                 constant_liar=True,  # trials that run side by side keep their distance
             )
-        case "gp":
+        case "optuna-gp":
             return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
         case "cmaes":
             # Stopped trials have no value: with early stopping only the finished ones teach it.

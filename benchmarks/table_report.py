@@ -1,0 +1,110 @@
+"""What replays say: means with intervals, ratios between ways to search, the page and the picture made of them.
+
+Shapes: R replays, B budgets. Regrets in points.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pairs_report import table
+from table_replay import Point
+
+Array = NDArray[np.float64]
+_RESAMPLES = 4_000
+
+
+class Regrets(NamedTuple):
+    """A way to search on one table: true regrets, and how honest its claims are."""
+
+    trials: tuple[int, ...]
+    regret_RB: Array
+    excess_RB: Array
+    covered_RB: Array
+
+    def at(self, trials: int) -> Array:
+        """The regret of every replay (R) at the budget of so many trials."""
+        return self.regret_RB[:, self.trials.index(trials)]
+
+
+def regrets(trials: Sequence[int], replays: Sequence[Sequence[Point]]) -> Regrets:
+    """The points of all replays of a way to search."""
+    excess = [[0.0 if p.claimed is None else p.claimed.mean - p.truth for p in points] for points in replays]
+    covered = [[p.claimed is None or p.claimed.low <= p.truth <= p.claimed.high for p in points] for points in replays]
+    regret = [[p.regret for p in points] for points in replays]
+    return Regrets(tuple(trials), 100 * np.array(regret), 100 * np.array(excess), np.array(covered, float))
+
+
+class Interval(NamedTuple):
+    """A figure and its 95 % interval."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def ratio(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval:
+    """Mean regret of ours by that of theirs, all streams alike; replays of one number are resampled together.
+
+    Each array holds a stream's replays (R), in the order of their numbers.
+    """
+    random = np.random.default_rng(0)
+    tops, bottoms = np.zeros(_RESAMPLES), np.zeros(_RESAMPLES)
+    for one, other in zip(ours, theirs, strict=True):
+        chosen = random.integers(len(one), size=(_RESAMPLES, len(one)))
+        tops, bottoms = tops + one[chosen].mean(1), bottoms + other[chosen].mean(1)
+    middle = sum(one.mean() for one in ours) / max(sum(other.mean() for other in theirs), 1e-9)
+    low, high = np.percentile(tops / np.maximum(bottoms, 1e-9), [2.5, 97.5])
+    return Interval(float(middle), float(low), float(high))
+
+
+def tasks_needed(reference: Regrets, wanted: float, tasks: int) -> float:
+    """Tasks after which the mean regret of ``reference`` is at most ``wanted``; infinite where it never is."""
+    means = reference.regret_RB.mean(0)
+    for index, mean in enumerate(means):
+        if mean <= wanted:
+            if index == 0:
+                return reference.trials[0] * tasks
+            share = (means[index - 1] - wanted) / max(means[index - 1] - mean, 1e-9)
+            return (reference.trials[index - 1] + share * np.diff(reference.trials)[index - 1]) * tasks
+    return float("inf")
+
+
+def shown(found: Mapping[str, Regrets], trials: Sequence[int], reference: Regrets, tasks: int) -> list[str]:
+    """A row for each way to search: mean and 95 % interval, 90th percentile, and what random search needs for it."""
+    rows = []
+    for name, each in found.items():
+        cells = []
+        for budget in trials:
+            values = each.at(budget)
+            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+            cells.append(f"{values.mean():.2f} ± {half:.2f} ({np.percentile(values, 90):.1f})")
+        needed = tasks_needed(reference, float(each.at(trials[1]).mean()), tasks)
+        rows.append([name, *cells, f"{needed:.0f}" if np.isfinite(needed) else f"over {reference.trials[-1] * tasks}"])
+    header = ["search", *(f"{budget} trials" for budget in trials), f"random needs for that of {trials[1]}"]
+    return table(header, rows)
+
+
+def picture(found: Mapping[str, Mapping[str, Regrets]], path: Path) -> None:
+    """Mean regret against trials' worth of tasks, a panel for each table."""
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(4 * columns, 2.9 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axes, (name, arms) in zip(panels, found.items(), strict=False):
+        for label, each in arms.items():
+            mean_B = each.regret_RB.mean(0)
+            half_B = 1.96 * each.regret_RB.std(0, ddof=1) / len(each.regret_RB) ** 0.5
+            (line,) = axes.plot(each.trials, mean_B, label=label, marker=".")
+            axes.fill_between(each.trials, mean_B - half_B, mean_B + half_B, color=line.get_color(), alpha=0.15)
+        axes.set(title=name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    figure.supxlabel("tasks spent, in trials that learn all of them")
+    figure.supylabel("true regret of the exported setting, points")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
