@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.samplers import GPSampler
 from optuna.trial import TrialState
 from table_file import Table, read_table
 from table_streams import PAPER
@@ -27,10 +28,13 @@ from sweeps.engine.space.cube import encoded
 from sweeps.engine.space.early_stopping import Rungs
 from sweeps.engine.space.estimate import Estimate, estimate
 from sweeps.engine.space.gaussian_process import posterior
-from sweeps.engine.space.samplers import propose
+from sweeps.engine.space.samplers import ask, propose
 from sweeps.engine.space.spec import Sweep
 
 Array = NDArray[np.float64]
+
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class Arm(NamedTuple):
@@ -38,13 +42,14 @@ class Arm(NamedTuple):
 
     ``changes`` are fields of ``Sweep``; ``first`` are places in the table, tried after the recipe's first setting, the
     paper's. With ``forecasts`` a trial stops when it is not expected to win, and samplers are told what it was
-    expected to end with.
+    expected to end with. ``optunas``: Optuna's own Gaussian process proposes.
     """
 
     changes: Mapping[str, Any] = {}
     winner: str = "estimate"
     first: tuple[int, ...] = ()
     forecasts: bool = False
+    optunas: bool = False
 
 
 RANDOM = Arm({"sampler": "random"}, winner="observed")
@@ -55,11 +60,15 @@ ARMS: dict[str, Arm] = {
     "tpe, estimated": Arm({"sampler": "tpe", "trials": 24}),
     "tpe + asha": Arm({"sampler": "tpe", "trials": 24, "early_stopping": "asha"}, winner="observed"),
     "tpe + asha, estimated": Arm({"sampler": "tpe", "trials": 24, "early_stopping": "asha"}),
+    "optuna's gp": Arm(optunas=True),
     "gp": Arm({"sampler": "gp"}),
     "gp + asha": Arm({"sampler": "gp", "early_stopping": "asha"}),
+    "gp + late asha": Arm({"sampler": "gp", "early_stopping": "asha", "grace_tasks": "half"}),
     "gp + forecasts": Arm({"sampler": "gp"}, forecasts=True),
 }
-"""The ways to search that are compared. Without a word of it the winner is the luckiest trial."""
+"""The ways to search that are compared; the winner is the luckiest trial unless it is "estimated", or of ``gp``."""
+DEFAULT = "gp"
+"""What a sweep does unless it is told otherwise."""
 
 
 class Recording(NamedTuple):
@@ -160,7 +169,9 @@ def replay(known: Recording, arm: Arm, chances: Drawn, budgets: Sequence[int]) -
 
     A trial that a budget cuts off has not finished.
     """
-    changes = {"sampler_seed": chances.seed, "early_stopping": "none", "first": (), **arm.changes}
+    half = known.tasks // 2 + 1
+    changes = {"sampler_seed": chances.seed, "early_stopping": "none", "first": (), "grace_tasks": 2, **arm.changes}
+    changes["grace_tasks"] = half if changes["grace_tasks"] == "half" else changes["grace_tasks"]
     search = _Search(known, known.sweep.model_copy(update=changes), arm, [], [], [], {})
     rungs = None if search.sweep.early_stopping == "none" else Rungs(search.sweep, [])
     reached: list[Point] = []
@@ -210,7 +221,12 @@ class _Search(NamedTuple):
         for record in self.records[len(self.trials) :]:
             self.trials.append(_trial(self.sweep, record, self.expected.get(record.number)))
         trials = self.trials
-        wanted_D = encoded(self.sweep.space, [propose(self.sweep, trials, self.sweep.sampler).settings])[0]
+        if self.arm.optunas:
+            sampler = GPSampler(seed=self.sweep.sampler_seed, n_startup_trials=8, warn_independent_sampling=False)
+            settings = ask(self.sweep, trials, sampler).settings
+        else:
+            settings = propose(self.sweep, trials, self.sweep.sampler).settings
+        wanted_D = encoded(self.sweep.space, [settings])[0]
         return int(free[((self.known.points_SD[free] - wanted_D) ** 2).sum(1).argmin()])
 
     def is_hopeless(self, number: int, curve_T: Array) -> bool:
@@ -276,7 +292,32 @@ def _distributions(space: str) -> dict[str, optuna.distributions.BaseDistributio
     return asked.distributions
 
 
+def portfolio(others: Sequence[Recording], size: int) -> tuple[int, ...]:
+    """The settings (places) that are best to try first, as other streams tell: one after another, each the one that
+    leaves the least mean regret, in units of the stream's spread, beside those before it and the paper's.
+    """
+    regret_OS = np.array([(each.truth_S.max() - each.truth_S) / each.truth_S.std() for each in others])
+    least_O, chosen = regret_OS[:, -1], []
+    for _ in range(size):
+        chosen.append(int(np.minimum(least_O[:, None], regret_OS).mean(0).argmin()))
+        least_O = np.minimum(least_O, regret_OS[:, chosen[-1]])
+    return tuple(chosen)
+
+
+def near_paper(known: Recording, size: int, distance: float = 0.25) -> tuple[int, ...]:
+    """The settings (places) that are about so far from the paper's: a prior around it."""
+    apart_S = np.abs(((known.points_SD[:-1] - known.points_SD[-1]) ** 2).sum(1) ** 0.5 - distance)
+    return tuple(int(place) for place in np.argsort(apart_S, kind="stable")[:size])
+
+
 _known: dict[str, Recording] = {}
+
+
+def known_table(file: Path) -> Recording:
+    """A table, read once in a process."""
+    if str(file) not in _known:
+        _known[str(file)] = recording(read_table(file))
+    return _known[str(file)]
 
 
 class Job(NamedTuple):
@@ -291,7 +332,6 @@ class Job(NamedTuple):
 
 def replayed(job: Job) -> list[Point]:
     """One replay; other arms draw the same chances with the same number."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    known = _known.setdefault(str(job.file), _known.get(str(job.file)) or recording(read_table(job.file)))
+    known = known_table(job.file)
     budgets = [trials * known.tasks for trials in job.trials]
     return replay(known, job.arm, drawn(known, job.number, job.images), budgets)

@@ -21,13 +21,16 @@ from typing import Annotated
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
+from pairs_report import table, write_section
 from table_file import SCHEMA, SEEDS, facts_of, read_table, row_of, settings_of, write_table
-from table_replay import ARMS, Arm, Job, replayed
-from table_report import Regrets, picture, regrets, shown
-from table_streams import CHOOSING, STREAMS, stream_named
+from table_planted import agreement
+from table_replay import ARMS, DEFAULT, Arm, Job, known_table, near_paper, portfolio, replayed
+from table_report import JUDGEMENT, Regrets, judgement, picture, regrets, shown
+from table_streams import CHOOSING, PROVING, STREAMS, stream_named
 
 from inflora.config import ConfigError
 
@@ -90,6 +93,8 @@ CURVE = (4, 8, 12, 16, 20, 24, 32, 40, 48)
 RANDOM_CURVE = (*CURVE, 64, 80, 96)
 """Trials' worth of tasks at which a replay is asked where it stands; random search up to the whole table."""
 
+JUDGED = {name: ARMS[name] for name in ("random", "random, estimated", "tpe + asha", DEFAULT)}
+
 Replays = Annotated[int, typer.Option(min=2, help="Replays of each way to search.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Replays at a time.")]
 Images = Annotated[int | None, typer.Option(help="Validation images of a replay; default: the stream's own number.")]
@@ -125,7 +130,7 @@ def file_of(table: str, tables: Path) -> Path:
 
 @app.command()
 def replay(
-    table: Annotated[str, typer.Option(help="A recorded stream, or a .parquet file.")],
+    recorded: Annotated[str, typer.Option("--table", help="A recorded stream, or a .parquet file.")],
     search: Annotated[str, typer.Option(help=f"One of: {'; '.join(ARMS)}.")],
     trials: Annotated[int, typer.Option(min=4, help="The budget in the middle; half and twice it are shown too.")] = 24,
     replays: Replays = 200,
@@ -137,7 +142,7 @@ def replay(
     """Replay one way to search on one table, and random search beside it."""
     if search not in ARMS:
         raise ConfigError(f"unknown --search {search!r}; known: {'; '.join(ARMS)}")
-    file = file_of(table, tables)
+    file = file_of(recorded, tables)
     known = read_table(file)
     arms = {name: ARMS[name] for name in dict.fromkeys(("random", search))}
     found = found_on(file, arms, replays, jobs, images)
@@ -151,15 +156,71 @@ def replay(
 
 @app.command()
 def choose(
-    replays: Replays = 40, jobs: Jobs = CORES, only: Annotated[str, typer.Option()] = "", tables: Tables = TABLES
+    replays: Replays = 40,
+    jobs: Jobs = CORES,
+    only: Annotated[str, typer.Option(help="Ways to search, separated by semicolons.")] = "",
+    tables: Tables = TABLES,
 ) -> None:
-    """All ways to search on the tables that are for choosing."""
-    arms = {name: ARMS[name] for name in only.split(";") if name} or ARMS
-    for stream in CHOOSING:
-        file = file_of(stream, tables)
+    """All ways to search on the tables to choose on; what is tried first is learnt from the other five."""
+    files = {stream: file_of(stream, tables) for stream in CHOOSING}
+    totals: dict[str, list[Regrets]] = {}
+    for stream, file in files.items():
+        others = [known_table(other) for name, other in files.items() if name != stream]
+        starts = {
+            "gp, portfolio": Arm({"sampler": "gp"}, first=portfolio(others, 4)),
+            "gp, near the paper": Arm({"sampler": "gp"}, first=near_paper(known_table(file), 4)),
+        }
+        arms = {name: arm for name, arm in (ARMS | starts).items() if not only or name in only.split(";")}
         found = found_on(file, {"random": ARMS["random"], **arms}, replays, jobs)
         print(f"### {stream}\n")
-        print("\n".join(shown(found, BUDGETS, found["random"], read_table(file).tasks)), flush=True)
+        print("\n".join(shown(found, BUDGETS, found["random"], known_table(file).tasks)), flush=True)
+        for name, each in found.items():
+            totals.setdefault(name, []).append(each)
+    print("### all six: mean regret\n")
+    rows = []
+    for name, several in totals.items():
+        means = [np.mean([each.at(trials).mean() for each in several]) for trials in BUDGETS]
+        rows.append([name, *(f"{mean:.2f}" for mean in means)])
+    print("\n".join(table(["search", *(f"{trials} trials" for trials in BUDGETS)], rows)))
+
+
+@app.command("planted")
+def planted_order(surfaces: int = 6, replays: int = 30) -> None:
+    """Does this way of measuring find a planted order of searches?"""
+    names = ("random", "random, estimated", "tpe", "tpe, estimated", "gp")
+    found = agreement({name: ARMS[name] for name in names}, surfaces, replays)
+    rows = [[kind, *(f"{mean:.2f}" for mean in means), f"{tau:.2f}"] for kind, (means, tau) in found.items()]
+    print("\n".join(table(["truth", *names, "tau with the planted"], rows)))
+
+
+@app.command()
+def looks(stream: str, drafts: Drafts = Path("results/tables"), jobs: Jobs = CORES, tables: Tables = TABLES) -> None:
+    """Rank correlations of cheaper looks with the full score, over a table's settings."""
+    from table_looks import cheaper_looks
+
+    print("\n".join(cheaper_looks(stream, file_of(stream, tables), drafts, jobs)))
+
+
+@app.command()
+def judge(
+    replays: Replays = 200,
+    jobs: Jobs = CORES,
+    images: Images = None,
+    only: Annotated[str, typer.Option(help="Tables to judge on, separated by commas; default: the six.")] = "",
+    tables: Tables = TABLES,
+    page: Annotated[Path | None, typer.Option(help="A page whose part on this is written anew.")] = None,
+) -> None:
+    """The default way to search against random search, on the tables that nothing was chosen on."""
+    files = {name: file_of(name, tables) for name in (only.split(",") if only else PROVING)}
+    found = {}
+    for name, file in files.items():
+        found[Path(name).stem] = found_on(file, JUDGED, replays, jobs, images)
+        print(f"{name}: {replays} replays of {len(JUDGED)} ways to search", flush=True)
+    section = judgement(found, {Path(name).stem: read_table(file).tasks for name, file in files.items()}, replays)
+    print(section)
+    if page is not None:
+        write_section(page, JUDGEMENT, section)
+        picture(found, page.parent / "search-regret.png")
 
 
 if __name__ == "__main__":

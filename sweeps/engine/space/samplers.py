@@ -1,4 +1,4 @@
-"""Optuna's samplers, by name: they propose settings."""
+"""Samplers, by name: they propose settings."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
@@ -30,22 +30,24 @@ class Proposed(NamedTuple):
 
 
 def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
-    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has.
+    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has."""
+    if sampler == "gp":
+        return Proposed(next_settings(sweep.space, *_looks(trials), sweep.sampler_seed), {})
+    # Chance needs to know nothing.
+    return ask(sweep, [] if sampler == "random" else trials, make_sampler(sweep, sampler, len(trials)))
+
+
+def ask(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: BaseSampler) -> Proposed:
+    """The settings that one of Optuna's samplers proposes.
 
     Samplers know linear and logarithmic scales. They are asked in a study in memory, whose trials are the real ones on
     the sampler's scales, so that the study on disk holds the settings themselves.
     """
-    if sampler == "gp":
-        return Proposed(next_settings(sweep.space, *_looks(trials), sweep.sampler_seed), {})
     space = {path: domain.transformed() for path, domain in sweep.space.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            directions=[direction(metric) for metric in sweep.objectives],
-            sampler=make_sampler(sweep, sampler, len(trials)),
-        )
-    if sampler != "random":  # chance needs to know nothing
-        study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
+        study = optuna.create_study(directions=[direction(metric) for metric in sweep.objectives], sampler=sampler)
+    study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
     asked = study.ask()
     chosen = domains.suggest(space, asked)
     settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
@@ -86,8 +88,6 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
                 group=domains.is_conditional(sweep.space),
                 constant_liar=True,  # trials that run side by side keep their distance
             )
-        case "optuna-gp":
-            return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
         case "cmaes":
             # Stopped trials have no value: with early stopping only the finished ones teach it.
             return ReplayedCmaEs(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
