@@ -172,6 +172,7 @@ def replay(known: Recording, arm: Arm, chances: Drawn, budgets: Sequence[int]) -
     half = known.tasks // 2 + 1
     changes = {"sampler_seed": chances.seed, "early_stopping": "none", "first": (), "grace_tasks": 2, **arm.changes}
     changes["grace_tasks"] = half if changes["grace_tasks"] == "half" else changes["grace_tasks"]
+    # A copy is not checked: what a sweep refuses, as a sampler that never hears of stopped trials, is compared too.
     search = _Search(known, known.sweep.model_copy(update=changes), arm, [], [], [], {})
     rungs = None if search.sweep.early_stopping == "none" else Rungs(search.sweep, [])
     reached: list[Point] = []

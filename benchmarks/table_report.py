@@ -15,7 +15,7 @@ from pairs_report import table
 from table_replay import Point
 from table_streams import SPACE
 
-from sweeps.engine.space.acquisition import next_settings
+from sweeps.engine.space.acquisition import Looks, next_settings
 from sweeps.engine.space.cube import settings_at
 from sweeps.engine.space.gaussian_process import spread_points
 
@@ -188,6 +188,6 @@ def seconds_per_proposal(trials: int) -> float:
     took = []
     for seed in range(9):
         start = process_time()
-        next_settings(SPACE, finished, [], seed)
+        next_settings(SPACE, Looks(finished, number=trials, seed=seed))
         took.append(process_time() - start)
     return sorted(took)[4]

@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from sweeps.engine.space import domains
-from sweeps.engine.space.acquisition import next_settings
+from sweeps.engine.space.acquisition import Looks, next_settings
 from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
 
@@ -31,10 +31,11 @@ class Proposed(NamedTuple):
 
 def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
     """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has."""
-    if sampler == "gp":
-        return Proposed(next_settings(sweep.space, *_looks(trials), sweep.sampler_seed), {})
+    known = [trial for trial in trials if trial.state is not TrialState.WAITING]
+    if sampler == "gp" and not sweep.gp_falls_back:
+        return Proposed(next_settings(sweep.space, _looks(known, sweep.sampler_seed)), {})
     # Chance needs to know nothing.
-    return ask(sweep, [] if sampler == "random" else trials, make_sampler(sweep, sampler, len(trials)))
+    return ask(sweep, [] if sampler == "random" else known, make_sampler(sweep, sampler, len(trials)))
 
 
 def ask(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: BaseSampler) -> Proposed:
@@ -47,17 +48,19 @@ def ask(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: BaseSampler) -> Pr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(directions=[direction(metric) for metric in sweep.objectives], sampler=sampler)
-    study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
+    study.add_trials(_transformed(sweep, space, trial) for trial in trials)
     asked = study.ask()
     chosen = domains.suggest(space, asked)
     settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
     return Proposed(settings, study.get_trials(deepcopy=False)[-1].system_attrs)
 
 
-def _looks(trials: Sequence[FrozenTrial]) -> tuple[list[tuple[dict[str, Any], float]], list[dict[str, Any]]]:
-    """The settings of finished trials with their scores, and those of trials that run."""
+def _looks(trials: Sequence[FrozenTrial], seed: int) -> Looks:
+    """What the trials say to the Gaussian process; one that was stopped early says nothing."""
     finished = [(trial.params, trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
-    return finished, [trial.params for trial in trials if trial.state is TrialState.RUNNING and trial.params]
+    running = [trial.params for trial in trials if trial.state is TrialState.RUNNING and trial.params]
+    failed = [t.params for t in trials if t.state is TrialState.FAIL and t.params and "same_as" not in t.user_attrs]
+    return Looks(finished, running, failed, len(trials), seed)
 
 
 def _transformed(sweep: Sweep, space: domains.Space, trial: FrozenTrial) -> FrozenTrial:
@@ -80,7 +83,7 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
     # Optuna's 10 random trials would be most of a small sweep.
     startup = min(10, sweep.trials // 3)
     match name:
-        case "tpe":
+        case "tpe" | "gp":
             return TPESampler(
                 seed=seed,
                 n_startup_trials=startup,
