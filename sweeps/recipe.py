@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -179,15 +178,13 @@ def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], s
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord]) -> None:
-    from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
+    from sweeps.engine.show.mlflow_store import how_to_export, how_to_look
 
     best = best_record(records)
     if best is None:
         print("no trial has finished")
         return
-    where = shlex.quote(os.path.relpath(folder))
     print(f"best: trial {best.number}  {describe(best.settings)}  {sweep.objective}={best.value:.4f}")
-    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
-    print(f"look at it:    {how_to_look(uri)}")
-    print(f"export it:     sweeps export {where} -o best.yaml{elsewhere}")
+    print("look at it:   ", f"\n{' ' * 15}".join(how_to_look(uri, sweep.base.data.dataset)))
+    print(f"export it:     {how_to_export(folder, uri, os.path.relpath(folder))}")
     print("train with it: inflora train best.yaml   or   sweeps final best.yaml --seeds 0,1,2")

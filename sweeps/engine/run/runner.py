@@ -93,7 +93,7 @@ def _run_what_is_left(
     say(f"sweep {ledger.sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
     if remaining:
         check_nodes(ready.place)
-    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags)
+    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags, ready.inputs)
     tracker.start()
     try:
         if remaining:
