@@ -8,7 +8,6 @@ not tried. Shapes: S settings, K seeds, T tasks, I images.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from optuna.trial import TrialState
 from table_file import Table, read_table
 from table_streams import PAPER
 
-from sweeps.engine.ledger.records import Outcome, TrialRecord
+from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record
 from sweeps.engine.space import domains
 from sweeps.engine.space.cube import encoded
 from sweeps.engine.space.early_stopping import Rungs
@@ -155,13 +154,15 @@ def drawn(known: Recording, seed: int, images: int | None = None) -> Drawn:
 
 
 class Point(NamedTuple):
-    """Where a search stands after so many ``tasks``: the true regret of what it would export, and what it claims."""
+    """Where a search stands after so many ``tasks``: the true regret of what it would export, and what it claims.
+
+    One that exports the luckiest trial claims nothing.
+    """
 
     tasks: int
     regret: float
     claimed: Estimate | None
     truth: float
-    observed: float
 
 
 def replay(known: Recording, arm: Arm, chances: Drawn, budgets: Sequence[int]) -> list[Point]:
@@ -248,17 +249,13 @@ class _Search(NamedTuple):
 
     def standing(self, budget: int, images: int) -> Point:
         """What the search would export now; before any trial has finished the first that it tries."""
-        known, best_truth = self.known, float(self.known.truth_S.max())
-        estimates = estimate(self.sweep, self.records, images)
-        if estimates is None:
-            truth = float(known.truth_S[-1])
-            return Point(budget, best_truth - truth, None, truth, math.nan)
-        finished = estimates.finished
-        by_value = max(finished, key=lambda record: (record.value or 0.0, -record.number))
-        best = by_value if self.arm.winner == "observed" else estimates.best()
-        assert best is not None and best.value is not None
-        truth = float(known.truth_S[best.settings["row"]])
-        return Point(budget, best_truth - truth, estimates.of(best.settings), truth, best.value)
+        truth_S, claimed, best = self.known.truth_S, None, best_record(self.records)
+        if self.arm.winner == "estimate" and (estimates := estimate(self.sweep, self.records, images)):
+            best = estimates.best()
+            assert best is not None
+            claimed = estimates.of(best.settings)
+        truth = float(truth_S[-1 if best is None else best.settings["row"]])
+        return Point(budget, float(truth_S.max()) - truth, claimed, truth)
 
 
 _FORECAST_FROM, _HOPE = 6, 1.65

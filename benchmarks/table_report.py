@@ -79,15 +79,20 @@ def tasks_needed(reference: Regrets, wanted: float, tasks: int) -> float:
     return float("inf")
 
 
+def spread_cell(found: Regrets, trials: int) -> str:
+    """Mean regret at a budget with half of its 95 % interval, and the 90th percentile; empty where it was not asked."""
+    if trials not in found.trials:
+        return ""
+    values = found.at(trials)
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.2f} ± {half:.2f} ({np.percentile(values, 90):.1f})"
+
+
 def shown(found: Mapping[str, Regrets], trials: Sequence[int], reference: Regrets, tasks: int) -> list[str]:
     """A row for each way to search: mean and 95 % interval, 90th percentile, and what random search needs for it."""
     rows = []
     for name, each in found.items():
-        cells = []
-        for budget in trials:
-            values = each.at(budget)
-            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-            cells.append(f"{values.mean():.2f} ± {half:.2f} ({np.percentile(values, 90):.1f})")
+        cells = [spread_cell(each, budget) for budget in trials]
         needed = tasks_needed(reference, float(each.at(trials[1]).mean()), tasks)
         rows.append([name, *cells, f"{needed:.0f}" if np.isfinite(needed) else f"over {reference.trials[-1] * tasks}"])
     header = ["search", *(f"{budget} trials" for budget in trials), f"random needs for that of {trials[1]}"]
@@ -161,12 +166,7 @@ def judgement(found: Mapping[str, Mapping[str, Regrets]], tasks: Mapping[str, in
 def _by_stream(found: Mapping[str, Mapping[str, Regrets]], names: Sequence[str], trials: int) -> list[str]:
     rows = []
     for stream, arms in found.items():
-        cells = []
-        for name in names:
-            values = arms[name].at(trials)
-            half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-            cells.append(f"{values.mean():.2f} ± {half:.2f} ({np.percentile(values, 90):.1f})")
-        rows.append([stream, *cells])
+        rows.append([stream, *(spread_cell(arms[name], trials) for name in names)])
     return table([f"{trials} trials", *names], rows)
 
 
@@ -175,6 +175,9 @@ def _ratios(found: Mapping[str, Mapping[str, Regrets]], others: Sequence[str], o
     for trials in (12, 24, 48):
         cells = []
         for other in others:
+            if any(trials not in arms[other].trials for arms in found.values()):
+                cells.append("")
+                continue
             each = ratio(*([arms[name].at(trials) for arms in found.values()] for name in (ours, other)))
             cells.append(f"{each.middle:.2f} ({each.low:.2f} to {each.high:.2f})")
         rows.append([str(trials), *cells])

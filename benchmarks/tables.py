@@ -91,7 +91,9 @@ def _kept(name: str, root: Path, setting: int, seed: int, folder: Path) -> None:
 BUDGETS = (12, 24, 48)
 CURVE = (4, 8, 12, 16, 20, 24, 32, 40, 48)
 RANDOM_CURVE = (*CURVE, 64, 80, 96)
-"""Trials' worth of tasks at which a replay is asked where it stands; random search up to the whole table."""
+STOPPED_CURVE = tuple(trials for trials in CURVE if trials <= 24)
+"""Trials' worth of tasks at which a replay is asked where it stands; random search up to the whole table, and not so
+far where many trials are stopped: a table would be used up."""
 
 JUDGED = {name: ARMS[name] for name in ("random", "random, estimated", "tpe + asha", DEFAULT)}
 
@@ -109,7 +111,8 @@ def found_on(
     found = {}
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for label, arm in arms.items():
-            trials = RANDOM_CURVE if arm.changes.get("sampler") == "random" else CURVE
+            stops = arm.forecasts or "early_stopping" in arm.changes
+            trials = RANDOM_CURVE if arm == ARMS["random"] else STOPPED_CURVE if stops else CURVE
             todo = [Job(file, arm, number, trials, images) for number in range(replays)]
             found[label] = regrets(trials, list(pool.map(replayed, todo, chunksize=4)))
     return found
@@ -179,8 +182,8 @@ def choose(
     print("### all six: mean regret\n")
     rows = []
     for name, several in totals.items():
-        means = [np.mean([each.at(trials).mean() for each in several]) for trials in BUDGETS]
-        rows.append([name, *(f"{mean:.2f}" for mean in means)])
+        asked = [trials for trials in BUDGETS if trials in several[0].trials]
+        rows.append([name, *(f"{np.mean([each.at(trials).mean() for each in several]):.2f}" for trials in asked)])
     print("\n".join(table(["search", *(f"{trials} trials" for trials in BUDGETS)], rows)))
 
 

@@ -164,6 +164,6 @@ def test_a_ratio_has_an_interval_that_holds_it_and_pairs_what_was_drawn_together
 
 
 def test_the_tasks_that_random_search_needs_are_read_off_its_curve():
-    curve = regrets((4, 8, 12), [[Point(0, value, None, 0.5, 0.5) for value in (0.03, 0.02, 0.01)]] * 3)
+    curve = regrets((4, 8, 12), [[Point(0, value, None, 0.5) for value in (0.03, 0.02, 0.01)]] * 3)
     assert tasks_needed(curve, 1.5, tasks=5) == pytest.approx(50)
     assert tasks_needed(curve, 0.5, tasks=5) == float("inf")
