@@ -111,7 +111,7 @@ def found_on(
     found = {}
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for label, arm in arms.items():
-            stops = arm.forecasts or "early_stopping" in arm.changes
+            stops = arm.forecasts or arm.optunas or "early_stopping" in arm.changes
             trials = RANDOM_CURVE if arm == ARMS["random"] else STOPPED_CURVE if stops else CURVE
             todo = [Job(file, arm, number, trials, images) for number in range(replays)]
             found[label] = regrets(trials, list(pool.map(replayed, todo, chunksize=4)))
