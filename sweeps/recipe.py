@@ -30,8 +30,8 @@ def main(*sweeps: Sweep) -> None:
         ] = None,
         name: Annotated[str, typer.Option("--sweep", help=f"One of: {', '.join(by_name)}.")] = sweeps[0].name,
         num_trials: Annotated[int | None, typer.Option(help="Trials in all, those already done included.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="tpe, gp, cmaes, random or grid.")] = None,
-        early_stopping: Annotated[str | None, typer.Option(help="asha, median, hyperband or none.")] = None,
+        sampler: Annotated[str | None, typer.Option(help="gp, tpe, cmaes, random or grid.")] = None,
+        early_stopping: Annotated[str | None, typer.Option(help="none, asha, median or hyperband.")] = None,
         time_budget: Annotated[str | None, typer.Option(help="Wall-clock time in all: 90 (seconds), 30m, 8h.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
         dry_run: Annotated[
