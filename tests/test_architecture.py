@@ -81,7 +81,12 @@ FLOORS = {
         "sweeps.engine.space.samplers",
     ),
     19: ("sweeps.engine.space.budget",),
-    20: ("sweeps.engine.ledger.consistency", "sweeps.engine.run.driver", "sweeps.engine.show.status"),
+    20: (
+        "sweeps.engine.ledger.consistency",
+        "sweeps.engine.run.driver",
+        "sweeps.engine.show.mlflow_estimates",
+        "sweeps.engine.show.status",
+    ),
     21: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
     22: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
     23: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from inflora.config import ConfigError
 from inflora.files import nearest
 from inflora.patience import NoAnswerError, within
-from inflora.setup import check, identity
+from inflora.setup import check, identity, search_stream
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
@@ -25,12 +25,16 @@ TRIALS = "trials"
 
 
 class Ready(NamedTuple):
-    """A sweep that can start: where its trials are and what they store there, how many run at a time, MLflow tags."""
+    """A sweep that can start: where its trials are and what they store there, how many run at a time, MLflow tags.
+
+    ``images``: what every trial is judged on, the validation images of the tasks that it learns.
+    """
 
     place: SharedFolder
     stored_bytes: int
     at_a_time: int
     tags: dict[str, str]
+    images: int
 
 
 def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, say: Callable[[str], None]) -> Ready:
@@ -46,12 +50,14 @@ def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, s
     check_folder(sweep, folder)
     check_tracking(tracking_uri, folder, say)
     # Reads the weights, which may have to be fetched: after all that is quick, before the cluster is asked.
-    tags = identity(sweep.base)
+    stream = search_stream(sweep.base)
+    tags = identity(sweep.base, stream)
     if commit := git_commit():
         tags["mlflow.source.git.commit"] = commit
+    images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
     stored_bytes = place.bytes_in(TRIALS)
     at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
-    return Ready(place, stored_bytes, at_a_time, tags)
+    return Ready(place, stored_bytes, at_a_time, tags, images)
 
 
 def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:
