@@ -24,6 +24,7 @@ from sweeps.engine.show.inputs import data_inputs
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import experiment_id, how_to_export, how_to_look, make_client, source_tags
 from sweeps.engine.space.domains import Choice
+from sweeps.engine.space.estimate import estimate
 
 from .conftest import PAPER, learn_all, report
 from .server import free_port
@@ -92,7 +93,7 @@ def test_it_says_what_to_train_how_far_the_sweep_is_and_how_to_go_on(tiny_sweep)
         record(2, value=0.81234, **{"optim.lr": 0.001234567}),
         record(3, Outcome.RUNNING),
     ]
-    text = description(tiny_sweep, records, export="sweeps export tiny -o best.yaml")
+    text = description(tiny_sweep, records, None, export="sweeps export tiny -o best.yaml")
     decision, chosen, state, *_ = text.split("\n\n")
     assert "trial 2" in decision
     assert "acc/final 0.8123" in decision
@@ -108,7 +109,7 @@ def test_the_table_lists_the_five_best_finished_trials_that_keep_the_constraints
     records = [record(number, value=value) for number, value in enumerate(values)]
     records[3] = records[3]._replace(broken={"forgetting <= 0.1": 0.2})
     records += [record(7, Outcome.PRUNED), record(8, Outcome.FAILED, reason="nan")]
-    rows = [line for line in description(tiny_sweep, records).splitlines() if line.startswith("| ")]
+    rows = [line for line in description(tiny_sweep, records, None).splitlines() if line.startswith("| ")]
     head, *cells = [[cell.strip() for cell in row.replace("&ensp;", "").strip("|").split("|")] for row in rows]
     assert head == ["trial", "`acc/final`", "`adapter.rank`", "`adapter.energy`", "`optim.lr`"]
     assert [row[0] for row in cells] == ["5", "1", "6", "2", "4"]
@@ -117,7 +118,7 @@ def test_the_table_lists_the_five_best_finished_trials_that_keep_the_constraints
 
 def test_without_a_finished_trial_there_is_nothing_to_export(tiny_sweep):
     for records in ([], [record(0, Outcome.FAILED)], [record(0, Outcome.RUNNING)]):
-        text = description(tiny_sweep, records, export="sweeps export tiny")
+        text = description(tiny_sweep, records, None, export="sweeps export tiny")
         assert text.startswith("**No trial has finished yet.**")
         assert "export" not in text
 
@@ -131,7 +132,7 @@ def test_every_description_fits_into_a_tag_and_says_first_what_to_train(tiny_swe
     space = {**tiny_sweep.space, "adapter.targets": Choice(options=("q", "v"))}
     sweep = tiny_sweep.model_copy(update={"space": space})
     records = [record(n, outcome, 0.5, reason, **{"adapter.targets": text}) for n, text in enumerate(texts)]
-    text = description(sweep, records, export="sweeps export tiny", ending=plain(reason))
+    text = description(sweep, records, None, export="sweeps export tiny", ending=plain(reason))
     assert len(text) <= LONGEST
     assert ("Train with trial 0" in text) == (outcome is Outcome.FINISHED)
     widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| ")}
@@ -285,7 +286,9 @@ def test_the_parent_says_what_to_train_and_is_told_again_only_when_a_trial_has_e
     mirror.sync()
     mirror.sync()
     assert client.asked["set_tag"] == told + 1
-    assert runs_of(uri)[1].data.tags[NOTE] == description(tiny_sweep, ledger.records(), export)
+    assert runs_of(uri)[1].data.tags[NOTE] == description(
+        tiny_sweep, ledger.records(), estimate(tiny_sweep, ledger.records()), export
+    )
 
     mirror.finish(complete=False, over="")
     _, parent, _ = runs_of(uri)

@@ -23,6 +23,7 @@ from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import find_trial_run, make_client
 from sweeps.engine.show.tracking import StartMessage, Tracker
+from sweeps.engine.space.estimate import estimate
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
@@ -91,6 +92,38 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
     assert [len(row) for row in accuracy["accuracy_matrix"]] == [1, 2, 3, 4, 5]
     assert children[2].data.tags["inflora.reason"] == "FloatingPointError: the loss is nan"
     assert "acc/final" not in children[1].data.metrics, "a stopped trial has no final value"
+
+
+def test_estimates_stand_beside_scores_and_one_run_is_marked_as_the_one_to_train(tiny_sweep, tmp_path):
+    sweep = tiny_sweep.model_copy(update={"early_stopping": "none", "sampler": "random", "trials": 6})
+    ledger = Ledger(sweep, tmp_path)
+    ledger.note_images(350)
+    mirror = Mirror(sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+    uri = sqlite_uri(tmp_path)
+
+    def chosen():
+        return [n for n, run in all_runs(uri)[2].items() if run.data.tags.get("inflora.chosen") == "true"]
+
+    for index, accuracy in enumerate((0.7, 0.8, 0.6)):
+        learn_all(ledger, ledger.propose().number, [accuracy] * 5)
+        mirror.sync()
+        assert chosen() == [min(index, 1)]
+    for _ in range(2):  # a second driver, which sends nothing twice
+        learn_all(ledger, ledger.propose().number, [0.82] * 5)
+        Mirror(sweep, tmp_path, uri, TAGS).finish(complete=False)
+    known = estimate(sweep, ledger.records(), images=350)
+    client, (parent,), children = all_runs(uri)
+    for number, told in known.of_trials().items():
+        there = children[number].data.metrics
+        assert there["acc/final"] == ledger.record_of(number).value
+        assert (there["estimate/mean"], there["estimate/low"], there["estimate/high"]) == pytest.approx(told, abs=1e-4)
+        steps = [step for step, _ in history(client, children[number], "estimate/mean")]
+        assert len(steps) == len(set(steps))
+    best = known.best()
+    assert chosen() == [best.number]
+    assert parent.data.tags["inflora.best_trial"] == str(best.number)
+    assert parent.data.metrics["best/observed"] == best.value
+    assert parent.data.metrics["best/estimate"] == known.of_trials()[best.number].mean
 
 
 def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(ledger, tiny_sweep, tmp_path):

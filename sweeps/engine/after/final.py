@@ -98,6 +98,9 @@ def plan(
 ) -> list[FinalRun]:
     """Every config with every seed, and on every class order (None: each config's own).
 
+    Validation images are drawn anew for every seed, and are none that trials were chosen by: the same ones for all
+    configs, which are compared on them, but not the same luck in all of a config's runs.
+
     Raises:
         ConfigError: Settings that do not fit each other, before anything is trained.
     """
@@ -106,8 +109,12 @@ def plan(
         check(config)
         for each in [config] if orders is None else [_in_order(config, order) for order in orders]:
             for seed in seeds:
+                own: dict[str, int] = {"seed": seed}
                 folder = out / f"{label}-{_identity(each)}" / f"seed-{seed}"
-                runs.append(FinalRun(label, seed, override(each, {"seed": seed}), folder, evaluate_on))
+                if evaluate_on == "validation":
+                    own["data.split_seed"] = (each.data.split_seed + 1 + seed) % 2**63
+                    folder = folder.with_name(f"{folder.name}-split-{own['data.split_seed']}")
+                runs.append(FinalRun(label, seed, override(each, own), folder, evaluate_on))
     return runs
 
 

@@ -29,7 +29,8 @@ TRIALS = "trials"
 class Ready(NamedTuple):
     """A sweep that can start: where its trials are and what they store there, how many run at a time.
 
-    ``tags`` and ``inputs`` are what MLflow is told of all its runs.
+    ``tags`` and ``inputs`` are what MLflow is told of all its runs. ``images``: what every trial is judged on, the
+    validation images of the tasks that it learns.
     """
 
     place: SharedFolder
@@ -37,6 +38,7 @@ class Ready(NamedTuple):
     at_a_time: int
     tags: dict[str, str]
     inputs: list[DataInput]
+    images: int
 
 
 def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, say: Callable[[str], None]) -> Ready:
@@ -57,7 +59,8 @@ def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, s
     inputs = data_inputs(stream, sweep.base, "validation")
     stored_bytes = place.bytes_in(TRIALS)
     at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
-    return Ready(place, stored_bytes, at_a_time, tags, inputs)
+    images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
+    return Ready(place, stored_bytes, at_a_time, tags, inputs, images)
 
 
 def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:

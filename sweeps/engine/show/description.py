@@ -7,6 +7,7 @@ from typing import Any
 
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import Outcome, TrialRecord, describe, ranking
+from sweeps.engine.space.estimate import Estimates
 from sweeps.engine.space.spec import Sweep
 
 NOTE = "mlflow.note.content"
@@ -27,17 +28,19 @@ _GAP = "&ensp;"
 Cell = Callable[[TrialRecord], str]
 
 
-def description(sweep: Sweep, records: Sequence[TrialRecord], export: str = "", ending: str = "") -> str:
+def description(
+    sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None, export: str = "", ending: str = ""
+) -> str:
     """A sweep so far: what to train, how far it is, how to go on from here, its best trials.
 
-    ``export`` is the command that writes the best trial's config, ``ending`` says why no trial runs any more. The text
-    changes when a trial has ended, and not with every task.
+    ``known`` are the estimates of its finished trials; ``export`` is the command that writes the best trial's config,
+    ``ending`` says why no trial runs any more. The text changes when a trial has ended, and not with every task.
     """
-    best = ranking(records)[:_TOP]
-    parts = [_decision(sweep, records, best), _state(sweep, records), ending]
+    best = (ranking(records) if known is None else known.ranking())[:_TOP]
+    parts = [_decision(sweep, records, best, known), _state(sweep, records), ending]
     parts += [f"Export it:\n\n```\n{export}\n```"] if best and export else []
     parts.append("The whole report is the artifact `report.html`, there as soon as the sweep ends.")
-    parts += [f"The best {len(best)}:\n\n{_table(columns(sweep), best)}"] if len(best) > 1 else []
+    parts += [f"The best {len(best)}:\n\n{_table(columns(sweep, known), best)}"] if len(best) > 1 else []
     return within_limit("\n\n".join(part for part in parts if part))
 
 
@@ -52,19 +55,24 @@ def trial_note(sweep: Sweep, record: TrialRecord) -> str:
     return within_limit(f"{settings}: {record.outcome}" + (f", {plain(told)}" if told else ""))
 
 
-def columns(sweep: Sweep) -> dict[str, Cell]:
+def columns(sweep: Sweep, known: Estimates | None) -> dict[str, Cell]:
     """The table's columns: each one's title, and what it says of a trial."""
+    estimated = known.of_trials() if known else {}
+    estimates: dict[str, Cell] = {"estimated": lambda record: str(estimated[record.number])} if known else {}
     scores = {code(name): _score(index) for index, name in enumerate(sweep.objectives)}
     settings = {code(path): _setting(path) for path in sweep.space}
-    return {"trial": lambda record: str(record.number), **scores, **settings}
+    return {"trial": lambda record: str(record.number), **estimates, **scores, **settings}
 
 
-def _decision(sweep: Sweep, records: Sequence[TrialRecord], best: Sequence[TrialRecord]) -> str:
+def _decision(
+    sweep: Sweep, records: Sequence[TrialRecord], best: Sequence[TrialRecord], known: Estimates | None
+) -> str:
     if not best:
         return "**No trial has finished yet.**"
     winner = best[0]
     finished = sum(record.outcome is Outcome.FINISHED for record in records)
     score = f"{sweep.objective} {winner.value:.4f} on validation images"
+    score += f", estimated {known.of_trials()[winner.number]}" if known else ""
     trials = "trial" if finished == 1 else "trials"
     line = f"**Train with trial {winner.number}**: {score}, the best of {finished} finished {trials}"
     first = next((r for r in ranking(records) if sweep.first and r.settings == dict(sweep.first[0])), None)

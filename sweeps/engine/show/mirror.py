@@ -13,17 +13,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mlflow.entities import Metric, Run, RunTag
+from mlflow.entities import Run, RunTag
 from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
 
 from inflora.config import RunConfig, config_hash, dump_config
-from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record, now_ms
+from sweeps.engine.ledger.records import Outcome, TrialRecord, now_ms
 from sweeps.engine.ledger.study import follow_study
-from sweeps.engine.ledger.trials import Reader
+from sweeps.engine.ledger.trials import Reader, validation_images
 from sweeps.engine.run.reach import without_password
 from sweeps.engine.show import report as sweep_report
 from sweeps.engine.show.description import NOTE, description, plain, trial_note
 from sweeps.engine.show.inputs import DataInput
+from sweeps.engine.show.mlflow_estimates import EstimateSender, best_metrics
 from sweeps.engine.show.mlflow_store import (
     experiment_id,
     how_to_export,
@@ -36,6 +37,7 @@ from sweeps.engine.show.mlflow_store import (
     tagged_runs,
 )
 from sweeps.engine.show.tracking import BEHIND, DELIVERED, CloseMessage, StartMessage
+from sweeps.engine.space.estimate import estimate, winner
 from sweeps.engine.space.spec import Sweep
 
 logger = logging.getLogger(__name__)
@@ -56,15 +58,18 @@ class Mirror:
         self.client = make_client(uri)
         self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
+        self._images = validation_images(self.study)
         self._experiment = ""
         self.parent: str | None = None
         self._note = ""
         self._children: dict[int, Run] = {}
         self._sent: dict[int, tuple[int, Outcome]] = {}
+        self._estimates = EstimateSender(self.client, self._children)
 
     def sync(self) -> None:
         """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
         records, is_news = self._send()
+        self._estimates.follow(self.sweep, records, self._images)
         if is_news:
             self._describe(records)
 
@@ -79,10 +84,11 @@ class Mirror:
             if record.outcome is Outcome.RUNNING and record.number in self._children:
                 self.client.set_terminated(self._children[record.number].info.run_id, "KILLED")
         self.client.set_tag(self.parent, "inflora.ended_early", over)
-        best = best_record(records)
+        known = estimate(self.sweep, records, self._images)
+        self._estimates.send(records, known)
+        best = winner(records, known)
         if best is not None:
-            last = best.reports[-1]
-            metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
+            metrics = best_metrics(best, known)
             tags = [RunTag(f"best/{path}", str(value)) for path, value in best.settings.items()]
             tags += [RunTag("inflora.best_trial", str(best.number))]
             self.client.log_batch(self.parent, metrics=metrics, tags=tags)
@@ -108,7 +114,7 @@ class Mirror:
 
     def _describe(self, records: Sequence[TrialRecord], ending: str = "") -> None:
         assert self.parent is not None
-        note = description(self.sweep, records, self._export, ending)
+        note = description(self.sweep, records, estimate(self.sweep, records, self._images), self._export, ending)
         if note != self._note:
             self.client.set_tag(self.parent, NOTE, note)
             self._note = note

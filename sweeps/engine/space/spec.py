@@ -111,6 +111,9 @@ class Budget(Settings):
     target: Bound | None = Field(default=None, description="a finished trial whose objective is at least this")
     patience: Count | None = Field(default=None, description="trials ended in a row without a new best")
     storage_gb: Limit | None = Field(default=None, description="gigabytes of checkpoints on the storage")
+    until_gain: Limit | None = Field(
+        default=None, description="an expected gain of the next eight trials below so many points of the objective"
+    )
 
 
 class Sweep(Settings):
@@ -182,6 +185,8 @@ class Sweep(Settings):
         measured = {*self.objectives, *(constraint.metric for constraint in self.constraints)}
         if "cost/gpu_hours" in measured and not self.resources.gpus_per_worker:
             raise ValueError("cost/gpu_hours is 0 for every trial where resources.gpus_per_worker is 0")
+        if self.budget.until_gain is not None and self.tradeoffs:
+            raise ValueError("budget.until_gain asks for one objective, got tradeoffs")
         if self.budget.gpu_hours is not None and not self.resources.gpus_per_worker:
             raise ValueError("budget.gpu_hours is never spent where resources.gpus_per_worker is 0")
         return self
