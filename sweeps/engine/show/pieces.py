@@ -17,8 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 1.5em au
 h1, h2, h3 { font-weight: 600; line-height: 1.25; } h1 { margin: 0; font-size: 1.7em; }
 h2 { margin-top: 2em; border-bottom: 1px solid var(--line); } h3 { margin: 1.6em 0 .2em; font-size: 1.05em; }
 p { max-width: 48em; } .soft { color: var(--soft); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2em .7em; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .93em; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .6em; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid var(--soft); } tr:nth-child(even) { background: var(--card); }
 tr.best { background: var(--best); } td.text, th.text { text-align: left; white-space: normal; }
 pre { background: var(--card); padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
@@ -46,7 +46,7 @@ summary { cursor: pointer; color: var(--soft); } .row { display: flex; flex-wrap
     #26828e, #1f9e89, #35b779, #6ece58, #b5de2b, #fde725); }
 code { font-size: .95em; }
 @media (max-width: 600px) { body { margin: .8em auto; font-size: 14.5px; } }
-.js-plotly-plot :is(.infolayer, .cartesianlayer, .parcoords) text:not(.heatmap-label) { fill: var(--ink) !important; }
+.js-plotly-plot :is(.infolayer, .cartesianlayer, .parcoords) text:not(.heatmap-label *) { fill: var(--ink) !important; }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important; }
 .js-plotly-plot .legend .bg { fill: transparent !important; }
 """
@@ -62,6 +62,10 @@ def document(title: str, parts: Sequence[str]) -> str:
 def embed(figure: go.Figure) -> str:
     """A figure as the page shows it; the page's own style colours its letters and lines."""
     clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
+    if figure.layout.margin.to_plotly_json() == {}:
+        figure.update_layout(margin={"l": 60, "r": 25, "t": 60, "b": 50})
+    if figure.layout.showlegend is not False:  # below the lines: on a telephone there is no room beside them
+        figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top", "title": None})
     figure.update_layout(template="plotly_white", font_family="system-ui, sans-serif", **clear)
     figure.update_xaxes(exponentformat="none").update_yaxes(exponentformat="none")  # 0.0001, not 100µ
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})

@@ -213,7 +213,7 @@ def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ())
     colors = cycle(qualitative.Plotly)
     lines = []
     for name, values in curves.items():
-        color, shown = ("#cccccc", False) if name in grey else (next(colors), True)
+        color, shown = ("rgba(128,128,128,.4)", False) if name in grey else (next(colors), True)
         tasks = list(range(1, len(values) + 1))
         lines.append(go.Scatter(name=name, x=tasks, y=values, mode="lines+markers", line_color=color, showlegend=shown))
     return go.Figure(lines, {"xaxis_title": "tasks learnt", "xaxis_dtick": 1, "title": title})
