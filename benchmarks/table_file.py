@@ -122,15 +122,19 @@ def answers(model: ContinualModel, stream: Stream, tasks: int, input_format: Inp
 def row_of(name: str, root: Path, setting: int, seed: int) -> pa.Table:
     """One training as a row."""
     recorded, base = located(name, root)
-    settings = settings_of(recorded.sweep("table").space)[setting]
     start = process_time()
     try:
-        told = trained(base, settings, seed)
+        told = trained(base, settings_of(recorded.sweep("table").space)[setting], seed)
     except FloatingPointError:
-        told = Answers((), ())
-    packed = {split: [[np.packbits(bits).tobytes() for bits in each]] for split, each in zip(SPLITS, told, strict=True)}
-    seconds = process_time() - start
-    known = {"setting": [setting], "seed": [seed], "failed": [not told.test], "seconds": [seconds]}
+        told = None
+    return as_row(setting, seed, told, process_time() - start)
+
+
+def as_row(setting: int, seed: int, told: Answers | None, seconds: float) -> pa.Table:
+    """A training as a row; None: it went astray."""
+    curves = told._asdict() if told else dict.fromkeys(SPLITS, ())
+    packed = {split: [[np.packbits(bits).tobytes() for bits in curve]] for split, curve in curves.items()}
+    known = {"setting": [setting], "seed": [seed], "failed": [told is None], "seconds": [seconds]}
     return pa.table({**known, **packed}, schema=SCHEMA)
 
 

@@ -230,7 +230,8 @@ def final(
     except MlflowException as error:
         print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report:     {written}\nlook at it: {how_to_look(uri)}")
+    look = f"\n{' ' * 12}".join(how_to_look(uri, runs[0].config.data.dataset))
+    print(f"report:     {written}\nlook at it: {look}")
 
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:

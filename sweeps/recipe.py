@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,8 +31,8 @@ def main(*sweeps: Sweep) -> None:
         ] = None,
         name: Annotated[str, typer.Option("--sweep", help=f"One of: {', '.join(by_name)}.")] = sweeps[0].name,
         num_trials: Annotated[int | None, typer.Option(help="Trials in all, those already done included.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="tpe, gp, cmaes, random or grid.")] = None,
-        early_stopping: Annotated[str | None, typer.Option(help="asha, median, hyperband or none.")] = None,
+        sampler: Annotated[str | None, typer.Option(help="gp, tpe, cmaes, random or grid.")] = None,
+        early_stopping: Annotated[str | None, typer.Option(help="none, asha, median or hyperband.")] = None,
         time_budget: Annotated[str | None, typer.Option(help="Wall-clock time in all: 90 (seconds), 30m, 8h.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
         dry_run: Annotated[
@@ -182,16 +181,14 @@ def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], s
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord], known: Estimates | None) -> None:
-    from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
+    from sweeps.engine.show.mlflow_store import how_to_export, how_to_look
 
     best = winner(records, known)
     if best is None:
         print("no trial has finished")
         return
-    where = shlex.quote(os.path.relpath(folder))
     told = f", estimated {known.of_trials()[best.number]}" if known else ""
     print(f"best: trial {best.number}  {describe(best.settings)}  {sweep.objective}={best.value:.4f}{told}")
-    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
-    print(f"look at it:    {how_to_look(uri)}")
-    print(f"export it:     sweeps export {where} -o best.yaml{elsewhere}")
+    print("look at it:   ", f"\n{' ' * 15}".join(how_to_look(uri, sweep.base.data.dataset)))
+    print(f"export it:     {how_to_export(folder, uri, os.path.relpath(folder))}")
     print("train with it: inflora train best.yaml   or   sweeps final best.yaml --seeds 0,1,2")

@@ -20,6 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.description import NOTE
+from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import find_trial_run, make_client
 from sweeps.engine.show.tracking import StartMessage, Tracker
@@ -30,6 +32,12 @@ from .conftest import PAPER, learn_all, report
 from .server import Server, free_port
 
 TAGS = {"dataset": "digits", "seed": "0", "class_order": "0,1", "split_hash": "abc", "backbone_hash": "def"}
+
+IMAGES = [
+    DataInput(
+        dataset="digits", context="training", address="/data/digits", images=9, classes=3, tasks=3, dataset_hash="ab"
+    )
+]
 
 
 @pytest.fixture
@@ -434,7 +442,7 @@ def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, every_s=0.1)
+        tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, IMAGES, every_s=0.1)
         tracker.start()
         three_trials(ledger)
         until(lambda: handler.faults >= 5)
@@ -442,6 +450,9 @@ def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_
         assert tracker.close(patience_s=90)
         client, parents, children = all_runs(server.uri)
         assert (len(parents), len(children)) == (1, 3)
+        for run in (*parents, *children.values()):
+            assert [each.dataset.digest for each in run.inputs.dataset_inputs] == [IMAGES[0].digest]
+            assert run.data.tags[NOTE]
         assert history(client, children[0], "acc/seen") == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5)]
         assert {n: r.info.status for n, r in children.items()} == {0: "FINISHED", 1: "KILLED", 2: "FAILED"}
     finally:

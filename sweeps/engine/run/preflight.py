@@ -1,6 +1,7 @@
 """The questions that are asked before a sweep makes or starts anything; a wrong answer is one line."""
 
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +17,8 @@ from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.reach import PATIENCE_S, reachable_ray, reachable_store
-from sweeps.engine.show.mlflow_store import git_commit
+from sweeps.engine.show.inputs import DataInput, data_inputs
+from sweeps.engine.show.mlflow_store import source_tags
 from sweeps.engine.show.output import check_can_write
 from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
 
@@ -25,15 +27,17 @@ TRIALS = "trials"
 
 
 class Ready(NamedTuple):
-    """A sweep that can start: where its trials are and what they store there, how many run at a time, MLflow tags.
+    """A sweep that can start: where its trials are and what they store there, how many run at a time.
 
-    ``images``: what every trial is judged on, the validation images of the tasks that it learns.
+    ``tags`` and ``inputs`` are what MLflow is told of all its runs. ``images``: what every trial is judged on, the
+    validation images of the tasks that it learns.
     """
 
     place: SharedFolder
     stored_bytes: int
     at_a_time: int
     tags: dict[str, str]
+    inputs: list[DataInput]
     images: int
 
 
@@ -51,13 +55,12 @@ def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, s
     check_tracking(tracking_uri, folder, say)
     # Reads the weights, which may have to be fetched: after all that is quick, before the cluster is asked.
     stream = search_stream(sweep.base)
-    tags = identity(sweep.base, stream)
-    if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
+    tags = identity(sweep.base, stream) | source_tags(sys.argv[0])
+    inputs = data_inputs(stream, sweep.base, "validation")
     stored_bytes = place.bytes_in(TRIALS)
     at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
-    return Ready(place, stored_bytes, at_a_time, tags, images)
+    images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
+    return Ready(place, stored_bytes, at_a_time, tags, inputs, images)
 
 
 def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:

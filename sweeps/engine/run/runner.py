@@ -94,9 +94,11 @@ def _run_what_is_left(
     remaining = 0 if ledger.why_over() else ledger.remaining()
     done = ledger.sweep.trials - ledger.remaining()
     say(f"sweep {ledger.sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
+    if remaining and ledger.sweep.sampler == "gp" and ledger.sweep.gp_falls_back:
+        say("sampler gp proposes as tpe does: some settings hang on others, or there are constraints or tradeoffs")
     if remaining:
         check_nodes(ready.place)
-    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags)
+    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags, ready.inputs)
     tracker.start()
     try:
         if remaining:

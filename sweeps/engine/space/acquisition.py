@@ -6,7 +6,7 @@ several at a time spread out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,34 +18,43 @@ BOLDNESS = 2.0
 """Standard deviations that an unknown setting is given the benefit of."""
 FIRST_LOOKS = 5
 """Trials that are spread evenly over the space before any estimate guides them."""
-_CANDIDATES, _NEAR = 400, 100
+_CANDIDATES, _NEAR = 256, 64
 _IMAGINED = 256
 
 
-def next_settings(
-    space: Space, finished: Sequence[tuple[Mapping[str, Any], float]], running: Sequence[Mapping[str, Any]], seed: int
-) -> dict[str, Scalar]:
-    """The settings to try next, a function of what has finished, with its score, and of what runs."""
-    number = len(finished) + len(running)
-    start = float(np.random.default_rng(seed).random())
-    if len(finished) < FIRST_LOOKS:
-        return settings_at(space, spread_points(number + 1, len(space), start)[-1])
-    several = candidates(space, [settings for settings, _ in finished], start + number * 0.618)
-    return several[most_promising(space, finished, running, several)]
+class Looks(NamedTuple):
+    """What a search knows: settings with their scores, those that still run, those that failed, and its seed.
+
+    ``number`` counts all trials there have been, whatever became of them.
+    """
+
+    finished: Sequence[tuple[Mapping[str, Any], float]]
+    running: Sequence[Mapping[str, Any]] = ()
+    failed: Sequence[Mapping[str, Any]] = ()
+    number: int = 0
+    seed: int = 0
 
 
-def most_promising(
-    space: Space,
-    finished: Sequence[tuple[Mapping[str, Any], float]],
-    running: Sequence[Mapping[str, Any]],
-    several: Sequence[Mapping[str, Any]],
-) -> int:
-    """The place among ``several`` settings of the one with the highest upper confidence bound."""
-    looks_ND = encoded(space, [settings for settings, _ in finished])
-    score_N = np.array([score for _, score in finished])
+def next_settings(space: Space, looks: Looks) -> dict[str, Scalar]:
+    """The settings to try next, a function of what is known."""
+    start = float(np.random.default_rng(looks.seed).random())
+    if len(looks.finished) < FIRST_LOOKS:
+        return settings_at(space, spread_points(looks.number + 1, len(space), start)[-1])
+    several = candidates(space, [settings for settings, _ in looks.finished], start + looks.number * 0.618)
+    return several[most_promising(space, looks, several)]
+
+
+def most_promising(space: Space, looks: Looks, several: Sequence[Mapping[str, Any]]) -> int:
+    """The place among ``several`` settings of the one with the highest upper confidence bound.
+
+    A setting that failed counts as one with the lowest score: it costs its tasks and gives nothing.
+    """
+    scores = [score for _, score in looks.finished]
+    seen = [*(settings for settings, _ in looks.finished), *looks.failed]
+    looks_ND, score_N = encoded(space, seen), np.array([*scores, *[min(scores)] * len(looks.failed)])
     known = posterior(looks_ND, score_N)
-    if running:
-        running_RD = encoded(space, running)
+    if looks.running:
+        running_RD = encoded(space, looks.running)
         known = posterior(np.concatenate([looks_ND, running_RD]), np.concatenate([score_N, known.at(running_RD)[0]]))
     mean_M, sd_M = known.at(encoded(space, several))
     return int((mean_M + BOLDNESS * sd_M).argmax())

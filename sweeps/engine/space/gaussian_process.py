@@ -23,7 +23,7 @@ NOISE, NOISE_SPREAD = -1.0, 1.2
 SPREAD, SPREAD_LOOKS = 0.05, 2.0
 """A score's standard deviation over the space before any look, and for how many looks that knowledge counts."""
 DRAWS = 64
-KEPT = 16
+KEPT = 8
 """The draws, of both rounds, that a prediction averages: those that explain the looks best."""
 _JITTER = 1e-8
 
