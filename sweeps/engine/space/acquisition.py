@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sweeps.engine.space.cube import encoded, point_of, settings_at
 from sweeps.engine.space.domains import Scalar, Space
@@ -41,7 +42,8 @@ def next_settings(space: Space, looks: Looks) -> dict[str, Scalar]:
     if len(looks.finished) < FIRST_LOOKS:
         return settings_at(space, spread_points(looks.number + 1, len(space), start)[-1])
     several = candidates(space, [settings for settings, _ in looks.finished], start + looks.number * 0.618)
-    return several[most_promising(space, looks, several)]
+    with threadpool_limits(1):  # the matrices are small: threads of a busy machine would wait for each other
+        return several[most_promising(space, looks, several)]
 
 
 def most_promising(space: Space, looks: Looks, several: Sequence[Mapping[str, Any]]) -> int:
