@@ -4,13 +4,13 @@ While an adapter learns, every classifier trains the same linear layer of a task
 same whatever the classifier is, and one training shows what all of them would.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from frozen_features import FrozenFeatures
 from torch import nn
 
 from inflora.classifiers import Classifier, make_classifier
@@ -46,7 +46,10 @@ Looks = Mapping[int, Look]
 
 
 def shown_by(
-    config: RunConfig, evaluate_on: EvaluateOn, labelled: Mapping[str, Mapping[str, Any]]
+    config: RunConfig,
+    evaluate_on: EvaluateOn,
+    labelled: Mapping[str, Mapping[str, Any]],
+    memory: FrozenFeatures | None = None,
 ) -> dict[str, dict[str, float]]:
     """Label of each classifier -> what a whole run with it shows: metrics, and ``seconds`` of a task for itself alone.
 
@@ -56,6 +59,8 @@ def shown_by(
     """
     setup = set_up(config, None, evaluate_on)
     model, adapter, stream, input_format, draws, _ = setup
+    memory = memory or FrozenFeatures()
+    memory.watch(model, adapter.adapts(0))
     fits = {label: Fit(classifier_of(config, settings, model), [], []) for label, settings in labelled.items()}
     fitted = [fit.classifier for fit in fits.values() if fit.classifier.is_fitted]
     seconds: list[float] = []
@@ -63,25 +68,28 @@ def shown_by(
         optim = config.optim.of_task(task.index)
         data = TaskData(task, len(stream.tasks), stream.train, input_format, optim, draws)
         moves = task.index > 0 and adapter.adapts(task.index)
-        before = looks(model, data, {each.views for each in fitted if moves and each.follows_drift})
-        with timed(seconds):
+        before = looks(model, data, memory, {each.views for each in fitted if moves and each.follows_drift})
+        with timed(seconds, memory):
             model.classifier.begin_task(data)
             adapter.begin_task(model, data)
             train_task(model, adapter, data, lambda _: None)
             adapter.end_task(model, data)
-        seen = looks(model, data, {each.views for each in fitted})
+        seen = looks(model, data, memory, {each.views for each in fitted})
         for fit in fits.values():
-            learn(fit, model.classifier.heads[-1], data, seen, before)
+            with timed(fit.seconds, memory):
+                passes = learn(fit.classifier, model.classifier.heads[-1], data, seen, before)
+            fit.seconds[-1] += passes
         evaluate(setup, task.index + 1, list(fits.values()))
+    memory.keep()
     return {"": {"seconds": fmean(seconds)}} | {label: shown_of(fit, len(stream.tasks)) for label, fit in fits.items()}
 
 
-def looks(model: ContinualModel, data: TaskData, several: set[int]) -> Looks:
+def looks(model: ContinualModel, data: TaskData, memory: FrozenFeatures, several: set[int]) -> Looks:
     """Look at the task's images with each number of views."""
     seen = {}
     for views in several:
         seconds: list[float] = []
-        with timed(seconds):
+        with timed(seconds, memory):
             features = features_of(model, data, views)
         seen[views] = Look(features, *seconds)
     return seen
@@ -108,18 +116,19 @@ def classifier_of(config: RunConfig, settings: Mapping[str, Any], model: Continu
     return make_classifier(override(config, {"classifier": settings}).classifier, model.width)
 
 
-def learn(fit: Fit, trained_head: nn.Module, data: TaskData, seen: Looks, before: Looks) -> None:
-    """Do what a run does with a classifier when a task has been trained, the head of its classes being given."""
-    classifier, views = fit.classifier, fit.classifier.views
-    after = seen[views] if classifier.is_fitted else None
-    followed = before.get(views) if classifier.follows_drift else None
-    with timed(fit.seconds):
-        classifier.begin_task(data)
-        if isinstance(classifier, LinearHeads):
-            classifier.heads[-1].load_state_dict(trained_head.state_dict())
-        if after:
-            classifier.fit(after.features, followed.features if followed else None, data)
-    fit.seconds[-1] += sum(look.seconds for look in (after, followed) if look)
+def learn(classifier: Classifier[Any], trained_head: nn.Module, data: TaskData, seen: Looks, before: Looks) -> float:
+    """Do what a run does with a classifier when a task has been trained, the head of its classes being given.
+
+    Returns the seconds of the looks that it needs.
+    """
+    classifier.begin_task(data)
+    if isinstance(classifier, LinearHeads):
+        classifier.heads[-1].load_state_dict(trained_head.state_dict())
+    if not classifier.is_fitted:
+        return 0.0
+    after, earlier = seen[classifier.views], before.get(classifier.views) if classifier.follows_drift else None
+    classifier.fit(after.features, earlier.features if earlier else None, data)
+    return after.seconds + (earlier.seconds if earlier else 0.0)
 
 
 def shown_of(fit: Fit, tasks: int) -> dict[str, float]:
@@ -129,8 +138,8 @@ def shown_of(fit: Fit, tasks: int) -> dict[str, float]:
 
 
 @contextmanager
-def timed(seconds: list[float]) -> Iterator[None]:
-    """Add the processor time of what is done meanwhile: another program on the machine does not count."""
-    start = time.process_time()
+def timed(seconds: list[float], memory: FrozenFeatures) -> Iterator[None]:
+    """Add the seconds of what is done meanwhile, by the clock of the ``memory``."""
+    start = memory.clock()
     yield
-    seconds.append(time.process_time() - start)
+    seconds.append(memory.clock() - start)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from frozen_features import FrozenFeatures
 from one_training import shown_by
 from pairs_report import ADAPTERS, METRICS, TITLE, Pair, Tuned, read_figures, report, write_figures, write_section
 from scipy.stats import qmc
@@ -111,6 +112,11 @@ class Training(NamedTuple):
     evaluate_on: EvaluateOn
     labels: tuple[str, ...]
 
+    def memory(self, folder: Path) -> FrozenFeatures:
+        """What is known of the batches that it shares with others of its stream, class order and seed."""
+        together = "-joint" if self.adapter == "joint" else ""
+        return FrozenFeatures(folder / f"frozen/{self.stream}{together}-{self.order}-{self.seed}-{self.evaluate_on}")
+
     @property
     def drifts(self) -> tuple[float | None, ...]:
         """What is worth trying as drift compensation: nothing where no task moves old features."""
@@ -146,7 +152,7 @@ def remembered(training: Training, folder: Path) -> dict[str, Any]:
     if missing and "error" not in known.get("", {}):
         torch.set_num_threads(1)
         try:
-            known |= shown_by(config, training.evaluate_on, missing)
+            known |= shown_by(config, training.evaluate_on, missing, training.memory(folder))
         except (FloatingPointError, ConfigError) as error:
             known[""] = {"error": str(error)}
         write_atomically(file, json.dumps(known).encode())

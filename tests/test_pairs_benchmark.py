@@ -11,6 +11,7 @@ from tests.conftest import pair_of
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from frozen_features import FrozenFeatures
 from one_training import shown_by
 from pairs import CLASSIFIERS, DRIFTS, VIEWS, settings_of, settings_tried, variants
 from pairs_report import ADAPTERS, Pair, Tuned, paired, ranked, read_figures, report, write_figures, write_section
@@ -36,6 +37,29 @@ def test_one_training_shows_what_a_run_with_each_classifier_does(changes, tiny, 
         *_, last = run(override(config, {"classifier": settings}))
         assert {m: shown[label][m] for m in METRICS} == {m: last.metrics[m] for m in METRICS}, label
     assert shown[""]["seconds"] > 0 and shown["lda views"]["seconds"] > shown["lda"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "features", "parts"),
+    [
+        ("lora", "both", {"beside"}),
+        ("none", None, {"alone"}),
+        ("codaprompt", "adapted", {"prompted"}),
+        ("l2p", "both", {"beside", "prompted"}),
+    ],
+)
+def test_what_frozen_features_are_remembered_changes_no_number(adapter, features, parts, tiny, digits, tmp_path):
+    config = override(tiny, pair_of(adapter) | ({"adapter.features": features} if features else {}))
+    wanted = {label: FITTED[label] for label in ("linear", "lda drift", "lda views")}
+
+    def accuracies(memory: FrozenFeatures | None) -> dict[str, list[float]]:
+        shown = shown_by(config, "validation", wanted, memory)
+        return {label: [shown[label][m] for m in METRICS] for label in wanted}
+
+    plain, first, again = (FrozenFeatures(tmp_path / "features") if file else None for file in (False, True, True))
+    assert accuracies(plain) == accuracies(first) == accuracies(again)
+    assert {file.name for file in tmp_path.iterdir()} == {f"features-{part}.npz" for part in parts}
+    assert first and again and again.spared > 1.5 * first.spared  # the first has spared the second look
 
 
 def test_every_adapter_is_tried_as_often_and_alike_in_what_adapters_have_in_common():
