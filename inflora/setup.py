@@ -115,9 +115,17 @@ def check(config: RunConfig) -> Replay:
     return draws
 
 
-def identity(config: RunConfig) -> dict[str, str]:
-    """All that a run's numbers depend on besides its settings: recorded with every result."""
-    stream = make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
+def search_stream(config: RunConfig) -> Stream:
+    """The stream as trials see it, whatever the config trains on in the end: the test split is not opened."""
+    return make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
+
+
+def identity(config: RunConfig, stream: Stream | None = None) -> dict[str, str]:
+    """All that a run's numbers depend on besides its settings: recorded with every result.
+
+    ``stream`` is the config's ``search_stream``, where it has been made already.
+    """
+    stream = stream or search_stream(config)
     packages = ("torch", "timm", "inflora-sweeps")
     return {
         "config_hash": config_hash(config),

@@ -98,6 +98,24 @@ def update(
     return [_with(layer.memory, directions_DN, may_flip) for layer, directions_DN in taken]
 
 
+def balanced(lora_A: Tensor, new_DD: Tensor, old_DD: Tensor) -> Tensor:
+    """A (R x D) of the update to be merged: new inputs are read nearly as was learnt, old ones nearly as before.
+
+    A layer's weight was W, and W + B A is learnt. Of all weights V, the one nearest to what W gives for old inputs and
+    W + B A for new ones, which minimises ``|(V - W) H_old|^2 + |(V - W - B A) H_new|^2``, is W + B A' with
+
+        A' = A new (new + old)^-1,
+
+    where ``new`` = H_new H_new^T and ``old`` = H_old H_old^T are sums of ``h h^T`` (D x D): the less of old inputs lies
+    along a direction, the more of the update stays. RegMean (Jin et al., arXiv 2212.09849) merges whole models so.
+    """
+    new_DD, old_DD = new_DD.double(), old_DD.double()
+    # A direction that no input has is none that the update needs: a tiny ridge takes it away.
+    ridge = (1e-9 * new_DD.diagonal().mean()).clamp_min(1e-30)
+    both_DD = new_DD + old_DD + ridge * torch.eye(len(new_DD)).to(new_DD)
+    return torch.linalg.solve(both_DD, new_DD @ lora_A.double().T).T.to(lora_A)
+
+
 def taken_count(memory: Memory | None, width: int) -> int:
     """Number of directions that old tasks use."""
     if memory is None:

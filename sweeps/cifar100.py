@@ -23,7 +23,6 @@ cifar100 = Sweep(
     space=space,
     first=(paper,),
     trials=32,
-    grace_tasks=3,
     resources=resources,
 )
 ranpac = Sweep(
@@ -37,7 +36,6 @@ ranpac = Sweep(
     },
     first=(paper | {"adapter.merge": 0.3, "adapter.targets": "k,v", "classifier.name": "ranpac"},),
     trials=48,
-    grace_tasks=3,
     resources=resources,
 )
 

@@ -15,7 +15,7 @@ import typer
 from inflora.config import ConfigError, checked, dump_config
 from inflora.console import OneLineGroup
 from inflora.errors import one_line
-from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.ledger.records import BestBy, Outcome
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep, read_sweep
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -74,21 +74,28 @@ def gpu_check(
 def export(
     sweep: Annotated[str, typer.Argument(help="A sweep's name in the storage folder, or its folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The config file to write.")] = Path("best.yaml"),
+    best_by: Annotated[
+        BestBy, typer.Option("--best", help="The best is the one whose score is so by estimate, or as observed.")
+    ] = BestBy.ESTIMATE,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Write the best finished trial as a config for final training."""
-    from sweeps.engine.after.export import export_config, find_best, sweep_records
+    """Write the best finished trial as a config for final training.
+
+    A trial's own score is one draw, and the best of many draws flatters itself: the best is the one with the best
+    estimate from all finished trials. With tradeoffs it is the one with the best objective.
+    """
+    from sweeps.engine.after.export import export_config, find_best, read_trials
     from sweeps.engine.show.mlflow_store import default_tracking_uri
     from sweeps.engine.show.output import check_output, deliver
 
     check_output(output, (".yaml", ".yml"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
-    records = sweep_records(spec, folder)
-    best = find_best(spec, records)
+    records, known = read_trials(spec, folder)
+    best = find_best(spec, records, known, best_by)
     uri = tracking_uri or default_tracking_uri(folder)
-    config = export_config(spec, best, len(records), _run_id(uri, spec, best.number))
+    config = export_config(spec, best, records, known, _run_id(uri, spec, best.number), best_by)
     deliver(output, dump_config(config), f"{output}: trial {best.number} of {spec.name}")
 
 
@@ -121,21 +128,23 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
     from sweeps.engine.ledger.snapshot import is_driven
     from sweeps.engine.ledger.study import load_study, pareto_front
-    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes
+    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
     from sweeps.engine.show.status import status_lines
     from sweeps.engine.show.tables import print_table, trials_table
+    from sweeps.engine.space.estimate import estimate
 
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
     study = load_study(spec, folder)
     records = read_records(study)
+    known = estimate(spec, records, validation_images(study))
     front, driven = pareto_front(study) if spec.tradeoffs else set(), is_driven(folder)
-    print_table(trials_table(spec, records, front, driven=driven))
+    print_table(trials_table(spec, records, known, front, driven=driven))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
             tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in status_lines(spec, records, hours_so_far(study), stored_bytes(study), driven=driven):
+    for line in status_lines(spec, records, known, hours_so_far(study), stored_bytes(study), driven=driven):
         print(line)
 
 
@@ -148,25 +157,24 @@ def report(
     storage: Storage = None,
 ) -> None:
     """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost; or its table alone."""
+    from sweeps.engine.after.export import read_trials
     from sweeps.engine.ledger.snapshot import is_driven
     from sweeps.engine.ledger.study import load_study
-    from sweeps.engine.ledger.trials import read_records
     from sweeps.engine.show.output import check_output, deliver
     from sweeps.engine.show.tables import csv_table, latex_table
 
     check_output(output, (".html", ".csv", ".tex"))
     folder = find_sweep(sweep, storage)
     spec = read_sweep(folder)
-    study = load_study(spec, folder)
     match output.suffix.lower():
         case ".csv":
-            deliver(output, csv_table(spec, read_records(study)), f"{output}: a line for every trial")
+            deliver(output, csv_table(spec, *read_trials(spec, folder)), f"{output}: a line for every trial")
         case ".tex":
-            deliver(output, latex_table(spec, read_records(study)), f"{output}: needs \\usepackage{{booktabs}}")
+            deliver(output, latex_table(spec, *read_trials(spec, folder)), f"{output}: needs \\usepackage{{booktabs}}")
         case _:
             from sweeps.engine.show.report import page
 
-            content = page(spec, study, driven=is_driven(folder))
+            content = page(spec, load_study(spec, folder), driven=is_driven(folder))
             deliver(output, content, f"{output}: open it in a browser")
 
 
@@ -222,7 +230,8 @@ def final(
     except MlflowException as error:
         print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report:     {written}\nlook at it: {how_to_look(uri)}")
+    look = f"\n{' ' * 12}".join(how_to_look(uri, runs[0].config.data.dataset))
+    print(f"report:     {written}\nlook at it: {look}")
 
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:

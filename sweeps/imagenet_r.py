@@ -25,10 +25,9 @@ tasks_10, tasks_5, tasks_20 = (
         space=space,
         first=(paper,),
         trials=24,
-        grace_tasks=grace,
         resources=resources,
     )
-    for tasks, grace in ((10, 3), (5, 2), (20, 5))
+    for tasks in (10, 5, 20)
 )
 
 if __name__ == "__main__":

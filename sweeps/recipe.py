@@ -3,7 +3,6 @@
 import inspect
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,9 @@ import typer
 from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments
 from inflora.console import OneLineCommand
 from sweeps.cli import Address, Shared, Storage, TrackingUri, find_sweep, front_of, quiet_libraries, storage_root
-from sweeps.engine.ledger.records import TrialRecord, best_record, describe, ranking
+from sweeps.engine.ledger.records import TrialRecord, describe, ranking
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
+from sweeps.engine.space.estimate import Estimates, estimate, winner
 from sweeps.engine.space.spec import Budget, Constraint, Resources, Sweep, read_sweep
 
 __all__ = ["Budget", "Choice", "Constraint", "Integer", "NearOne", "Real", "Resources", "Sweep", "main"]
@@ -31,8 +31,8 @@ def main(*sweeps: Sweep) -> None:
         ] = None,
         name: Annotated[str, typer.Option("--sweep", help=f"One of: {', '.join(by_name)}.")] = sweeps[0].name,
         num_trials: Annotated[int | None, typer.Option(help="Trials in all, those already done included.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="tpe, gp, cmaes, random or grid.")] = None,
-        early_stopping: Annotated[str | None, typer.Option(help="asha, median, hyperband or none.")] = None,
+        sampler: Annotated[str | None, typer.Option(help="gp, tpe, cmaes, random or grid.")] = None,
+        early_stopping: Annotated[str | None, typer.Option(help="none, asha, median or hyperband.")] = None,
         time_budget: Annotated[str | None, typer.Option(help="Wall-clock time in all: 90 (seconds), 30m, 8h.")] = None,
         warm_start: Annotated[str | None, typer.Option(help="Try another sweep's three best settings first.")] = None,
         dry_run: Annotated[
@@ -85,17 +85,18 @@ def main(*sweeps: Sweep) -> None:
         result = run_sweep(sweep, folder, uri, cluster=cluster, say=say_to_stdout, warm_start=first)
         if result.over:
             print(f"ended early: {result.over}")
-        print_table(trials_table(sweep, result.records, front_of(sweep, folder)))
-        _print_what_next(sweep, folder, uri, result.records)
+        known = estimate(sweep, result.records, result.images)
+        print_table(trials_table(sweep, result.records, known, front_of(sweep, folder)))
+        _print_what_next(sweep, folder, uri, result.records, known)
         if not result.delivered:
             print(f"MLflow at {uri} has not taken everything; the same command sends the rest", file=sys.stderr)
         if not result.complete:
             print("interrupted; the same command goes on", file=sys.stderr)
             raise typer.Exit(130)
-        if best_record(result.records) is None:
+        if winner(result.records, known) is None:
             raise typer.Exit(1)
         if smoke:
-            _train_best(sweep, folder, result.records)
+            _train_best(sweep, folder, result.records, known)
 
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     program.command(cls=OneLineCommand)(with_budget_options(recipe))
@@ -132,15 +133,15 @@ def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
     return small
 
 
-def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord]) -> None:
+def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord], known: Estimates | None) -> None:
     """Export the best config of a finished sweep and train with it, as a user does."""
     from inflora.files import write_atomically
     from inflora.runs import train_into
     from sweeps.engine.after.export import export_config, find_best
 
-    best = find_best(sweep, records)
+    best = find_best(sweep, records, known)
     exported, out = folder / "best.yaml", folder / "trained"
-    write_atomically(exported, dump_config(export_config(sweep, best, len(records), None)).encode())
+    write_atomically(exported, dump_config(export_config(sweep, best, records, known, None)).encode())
     state = train_into(out, load_config(exported), "test", resume=(out / "state").exists())
     print(f"trained with {exported}: {state.metrics(state.tasks)['acc/final']:.4f} on test images")
 
@@ -169,25 +170,25 @@ def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], s
     Raises:
         ConfigError: No sweep is there, or no trial of it has finished.
     """
-    from sweeps.engine.after.export import sweep_records
+    from sweeps.engine.after.export import read_trials
 
     other = read_sweep(folder)
-    best = ranking(sweep_records(other, folder))[:count]
+    records, known = read_trials(other, folder)
+    best = (known.ranking() if known else ranking(records))[:count]
     if not best:
         raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")
     return [record.settings for record in best], other.study_name
 
 
-def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord]) -> None:
-    from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
+def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord], known: Estimates | None) -> None:
+    from sweeps.engine.show.mlflow_store import how_to_export, how_to_look
 
-    best = best_record(records)
+    best = winner(records, known)
     if best is None:
         print("no trial has finished")
         return
-    where = shlex.quote(os.path.relpath(folder))
-    print(f"best: trial {best.number}  {describe(best.settings)}  {sweep.objective}={best.value:.4f}")
-    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
-    print(f"look at it:    {how_to_look(uri)}")
-    print(f"export it:     sweeps export {where} -o best.yaml{elsewhere}")
+    told = f", estimated {known.of_trials()[best.number]}" if known else ""
+    print(f"best: trial {best.number}  {describe(best.settings)}  {sweep.objective}={best.value:.4f}{told}")
+    print("look at it:   ", f"\n{' ' * 15}".join(how_to_look(uri, sweep.base.data.dataset)))
+    print(f"export it:     {how_to_export(folder, uri, os.path.relpath(folder))}")
     print("train with it: inflora train best.yaml   or   sweeps final best.yaml --seeds 0,1,2")

@@ -65,33 +65,45 @@ FLOORS = {
         "sweeps.engine.show.output",
         "sweeps.engine.show.plots",
         "sweeps.engine.space.domains",
+        "sweeps.engine.space.gaussian_process",
     ),
-    16: ("sweeps.engine.run.reach", "sweeps.engine.space.objectives"),
-    17: ("sweeps.engine.show.mlflow_database", "sweeps.engine.space.spec"),
+    16: ("sweeps.engine.run.reach", "sweeps.engine.space.cube", "sweeps.engine.space.objectives"),
+    17: (
+        "sweeps.engine.show.inputs",
+        "sweeps.engine.show.mlflow_database",
+        "sweeps.engine.space.acquisition",
+        "sweeps.engine.space.spec",
+    ),
     18: (
         "sweeps.engine.ledger.trials",
         "sweeps.engine.run.cluster",
         "sweeps.engine.run.smoke",
         "sweeps.engine.run.trial",
-        "sweeps.engine.show.mlflow_store",
         "sweeps.engine.show.tracking",
-        "sweeps.engine.space.budget",
         "sweeps.engine.space.early_stopping",
+        "sweeps.engine.space.estimate",
         "sweeps.engine.space.samplers",
     ),
-    19: ("sweeps.engine.ledger.consistency", "sweeps.engine.run.driver", "sweeps.engine.show.status"),
-    20: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
-    21: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
-    22: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
-    23: ("sweeps.engine.run.tune",),
-    24: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
-    25: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
-    26: ("sweeps.cli",),
-    27: ("sweeps.recipe",),
+    19: ("sweeps.engine.show.description", "sweeps.engine.space.budget"),
+    20: (
+        "sweeps.engine.ledger.consistency",
+        "sweeps.engine.run.driver",
+        "sweeps.engine.show.mlflow_store",
+        "sweeps.engine.show.mlflow_estimates",
+        "sweeps.engine.show.status",
+    ),
+    21: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
+    22: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
+    23: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
+    24: ("sweeps.engine.run.tune",),
+    25: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
+    26: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
+    27: ("sweeps.cli",),
+    28: ("sweeps.recipe",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-RECIPES_FLOOR = 28
+RECIPES_FLOOR = 29
 
 
 def modules() -> dict[str, Path]:

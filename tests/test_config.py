@@ -415,6 +415,7 @@ CHANGES = {
     "adapter.total_tasks": 9,
     "adapter.memory": "gpm",
     "adapter.energy_of": "inputs",
+    "adapter.balance": 1.0,
     "adapter.blocks": 1,
     "adapter.targets": ("q", "v"),
     "adapter.adapt_tasks": 1,

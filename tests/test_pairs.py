@@ -89,6 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "first task only": {"adapter.adapt_tasks": 1},
     "both features": {"adapter.features": "both"},
     "two views": {"classifier.views": 2},
+    "balanced": {"adapter.balance": 1.0},
 }
 TRAINED = [name for name, settings in ADAPTERS.items() if issubclass(settings, AdaptedSettings)]
 
@@ -113,6 +114,7 @@ BOTH = [Pair(name, "linear", options="both features") for name in TRAINED] + [
     Pair("lora", "qda", False, "both features")
 ]
 VIEWS = [Pair("lora", "ranpac", False, "two views"), Pair("inflora", "aligned", False, "two views")]
+BALANCED = [Pair("inflora", "lda", False, "balanced")]
 FEW = [pair for pair in PAIRS if pair.classifier == "linear" or pair.adapter in ("inflora", "none")]
 """Every adapter and every classifier, for what takes long."""
 PROMPTING = ("l2p", "dualprompt", "codaprompt")
@@ -151,7 +153,7 @@ def test_the_stream_tried_has_a_task_of_one_class_and_a_batch_of_one_image(tiny,
     assert len(tasks[CLASSES.index(1)].train_rows) % STREAM["optim.batch_size"] == 1
 
 
-@every(PAIRS + JOINT + FIRST_ONLY + BOTH + VIEWS)
+@every(PAIRS + JOINT + FIRST_ONLY + BOTH + VIEWS + BALANCED)
 def test_a_run_yields_one_result_per_task_and_final_metrics_with_the_last(pair, uninterrupted):
     results, classes = uninterrupted(pair), [10] if pair.joint else CLASSES
     assert [result.task for result in results] == list(range(len(classes)))
@@ -213,7 +215,7 @@ def resumed_equals(whole: list[TaskResult], config: RunConfig, done: int, folder
         )
 
 
-@every(PAIRS + FIRST_ONLY[::2] + BOTH + VIEWS)
+@every(PAIRS + FIRST_ONLY[::2] + BOTH + VIEWS + BALANCED)
 def test_a_run_killed_before_its_last_task_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
     pair, tiny, uninterrupted, tmp_path
 ):
@@ -227,7 +229,7 @@ def test_a_run_killed_after_its_first_task_and_resumed_equals_the_uninterrupted_
     resumed_equals(uninterrupted(pair), config_of(tiny, pair), 1, tmp_path)
 
 
-@every(FEW + JOINT + FIRST_ONLY[::2] + BOTH)
+@every(FEW + JOINT + FIRST_ONLY[::2] + BOTH + BALANCED)
 def test_a_runs_folder_is_a_model_that_gives_the_runs_own_logits_and_plain_timm_where_that_can_be(
     pair, tiny, uninterrupted, tmp_path
 ):
@@ -260,7 +262,7 @@ def changed_since(before: dict[str, Tensor], model: ContinualModel) -> set[str]:
     return {name for name, tensor in now.items() if not torch.equal(tensor, before[name])}
 
 
-@every(FEW + FIRST_ONLY + BOTH)
+@every(FEW + FIRST_ONLY + BOTH + BALANCED)
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_training_changes_what_is_declared_and_nothing_else(pair, tasks, tiny):
     model, adapter, data = begun(tiny, pair.settings, tasks)
@@ -290,7 +292,7 @@ def test_what_is_declared_is_given_gradients_and_nothing_else(pair, tiny):
     assert given == {id(parameter) for parameter in (*declared.classifier, *declared.adapter)}
 
 
-@every(FEW + FIRST_ONLY + BOTH)
+@every(FEW + FIRST_ONLY + BOTH + BALANCED)
 def test_the_end_of_a_task_leaves_no_adapter_and_no_hook_and_then_the_classifier_alone_is_fitted(pair, tiny):
     model, adapter, data = begun(tiny, pair.settings, 2)
     train_task(model, adapter, data, lambda _: None)
@@ -379,6 +381,7 @@ def test_a_run_with_both_features_ends_with_the_frozen_backbones_in_the_second_h
 TRIED = [
     *FEW,
     *VIEWS,
+    *BALANCED,
     JOINT[0],
     Pair("lora", "lda", options="first task only"),
     Pair("lora", "qda", options="both features"),

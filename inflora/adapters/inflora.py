@@ -15,7 +15,7 @@ from inflora.injection import inject
 from inflora.layout import Layout, Spec
 from inflora.lora import adapted_layers, adapter_parameters, merge_all
 from inflora.model import ContinualModel
-from inflora.subspace import Memory, design, energy_inside, free_projector, taken_count, threshold, update
+from inflora.subspace import Memory, balanced, design, energy_inside, free_projector, taken_count, threshold, update
 from inflora.task_data import TaskData
 
 
@@ -25,6 +25,11 @@ class InfLoRA(Adapter[InfLoRASettings]):
     A task adds ``B_t A_t`` to a layer's weight (the paper writes the factors the other way round). ``A_t`` is designed
     before the task, so that ``B_t A_t h = 0`` for the inputs ``h`` of old tasks; with it fixed, as
     published, only ``B_t`` is trained. With ``train_A`` its rows are trained too, and stay among the free directions.
+
+    Free directions are a hard choice: what is left free is changed as if no old task had used it at all. With
+    ``balance`` what is merged weighs old inputs against new ones in every direction (``subspace.balanced``): also in
+    those that are taken, where it may undo what the update does to old inputs elsewhere. For that it remembers the sum
+    of ``h h^T`` (D x D) over the inputs of old tasks, an image of any task counting alike.
     """
 
     passes = ("covariance-before", "covariance-after")
@@ -33,6 +38,7 @@ class InfLoRA(Adapter[InfLoRASettings]):
     def __init__(self, settings: InfLoRASettings) -> None:
         super().__init__(settings)
         self.memory: dict[str, Memory] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._diagnostics: dict[str, float] = {}
 
     def prepare(self, model: ContinualModel) -> None:
@@ -67,10 +73,29 @@ class InfLoRA(Adapter[InfLoRASettings]):
 
     def end_task(self, model: ContinualModel, data: TaskData) -> dict[str, Tensor]:
         """Merge ``merge`` of ``B_t A_t`` into the weights, then remember the directions of this task's inputs."""
+        if self.settings.balance is not None and self.inputs:
+            self._balance(model, data, self.settings.balance)
         factors = merge_all(model, self.settings.share_merged(data.task.index))
         # Of the merged model's inputs: what later tasks must not disturb is what this one reads from now on.
-        self._remember(input_covariances(model, data, "after"), data)
+        covariances = input_covariances(model, data, "after")
+        self._remember(covariances, data)
+        if self.settings.balance is not None:
+            images = len(data.task.train_rows)
+            for name, cov_DD in covariances.items():
+                inputs_DD = images * cov_DD.cpu()
+                self.inputs[name] = self.inputs[name] + inputs_DD if name in self.inputs else inputs_DD
         return factors
+
+    def _balance(self, model: ContinualModel, data: TaskData, weight: float) -> None:
+        """Put updates that serve old inputs too in the place of those that were learnt for the new ones alone."""
+        # The trained model's inputs, of the same looks at the images as the merged one's later.
+        covariances, images = input_covariances(model, data, "after"), len(data.task.train_rows)
+        for name, layer in adapted_layers(model):
+            factors = layer.detach_adapter()
+            assert factors is not None, "the task that ends has begun"
+            old_DD = weight * self.inputs[name].to(covariances[name])
+            lora_A = balanced(factors[0], images * covariances[name], old_DD)
+            layer.attach(broadcast(lora_A), lora_B=factors[1])
 
     def _remember(self, covariances: dict[str, Tensor], data: TaskData) -> None:
         """DualGPM: take the directions that hold the finished task's inputs out of those that are free."""
@@ -104,16 +129,20 @@ class InfLoRA(Adapter[InfLoRASettings]):
         return self._diagnostics
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
+        taken = {f"{name}.{memory.kind}": memory.basis_DK for name, memory in self.memory.items()}
+        return taken | {f"{name}.inputs": inputs_DD for name, inputs_DD in self.inputs.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.memory = memory_of(state)
+        self.inputs = {key.removesuffix(".inputs"): t.clone() for key, t in state.items() if key.endswith(".inputs")}
 
     def state_layout(self, model: ContinualModel, sizes: Sequence[int], names: Collection[str]) -> Layout:
         layout = {}
         for name, layer in adapted_layers(model):
             kind = "retain" if f"{name}.retain" in names else "remove"
             layout[f"{name}.{kind}"] = Spec((layer.in_features, range(layer.in_features + 1)))
+            if self.settings.balance is not None:
+                layout[f"{name}.inputs"] = Spec((layer.in_features, layer.in_features), torch.float64)
         return layout
 
 

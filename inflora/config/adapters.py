@@ -70,7 +70,7 @@ class InfLoRASettings(LowRankSettings):
 
     name: Literal["inflora"] = "inflora"
     built_by: ClassVar = "inflora.adapters.inflora:InfLoRA"
-    felt_later: ClassVar = frozenset({"energy", "energy_end", "total_tasks", "memory", "energy_of"})
+    felt_later: ClassVar = frozenset({"energy", "energy_end", "total_tasks", "memory", "energy_of", "balance"})
     rank: Width | Literal["auto"] = Field(
         default=10, description="of the adapters; auto: each layer's directions that hold energy of what is free"
     )
@@ -83,6 +83,10 @@ class InfLoRASettings(LowRankSettings):
     )
     energy_of: Literal["covariance", "inputs"] = Field(
         default="covariance", description="sums of squared eigenvalues of the inputs' covariance, or of the inputs"
+    )
+    balance: Weight | None = Field(
+        default=None,
+        description="weight of an old task's image (a new one's: 1) where updates are merged; None: merged as learnt",
     )
 
     @model_validator(mode="after")

@@ -66,6 +66,11 @@ def prepare_store(
     return folder
 
 
+def store_address(dataset: str, root: str | None = None) -> str:
+    """Where a dataset's store lies: a URI, or a folder of this machine."""
+    return f"{root}/{dataset}" if root is not None and remote.is_remote(root) else str(_root(root).absolute() / dataset)
+
+
 def ensure_store(dataset: str, root: str | None = None) -> Path:
     """The folder of a dataset's store, on this machine; fetched or, where nothing is needed for it, prepared now.
 

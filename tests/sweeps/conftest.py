@@ -59,6 +59,8 @@ def tiny_sweep(data_root) -> Sweep:
         },
         first=(PAPER,),
         trials=4,
+        sampler="tpe",
+        early_stopping="asha",  # so that some trials are stopped
     )
 
 

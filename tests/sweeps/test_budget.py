@@ -3,12 +3,15 @@
 import inspect
 
 import pytest
+from pydantic import ValidationError
 
 from inflora.config import ConfigError
 from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome
 from sweeps.engine.show.status import status_lines
+from sweeps.engine.space import estimate as estimate_module
+from sweeps.engine.space.estimate import estimate
 from sweeps.engine.space.spec import Budget, Sweep
 from sweeps.recipe import parse_duration_s, with_budget_options
 
@@ -40,7 +43,7 @@ def test_patience_counts_the_trials_since_the_best_however_they_ended(tiny_sweep
     finish_one(ledger, 0.75)
     assert ledger.why_over() == ""
     ledger.fail(ledger.propose().number, "FloatingPointError")
-    assert ledger.why_over() == "patience over: 2 trials ended since trial 1 was the best"
+    assert ledger.why_over() == "patience over: 2 trials ended since trial 1 scored highest"
 
 
 def test_gpu_hours_count_what_every_trial_has_trained_also_stopped_ones(tiny_sweep, tmp_path):
@@ -90,6 +93,35 @@ def test_time_counts_over_all_starts_and_interrupts_what_runs(tiny_sweep, tmp_pa
     assert (again.number, again.tasks_done) == (running, 1), "more time goes on with what was interrupted"
 
 
+def test_a_sweep_ends_when_more_trials_promise_less_than_asked_for(tiny_sweep, tmp_path, monkeypatch):
+    asked = []
+    gain = estimate_module.imagined_gain
+    monkeypatch.setattr(estimate_module, "imagined_gain", lambda *question: asked.append(1) or gain(*question))
+    changes = {"early_stopping": "none", "sampler": "random", "trials": 12}
+    ledger = make_ledger(tiny_sweep.model_copy(update=changes), tmp_path, until_gain=100.0)
+    for _ in range(7):
+        finish_one(ledger, 0.7)
+    assert (ledger.why_over(), asked) == ("", []), "seven trials tell too little to end a sweep"
+    number = ledger.propose().number
+    for done in range(1, 5):
+        ledger.report(number, report(done, 0.7))
+    assert asked == [], "a report is no end of a trial"
+    learn_all(ledger, number, [0.7] * 5, after=4)
+    points = 100 * estimate(ledger.sweep, ledger.records()).expected_gain()
+    reason = f"little left to gain: 8 more trials are expected to add {points:.2f} points, asked for 100"
+    assert ledger.why_over() == reason
+    assert ledger.propose() is None
+    status_lines(ledger.sweep, ledger.records(), estimate(ledger.sweep, ledger.records(), 350), 0.5, 0)
+    assert len(asked) == 1, "worked out once, however often it is asked for"
+    assert make_ledger(tiny_sweep, tmp_path, until_gain=100.0).why_over() == reason
+    assert make_ledger(tiny_sweep, tmp_path, until_gain=1e-6).propose() is not None, "asked for less, it goes on"
+
+
+def test_a_front_has_no_gain_to_wait_for(tiny_sweep, tmp_path):
+    with pytest.raises(ValidationError, match="until_gain asks for one objective"):
+        make_ledger(tiny_sweep.model_copy(update={"tradeoffs": ("forgetting",)}), tmp_path, until_gain=0.2)
+
+
 def test_more_trials_add_to_a_finished_sweep(tiny_sweep, tmp_path):
     two = tiny_sweep.model_copy(update={"trials": 2})
     first = Ledger(two, tmp_path)
@@ -105,13 +137,15 @@ def test_progress_tells_trials_time_budget_and_best(tiny_sweep, tmp_path):
     ledger = make_ledger(tiny_sweep, tmp_path, {"gpus_per_worker": 1}, **limits)
     finish_one(ledger, 0.5)
     ledger.propose()
-    text = "\n".join(status_lines(ledger.sweep, ledger.records(), hours=0.5, stored_bytes=10**8))
+    known = estimate(ledger.sweep, ledger.records(), images=350)
+    text = "\n".join(status_lines(ledger.sweep, ledger.records(), known, hours=0.5, stored_bytes=10**8))
     assert "1 of 9 trials ended: 1 running, 1 finished" in text
     assert "about 4.00 hours to go at this pace" in text
     assert "0.50 hours so far, 1.50 left" in text
     assert "0.10 GB of checkpoints, 0.90 left" in text
     assert "GPU-hours of training, 8.00 left" in text
-    assert "best so far: trial 0, acc/final 0.5000" in text
+    assert "best so far: trial 0, acc/final estimated 0.5000 (0." in text
+    assert "observed 0.5000" in text
     assert "target: acc/final 0.9" in text
     assert "patience: 0 of 5 trials" in text
 

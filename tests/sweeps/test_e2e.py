@@ -75,10 +75,21 @@ def test_the_exported_config_says_where_it_comes_from(swept):
     assert config.data.train_on == "train+validation", "final training uses all training images"
     assert config.provenance["sweep"] == "digits"
     assert "acc/final" in config.provenance["validation"]
+    assert config.provenance["finished"] <= config.provenance["trials"] == 2
+    told = config.provenance["estimate"]
+    assert told["low"] < told["mean"] < told["high"]
+    assert (config.provenance["best_by"], config.provenance["observed"]) == (
+        "estimate",
+        config.provenance["validation"]["acc/final"],
+    )
     client = MlflowClient(f"sqlite:///{swept.folder}/results/digits/mlflow.db")
     run = client.get_run(config.provenance["mlflow_run_id"])
     assert run.data.params["adapter.rank"] == str(config.adapter.rank)
     assert run.data.metrics["acc/final"] == config.provenance["validation"]["acc/final"]
+    assert run.data.metrics["estimate/mean"] == told["mean"]
+    assert run.data.tags["inflora.chosen"] == "true"
+    ok(swept("sweeps export digits -o observed.yaml --best observed"))
+    assert load_config(swept.folder / "observed.yaml").provenance["best_by"] == "observed"
 
 
 def test_the_exported_config_trains_as_it_is(swept):

@@ -13,6 +13,7 @@ from sweeps.engine.after.judge import FIRST, candidates, compare, estimate, judg
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run.trial import learn
 from sweeps.engine.space.domains import Real
+from sweeps.engine.space.estimate import estimate as estimated
 from sweeps.engine.space.spec import Sweep
 
 from .conftest import PAPER, learn_all
@@ -45,10 +46,24 @@ def test_the_first_setting_is_judged_beside_the_best_trials_and_never_twice(tiny
     ledger = Ledger(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path)
     for accuracy in (0.9, 0.7, 0.8):
         learn_all(ledger, ledger.propose().number, [accuracy] * 5)
-    assert list(candidates(tiny_sweep, ledger.records(), top=2)) == ["trial-2", FIRST]
-    assert list(candidates(tiny_sweep, ledger.records(), top=3)) == ["trial-2", "trial-1", FIRST]
+    assert list(candidates(tiny_sweep, ledger.records(), None, top=2)) == ["trial-2", FIRST]
+    assert list(candidates(tiny_sweep, ledger.records(), None, top=3)) == ["trial-2", "trial-1", FIRST]
     with pytest.raises(ConfigError, match="none to judge"):
-        candidates(tiny_sweep, [], top=2)
+        candidates(tiny_sweep, [], None, top=2)
+
+
+def test_those_are_judged_whose_estimates_are_best_not_the_luckiest(tiny_sweep, tmp_path):
+    changes = {"early_stopping": "none", "sampler": "random", "trials": 30, "first": ()}
+    ledger = Ledger(with_changes(tiny_sweep, **changes), tmp_path)
+    for _ in range(29):
+        proposal = ledger.propose()
+        learn_all(ledger, proposal.number, [0.8 - 0.02 * abs(proposal.settings["adapter.rank"] - 10)] * 5)
+    lucky = ledger.propose()
+    learn_all(ledger, lucky.number, [0.81] * 5)
+    known = estimated(ledger.sweep, ledger.records())
+    assert next(iter(candidates(ledger.sweep, ledger.records(), None, top=1))) == f"trial-{lucky.number}"
+    expected = [f"trial-{record.number}" for record in known.ranking()[:3]]
+    assert list(candidates(ledger.sweep, ledger.records(), known, top=3)) == expected
 
 
 def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_best_mean(tiny_sweep, tmp_path):
@@ -63,7 +78,17 @@ def test_judging_trains_on_train_over_the_same_seeds_and_orders_and_names_the_be
     assert comparisons["trial-1"].difference.mean == pytest.approx((scores[0] - scores[2] + scores[1] - scores[3]) / 2)
     text = write_judgement(tiny_sweep, winner, estimates, comparisons, [1, 2], tmp_path)
     assert "class orders: 1, 2; protocol end-of-training" in text
+    assert "Each seed draws validation images of its own, the same for all candidates." in text
     assert json.loads((tmp_path / "judged.json").read_text())["winner"] == winner
+
+
+def test_every_seed_is_judged_on_images_of_its_own_and_no_trial_s(tiny_sweep, tmp_path):
+    configs = {"one": tiny_sweep.config(PAPER), "two": tiny_sweep.config(PAPER | {"optim.lr": 5e-3})}
+    runs = plan(configs, [0, 1], tmp_path, evaluate_on="validation")
+    splits = {label: [r.config.data.split_seed for r in runs if r.label == label] for label in configs}
+    base = tiny_sweep.base.data.split_seed
+    assert splits["one"] == splits["two"] == [base + 1, base + 2], "paired, and none that the winner was picked on"
+    assert {run.config.data.split_seed for run in plan(configs, [0, 1], tmp_path)} == {base}
 
 
 def test_an_order_to_judge_on_takes_the_place_of_a_named_one_and_none_keeps_it(tiny_sweep, tmp_path):

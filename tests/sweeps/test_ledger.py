@@ -9,6 +9,7 @@ from inflora.config import ConfigError
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, TaskReport, best_record
 from sweeps.engine.ledger.study import load_study, read_records, study_url
+from sweeps.engine.ledger.trials import seal, validation_images
 from sweeps.engine.space.domains import Choice
 from sweeps.engine.space.spec import Sweep
 
@@ -201,6 +202,16 @@ def test_the_study_can_be_read_without_the_ledger(ledger, tmp_path):
     learn_all(ledger, ledger.propose().number, [0.9] * 5)
     study = optuna.load_study(study_name=ledger.sweep.study_name, storage=study_url(tmp_path))
     assert read_records(study) == ledger.records()
+
+
+@pytest.mark.parametrize("images", [True, 0, "many", 1.5])
+def test_a_number_of_images_that_is_none_is_refused_in_a_line(ledger, tmp_path, images):
+    assert validation_images(load_study(ledger.sweep, tmp_path)) is None, "as in studies from before it was noted"
+    ledger.note_images(350)
+    assert validation_images(load_study(ledger.sweep, tmp_path)) == Ledger(ledger.sweep, tmp_path).images == 350
+    ledger.study.set_user_attr("images", seal(images))
+    with pytest.raises(ConfigError, match=r"cannot read the study .*: its trials were judged on .* images"):
+        load_study(ledger.sweep, tmp_path)
 
 
 def test_a_folder_whose_study_is_another_sweeps_is_refused_and_left_as_it_is(tiny_sweep, tmp_path):

@@ -50,6 +50,7 @@ def test_a_terminal_has_one_table_with_what_runs_what_ended_and_what_is_left(led
     text = console.export_text()
     assert "finished" in text
     assert "0.9000" in text
+    assert "0.9000 \u00b1 0." in text
     assert "77.0" in text
     assert "1/5" in text
     assert "1 of 4 trials ended: 1 running, 1 finished" in text

@@ -15,6 +15,7 @@ from sweeps.engine.ledger.study import load_study, read_records
 from sweeps.engine.run.runner import locked
 from sweeps.engine.show.report import page
 from sweeps.engine.show.tables import csv_table, latex_table
+from sweeps.engine.space.estimate import estimate
 from sweeps.engine.space.spec import Sweep
 
 from .conftest import learn_all, report
@@ -97,14 +98,19 @@ def test_a_sweep_without_a_driver_is_stopped_and_says_how_to_go_on(sweep, tmp_pa
 
 def test_the_table_is_written_with_every_digit_or_for_a_paper(sweep, tmp_path):
     records = read_records(some_trials(sweep, tmp_path))
-    rows = list(csv.DictReader(io.StringIO(csv_table(sweep, records))))
+    known = estimate(sweep, records, images=350)
+    rows = list(csv.DictReader(io.StringIO(csv_table(sweep, records, known))))
     assert len(rows) == len(records)
     assert {row["trial"]: row["acc/final"] for row in rows}["4"] == repr(records[4].value)
     assert {float(row["adapter.energy"]) for row in rows} == {each.settings["adapter.energy"] for each in records}
-    lines = latex_table(sweep, records).splitlines()
-    assert lines[3] == r"trial & adapter.rank & adapter.energy & optim.lr & acc/final \\"
+    told = {number: repr(each.mean) for number, each in known.of_trials().items()}
+    assert {int(row["trial"]): row["estimate/mean"] for row in rows if row["estimate/mean"]} == told
+    assert [int(row["trial"]) for row in rows[:5]] == [record.number for record in known.ranking()]
+    lines = latex_table(sweep, records, known).splitlines()
+    assert lines[3] == r"trial & adapter.rank & adapter.energy & optim.lr & acc/final & estimate \\"
     assert len(lines) == 7 + 5, "finished trials only, the best first"
-    assert lines[5].startswith("4 & ")
+    assert lines[5].startswith(f"{known.best().number} & ")
+    assert r" $\pm$ 0." in lines[5]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the path, and INFLORA_BROWSER names none")

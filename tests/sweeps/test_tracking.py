@@ -20,15 +20,24 @@ import pytest
 from mlflow import MlflowClient
 
 from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.show.description import NOTE
+from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import find_trial_run, make_client
 from sweeps.engine.show.tracking import StartMessage, Tracker
+from sweeps.engine.space.estimate import estimate
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
 from .server import Server, free_port
 
 TAGS = {"dataset": "digits", "seed": "0", "class_order": "0,1", "split_hash": "abc", "backbone_hash": "def"}
+
+IMAGES = [
+    DataInput(
+        dataset="digits", context="training", address="/data/digits", images=9, classes=3, tasks=3, dataset_hash="ab"
+    )
+]
 
 
 @pytest.fixture
@@ -91,6 +100,38 @@ def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sw
     assert [len(row) for row in accuracy["accuracy_matrix"]] == [1, 2, 3, 4, 5]
     assert children[2].data.tags["inflora.reason"] == "FloatingPointError: the loss is nan"
     assert "acc/final" not in children[1].data.metrics, "a stopped trial has no final value"
+
+
+def test_estimates_stand_beside_scores_and_one_run_is_marked_as_the_one_to_train(tiny_sweep, tmp_path):
+    sweep = tiny_sweep.model_copy(update={"early_stopping": "none", "sampler": "random", "trials": 6})
+    ledger = Ledger(sweep, tmp_path)
+    ledger.note_images(350)
+    mirror = Mirror(sweep, tmp_path, sqlite_uri(tmp_path), TAGS)
+    uri = sqlite_uri(tmp_path)
+
+    def chosen():
+        return [n for n, run in all_runs(uri)[2].items() if run.data.tags.get("inflora.chosen") == "true"]
+
+    for index, accuracy in enumerate((0.7, 0.8, 0.6)):
+        learn_all(ledger, ledger.propose().number, [accuracy] * 5)
+        mirror.sync()
+        assert chosen() == [min(index, 1)]
+    for _ in range(2):  # a second driver, which sends nothing twice
+        learn_all(ledger, ledger.propose().number, [0.82] * 5)
+        Mirror(sweep, tmp_path, uri, TAGS).finish(complete=False)
+    known = estimate(sweep, ledger.records(), images=350)
+    client, (parent,), children = all_runs(uri)
+    for number, told in known.of_trials().items():
+        there = children[number].data.metrics
+        assert there["acc/final"] == ledger.record_of(number).value
+        assert (there["estimate/mean"], there["estimate/low"], there["estimate/high"]) == pytest.approx(told, abs=1e-4)
+        steps = [step for step, _ in history(client, children[number], "estimate/mean")]
+        assert len(steps) == len(set(steps))
+    best = known.best()
+    assert chosen() == [best.number]
+    assert parent.data.tags["inflora.best_trial"] == str(best.number)
+    assert parent.data.metrics["best/observed"] == best.value
+    assert parent.data.metrics["best/estimate"] == known.of_trials()[best.number].mean
 
 
 def test_a_child_made_by_a_request_whose_answer_was_lost_is_found_and_completed(ledger, tiny_sweep, tmp_path):
@@ -401,7 +442,7 @@ def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, every_s=0.1)
+        tracker = Tracker(tiny_sweep, tmp_path, f"http://127.0.0.1:{proxy.server_port}", TAGS, IMAGES, every_s=0.1)
         tracker.start()
         three_trials(ledger)
         until(lambda: handler.faults >= 5)
@@ -409,6 +450,9 @@ def test_a_server_whose_answers_fail_or_are_lost_at_random_ends_with_everything_
         assert tracker.close(patience_s=90)
         client, parents, children = all_runs(server.uri)
         assert (len(parents), len(children)) == (1, 3)
+        for run in (*parents, *children.values()):
+            assert [each.dataset.digest for each in run.inputs.dataset_inputs] == [IMAGES[0].digest]
+            assert run.data.tags[NOTE]
         assert history(client, children[0], "acc/seen") == [(1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5)]
         assert {n: r.info.status for n, r in children.items()} == {0: "FINISHED", 1: "KILLED", 2: "FAILED"}
     finally:

@@ -5,31 +5,43 @@ from importlib.metadata import version
 from pathlib import Path
 
 from inflora.config import ConfigError, RunConfig, config_hash, override
-from sweeps.engine.ledger.records import TrialRecord, best_record
+from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord
 from sweeps.engine.ledger.study import load_study
-from sweeps.engine.ledger.trials import read_records
+from sweeps.engine.ledger.trials import read_records, validation_images
+from sweeps.engine.space.estimate import Estimates, estimate, winner
 from sweeps.engine.space.spec import Sweep
 
 
-def sweep_records(sweep: Sweep, folder: Path) -> list[TrialRecord]:
-    """All trials of the sweep's study."""
-    return read_records(load_study(sweep, folder))
+def read_trials(sweep: Sweep, folder: Path) -> tuple[list[TrialRecord], Estimates | None]:
+    """All trials of the sweep's study, and what they say of the scores."""
+    study = load_study(sweep, folder)
+    records = read_records(study)
+    return records, estimate(sweep, records, validation_images(study))
 
 
-def find_best(sweep: Sweep, records: list[TrialRecord]) -> TrialRecord:
-    """The best finished trial.
+def find_best(
+    sweep: Sweep, records: list[TrialRecord], known: Estimates | None, best_by: BestBy = BestBy.ESTIMATE
+) -> TrialRecord:
+    """The finished trial whose setting is the one to train.
 
     Raises:
         ConfigError: No trial has finished.
     """
-    best = best_record(records)
+    best = winner(records, known, best_by)
     if best is None:
         raise ConfigError(f"no trial of {sweep.name} has finished yet: {len(records)} started, none to export")
     return best
 
 
-def export_config(sweep: Sweep, best: TrialRecord, trials: int, run_id: str | None) -> RunConfig:
-    """A trial's config for final training (on train and validation images), with where it comes from."""
+def export_config(
+    sweep: Sweep,
+    best: TrialRecord,
+    records: list[TrialRecord],
+    known: Estimates | None,
+    run_id: str | None,
+    best_by: BestBy = BestBy.ESTIMATE,
+) -> RunConfig:
+    """A trial's config for final training (on train and validation images), with where it comes from and why it."""
     provenance = {
         "sweep": sweep.name,
         "study": sweep.study_name,
@@ -38,7 +50,12 @@ def export_config(sweep: Sweep, best: TrialRecord, trials: int, run_id: str | No
         "mlflow_run_id": run_id,
         "trial_config_hash": config_hash(sweep.config(best.settings)),
         "validation": best.reports[-1].metrics,
-        "trials": trials,
+        "objective": sweep.objective,
+        "best_by": (best_by if known else BestBy.OBSERVED).value,
+        "observed": best.value,
+        "estimate": known.of_trials()[best.number]._asdict() if known else None,
+        "trials": len(records),
+        "finished": sum(record.outcome is Outcome.FINISHED for record in records),
         "versions": {name: version(name) for name in ("inflora-sweeps", "torch", "timm", "ray", "optuna", "mlflow")},
     }
     config = override(sweep.config(best.settings), {"data.train_on": "train+validation"})

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric, Run, RunTag
 from ray.util.queue import Queue
 
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, method_of, override
@@ -23,7 +23,7 @@ from inflora.data.stream import EvaluateOn
 from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
-from inflora.setup import check, identity
+from inflora.setup import check, identity, search_stream
 from inflora.state import RunState, load_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import now_ms
@@ -31,16 +31,17 @@ from sweeps.engine.run.cluster import connect, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.reach import reachable_ray
 from sweeps.engine.show import plots
+from sweeps.engine.show.description import NOTE, plain, within_limit
+from sweeps.engine.show.inputs import data_inputs
 from sweeps.engine.show.mlflow_store import (
     experiment_id,
-    experiment_name,
-    git_commit,
     log_accuracy,
     log_all,
     log_pictures,
     make_client,
     mlflow_metrics,
     params_of,
+    source_tags,
     tagged_runs,
 )
 from sweeps.engine.show.output import check_can_write
@@ -97,6 +98,9 @@ def plan(
 ) -> list[FinalRun]:
     """Every config with every seed, and on every class order (None: each config's own).
 
+    Validation images are drawn anew for every seed, and are none that trials were chosen by: the same ones for all
+    configs, which are compared on them, but not the same luck in all of a config's runs.
+
     Raises:
         ConfigError: Settings that do not fit each other, before anything is trained.
     """
@@ -105,8 +109,12 @@ def plan(
         check(config)
         for each in [config] if orders is None else [_in_order(config, order) for order in orders]:
             for seed in seeds:
+                own: dict[str, int] = {"seed": seed}
                 folder = out / f"{label}-{_identity(each)}" / f"seed-{seed}"
-                runs.append(FinalRun(label, seed, override(each, {"seed": seed}), folder, evaluate_on))
+                if evaluate_on == "validation":
+                    own["data.split_seed"] = (each.data.split_seed + 1 + seed) % 2**63
+                    folder = folder.with_name(f"{folder.name}-split-{own['data.split_seed']}")
+                runs.append(FinalRun(label, seed, override(each, own), folder, evaluate_on))
     return runs
 
 
@@ -248,13 +256,13 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
     Runs that are there already, from an earlier call, are left as they are. Returns the parent's run id.
     """
     client = make_client(uri)
-    experiment = experiment_id(client, experiment_name(runs[0].config.data.dataset), "acc/final")
+    experiment = experiment_id(client, runs[0].config.data.dataset, "acc/final")
     compared = sorted({f"{run.label}-{_identity(run.config)}" for run in runs})
     name = f"final-{hashlib.sha256(' '.join(compared).encode()).hexdigest()[:16]}"
     there = {run.data.tags["inflora.run"]: run for run in tagged_runs(client, experiment, "inflora.final", name)}
     parent = there.get("parent")
     if parent is None:
-        tags = {"inflora.final": name, "inflora.run": "parent"}
+        tags = {"inflora.final": name, "inflora.run": "parent", **source_tags("sweeps final")}
         parent = client.create_run(experiment, tags=tags, run_name="final " + " ".join(compared))
     for run in runs:
         key = f"{run.label}-{config_hash(run.config)}"
@@ -264,7 +272,7 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
                 client, experiment, parent.info.run_id, run, {"inflora.final": name, "inflora.run": key}
             )
         if child.info.status != "FINISHED":
-            _log_run(client, child.info.run_id, run)
+            _log_run(client, child.info.run_id, run, parent.info.run_id)
     metrics = [
         Metric(f"{label}/{metric}_{kind}", value, now_ms(), 0)
         for label, spreads in summary.items()
@@ -272,7 +280,8 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
         for kind, value in s._asdict().items()
         if value is not None
     ]
-    client.log_batch(parent.info.run_id, metrics=metrics)
+    note = RunTag(NOTE, within_limit((out / "report.md").read_text()))
+    client.log_batch(parent.info.run_id, metrics=metrics, tags=[note])
     for file in ("report.md", "report.json", "curves.png"):
         client.log_artifact(parent.info.run_id, str(out / file))
     client.set_terminated(parent.info.run_id, "FINISHED")
@@ -280,14 +289,16 @@ def log_final(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Sprea
 
 
 def _create_run(client: MlflowClient, experiment: str, parent: str, run: FinalRun, own_tags: Mapping[str, str]) -> Run:
-    commit = git_commit()
     tags = {**identity(run.config), **own_tags, "mlflow.parentRunId": parent, "inflora.evaluated_on": run.evaluate_on}
-    tags |= {"mlflow.source.git.commit": commit} if commit else {}
+    tags |= source_tags("sweeps final")
     return client.create_run(experiment, tags=tags, run_name=f"final-{run.label}-seed-{run.seed}")
 
 
-def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
+def _log_run(client: MlflowClient, run_id: str, run: FinalRun, parent: str) -> None:
     """Everything about a finished run; doing it again after a broken connection changes nothing."""
+    inputs = [each.entity() for each in data_inputs(search_stream(run.config), run.config, run.evaluate_on)]
+    for each in (run_id, parent):
+        client.log_inputs(each, datasets=inputs)
     state = load_state(run.folder / "state")
     finished_ms = int((run.folder / "result.json").stat().st_mtime * 1000)
     matrix, metrics = accuracy_matrix(state.evaluations), [state.metrics(done + 1) for done in range(state.tasks)]
@@ -296,7 +307,8 @@ def _log_run(client: MlflowClient, run_id: str, run: FinalRun) -> None:
         for done, (row, known) in enumerate(zip(matrix, metrics, strict=True), 1)
         for metric in mlflow_metrics(done, known, row, finished_ms)
     ]
-    log_all(client, run_id, logged, params_of(run.config))
+    note = f"{_name(run)}: acc/final {metrics[-1]['acc/final']:.4f} on {run.evaluate_on} images"
+    log_all(client, run_id, logged, params_of(run.config), [RunTag(NOTE, plain(note))])
     log_accuracy(client, run_id, matrix, [known["acc/seen"] for known in metrics])
     log_pictures(client, run_id, matrix, metrics)
     client.log_text(run_id, dump_config(run.config), "model/config.yaml")

@@ -1,7 +1,8 @@
 """Before a winner is named: the best trials again, over seeds and class orders, against the recipe's first setting.
 
-One trial's score is one draw, and the best of many draws flatters itself. So the top trials are trained again on the
-training images and judged on validation images, all over the same seeds and orders; the test set stays closed.
+An estimate from one draw a trial still hangs on one seed and on one set of validation images. So the top trials are
+trained again and judged on validation images, all over the same seeds and orders; each seed draws validation images of
+its own, as the luck of one set would be in all means alike. The test set stays closed.
 """
 
 import json
@@ -17,9 +18,10 @@ from inflora.config import ConfigError, RunConfig, dump_config, override
 from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, load_state
-from sweeps.engine.after.export import sweep_records
+from sweeps.engine.after.export import read_trials
 from sweeps.engine.after.final import FinalRun, FinalTraining
 from sweeps.engine.ledger.records import TrialRecord, ranking
+from sweeps.engine.space.estimate import Estimates
 from sweeps.engine.space.spec import Sweep, read_sweep
 
 FIRST = "first"
@@ -71,13 +73,15 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
     return Comparison(difference, p, "better" if difference.mean > 0 else "worse")
 
 
-def candidates(sweep: Sweep, records: Sequence[TrialRecord], top: int) -> dict[str, RunConfig]:
-    """The best trials, and the recipe's first setting where the sweep has one, by the names that the report gives them.
+def candidates(sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None, top: int) -> dict[str, RunConfig]:
+    """The best trials, by estimate where there is one, and the recipe's first setting where the sweep has one.
+
+    They have the names that the report gives them.
 
     Raises:
         ConfigError: No trial has finished.
     """
-    best = ranking(records)[:top]
+    best = (known.ranking() if known else ranking(records))[:top]
     if not best:
         raise ConfigError(f"no trial of {sweep.name} has finished yet: {len(records)} started, none to judge")
     chosen = {f"trial-{record.number}": sweep.config(record.settings) for record in best}
@@ -124,10 +128,10 @@ def judge_sweep(
 ) -> tuple[dict[str, RunConfig], FinalTraining]:
     """Choose the configs that the test set is opened for: a sweep's winner and the recipe's first setting."""
     sweep = read_sweep(folder)
-    records = sweep_records(sweep, folder)
+    records, known = read_trials(sweep, folder)
     numbers = [order for order in trained.orders or [] if order is not None]
     trained = trained._replace(orders=judged_orders(sweep, numbers))
-    judged = candidates(sweep, records, top)
+    judged = candidates(sweep, records, known, top)
     runs = trained.train(judged, out / "judged", "validation", say)
     winner, estimates, comparisons = judge(runs, sweep.objective)
     say(write_judgement(sweep, winner, estimates, comparisons, trained.orders or [], out))
@@ -157,6 +161,7 @@ def write_judgement(
     named = ", ".join("natural" if order is None else str(order) for order in orders)
     runs = next(iter(estimates.values())).runs
     lines += ["", f"Percent; {runs} runs each, class orders: {named}; protocol {sweep.protocol}. Winner: **{winner}**."]
+    lines += ["Each seed draws validation images of its own, the same for all candidates."]
     noise = [label for label, c in comparisons.items() if label == winner and c.verdict == "within seed noise"]
     lines += [f"{label} is ahead of the recipe's first setting by less than seed noise." for label in noise]
     text = "\n".join([*lines, ""])

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.engine.ledger.failures import change_for
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
 from sweeps.engine.ledger.study import check_study, open_storage
-from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unseal
+from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unseal, validation_images
 from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
 from sweeps.engine.space.objectives import Metric, direction, measure
@@ -78,6 +78,7 @@ class Ledger:
         self._hours_before = hours_so_far(self.study)
         self._started, self._start_ms = time.monotonic(), now_ms()
         self.stored_bytes = stored_bytes
+        self.images = validation_images(self.study)
         self._over, self._last_check = "", -math.inf
         for settings in sweep.first:
             self.study.enqueue_trial(settings, skip_if_exists=True)
@@ -90,6 +91,12 @@ class Ledger:
                 self.study.enqueue_trial(dict(each), skip_if_exists=True)
             self.study.set_user_attr("warm_start", seal(source))
         return len(fitting)
+
+    def note_images(self, images: int) -> None:
+        """Note how many images every trial is judged on: their luck is in all scores alike."""
+        if self.images != images:
+            self.study.set_user_attr("images", seal(images))
+            self.images = images
 
     def remaining(self) -> int:
         """The number of trials still to be started or finished."""

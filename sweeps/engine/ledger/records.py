@@ -40,6 +40,13 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+class BestBy(StrEnum):
+    """The rules by which one trial of many is the best."""
+
+    ESTIMATE = "estimate"  # of its score, from all finished trials
+    OBSERVED = "observed"  # its own score, the luckiest of many
+
+
 class TrialRecord(NamedTuple):
     """One trial as the ledger knows it.
 

@@ -84,6 +84,18 @@ def stored_bytes(study: optuna.Study) -> int:
     return int(unseal(study.user_attrs.get("stored_bytes", 0)))
 
 
+def validation_images(study: optuna.Study) -> int | None:
+    """The number of images that all trials are judged on; None where an older version began the study.
+
+    Raises:
+        ValueError: Not such a number.
+    """
+    images = unseal(study.user_attrs.get("images"))
+    if images is not None and (type(images) is not int or images < 1):
+        raise ValueError(f"its trials were judged on {images!r} images")
+    return images
+
+
 def hours_so_far(study: optuna.Study) -> float:
     """The hours that the sweep had run, over all its starts, when a trial last ended."""
     return float(unseal(study.user_attrs.get("hours", 0.0)))

@@ -1,6 +1,7 @@
 """The questions that are asked before a sweep makes or starts anything; a wrong answer is one line."""
 
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -10,13 +11,14 @@ from typing import NamedTuple
 from inflora.config import ConfigError
 from inflora.files import nearest
 from inflora.patience import NoAnswerError, within
-from inflora.setup import check, identity
+from inflora.setup import check, identity, search_stream
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.reach import PATIENCE_S, reachable_ray, reachable_store
-from sweeps.engine.show.mlflow_store import git_commit
+from sweeps.engine.show.inputs import DataInput, data_inputs
+from sweeps.engine.show.mlflow_store import source_tags
 from sweeps.engine.show.output import check_can_write
 from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
 
@@ -25,12 +27,18 @@ TRIALS = "trials"
 
 
 class Ready(NamedTuple):
-    """A sweep that can start: where its trials are and what they store there, how many run at a time, MLflow tags."""
+    """A sweep that can start: where its trials are and what they store there, how many run at a time.
+
+    ``tags`` and ``inputs`` are what MLflow is told of all its runs. ``images``: what every trial is judged on, the
+    validation images of the tasks that it learns.
+    """
 
     place: SharedFolder
     stored_bytes: int
     at_a_time: int
     tags: dict[str, str]
+    inputs: list[DataInput]
+    images: int
 
 
 def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, say: Callable[[str], None]) -> Ready:
@@ -46,12 +54,13 @@ def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, s
     check_folder(sweep, folder)
     check_tracking(tracking_uri, folder, say)
     # Reads the weights, which may have to be fetched: after all that is quick, before the cluster is asked.
-    tags = identity(sweep.base)
-    if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
+    stream = search_stream(sweep.base)
+    tags = identity(sweep.base, stream) | source_tags(sys.argv[0])
+    inputs = data_inputs(stream, sweep.base, "validation")
     stored_bytes = place.bytes_in(TRIALS)
     at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
-    return Ready(place, stored_bytes, at_a_time, tags)
+    images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
+    return Ready(place, stored_bytes, at_a_time, tags, inputs, images)
 
 
 def check_tracking(uri: str, folder: Path, say: Callable[[str], None]) -> None:

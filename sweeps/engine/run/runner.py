@@ -36,12 +36,14 @@ class SweepResult(NamedTuple):
     """All trials of a sweep when it stops; ``complete``: none is left to run; ``delivered``: MLflow has everything.
 
     ``over`` says why it ended before all trials that were asked for; empty if all were done, or if it was interrupted.
+    ``images`` is the number of images that its trials were judged on.
     """
 
     records: list[TrialRecord]
     complete: bool
     delivered: bool
     over: str
+    images: int
 
 
 def run_sweep(
@@ -79,6 +81,7 @@ def _open_ledger(
     if fetch_database(folder / STUDY_FILE, ready.place):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
     ledger = Ledger(sweep, folder, ready.stored_bytes)
+    ledger.note_images(ready.images)
     if warm_start is not None:
         found = ledger.warm_start(*warm_start)
         say(f"warm start: {found} settings of {warm_start[1]} lie in this space and are tried first")
@@ -91,9 +94,11 @@ def _run_what_is_left(
     remaining = 0 if ledger.why_over() else ledger.remaining()
     done = ledger.sweep.trials - ledger.remaining()
     say(f"sweep {ledger.sweep.name}: {remaining} trials to run" + (f", {done} done before" if done > 0 else ""))
+    if remaining and ledger.sweep.sampler == "gp" and ledger.sweep.gp_falls_back:
+        say("sampler gp proposes as tpe does: some settings hang on others, or there are constraints or tradeoffs")
     if remaining:
         check_nodes(ready.place)
-    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags)
+    tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags, ready.inputs)
     tracker.start()
     try:
         if remaining:
@@ -106,7 +111,7 @@ def _run_what_is_left(
         if ready.place.address != str(folder):
             keep_database(folder / STUDY_FILE, ready.place)
         delivered = tracker.close(complete=complete, over=over)
-    return SweepResult(ledger.records(), complete, delivered, over)
+    return SweepResult(ledger.records(), complete, delivered, over, ready.images)
 
 
 def _start_trials(

@@ -29,7 +29,10 @@ class CheckpointCleanup(tune.Callback):
         self.tidy()
 
     def tidy(self) -> None:
-        """Delete the states of ended trials but the best one's."""
+        """Delete the states of ended trials but of the one that has scored highest.
+
+        Its own score, which later trials do not change: what is deleted cannot become the one to keep.
+        """
         records, study_name = self.ledger.records(), self.ledger.sweep.study_name
         best = best_record(records)
         ended = {r.number for r in records if r.outcome is not Outcome.RUNNING and r is not best}

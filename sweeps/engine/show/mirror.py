@@ -10,20 +10,24 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mlflow.entities import Metric, Run, RunTag
+from mlflow.entities import Run, RunTag
 from tenacity import Retrying, before_sleep_log, stop_after_delay, wait_exponential
 
 from inflora.config import RunConfig, config_hash, dump_config
-from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record, now_ms
+from sweeps.engine.ledger.records import Outcome, TrialRecord, now_ms
 from sweeps.engine.ledger.study import follow_study
-from sweeps.engine.ledger.trials import Reader
+from sweeps.engine.ledger.trials import Reader, validation_images
+from sweeps.engine.run.reach import without_password
 from sweeps.engine.show import report as sweep_report
+from sweeps.engine.show.description import NOTE, description, plain, trial_note
+from sweeps.engine.show.inputs import DataInput
+from sweeps.engine.show.mlflow_estimates import EstimateSender, best_metrics
 from sweeps.engine.show.mlflow_store import (
     experiment_id,
-    experiment_name,
+    how_to_export,
     log_accuracy,
     log_all,
     make_client,
@@ -33,6 +37,7 @@ from sweeps.engine.show.mlflow_store import (
     tagged_runs,
 )
 from sweeps.engine.show.tracking import BEHIND, DELIVERED, CloseMessage, StartMessage
+from sweeps.engine.space.estimate import estimate, winner
 from sweeps.engine.space.spec import Sweep
 
 logger = logging.getLogger(__name__)
@@ -44,53 +49,78 @@ _STATUS = {Outcome.FINISHED: "FINISHED", Outcome.PRUNED: "KILLED", Outcome.FAILE
 class Mirror:
     """Makes MLflow show what the study holds: a parent run for the sweep, a child for every trial."""
 
-    def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str]) -> None:
+    def __init__(
+        self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], inputs: Sequence[DataInput] = ()
+    ) -> None:
         self.sweep, self.tags = sweep, dict(tags)
+        self._inputs = [each.entity() for each in inputs]
+        self._export = how_to_export(folder, uri).replace(uri, without_password(uri))
         self.client = make_client(uri)
         self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
+        self._images = validation_images(self.study)
         self._experiment = ""
         self.parent: str | None = None
+        self._note = ""
         self._children: dict[int, Run] = {}
         self._sent: dict[int, tuple[int, Outcome]] = {}
+        self._estimates = EstimateSender(self.client, self._children)
 
     def sync(self) -> None:
         """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
-        if self.parent is None:
-            self.parent = self._find_or_create_parent()
-        for record in self._reader.records():
-            state = (len(record.reports), record.outcome)
-            sent = self._sent.get(record.number)
-            if sent != state and record.settings:
-                self._sync_trial(record, sent[0] if sent else 0)
-                self._sent[record.number] = state
+        records, is_news = self._send()
+        self._estimates.follow(self.sweep, records, self._images)
+        if is_news:
+            self._describe(records)
 
     def finish(self, *, complete: bool, over: str = "") -> None:
         """Send the rest and the sweep's own results; the parent run ends as finished only if the sweep has.
 
         Trials that were interrupted are shown as killed until the sweep goes on with them.
         """
-        self.sync()
+        records, _ = self._send()
         assert self.parent is not None
-        records = self._reader.records()
         for record in records:
             if record.outcome is Outcome.RUNNING and record.number in self._children:
                 self.client.set_terminated(self._children[record.number].info.run_id, "KILLED")
         self.client.set_tag(self.parent, "inflora.ended_early", over)
-        best = best_record(records)
+        known = estimate(self.sweep, records, self._images)
+        self._estimates.send(records, known)
+        best = winner(records, known)
         if best is not None:
-            last = best.reports[-1]
-            metrics = [Metric(f"best/{name}", value, last.time_ms, 0) for name, value in last.metrics.items()]
+            metrics = best_metrics(best, known)
             tags = [RunTag(f"best/{path}", str(value)) for path, value in best.settings.items()]
             tags += [RunTag("inflora.best_trial", str(best.number))]
             self.client.log_batch(self.parent, metrics=metrics, tags=tags)
         self.client.log_text(self.parent, sweep_report.page(self.sweep, self.study), "report.html")
+        interrupted = "Interrupted: the command that began it goes on with it."
+        self._describe(records, f"Ended early: {plain(over)}." if over else "" if complete else interrupted)
         self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
 
+    def _send(self) -> tuple[list[TrialRecord], bool]:
+        """Bring the trials' runs up to date; all trials, and whether there was anything to send."""
+        is_news = self.parent is None
+        if self.parent is None:
+            self.parent = self._find_or_create_parent()
+        records = self._reader.records()
+        for record in records:
+            state = (len(record.reports), record.outcome)
+            sent = self._sent.get(record.number)
+            if sent != state and record.settings:
+                self._sync_trial(record, None if sent is None else sent[0])
+                self._sent[record.number] = state
+                is_news = True
+        return records, is_news
+
+    def _describe(self, records: Sequence[TrialRecord], ending: str = "") -> None:
+        assert self.parent is not None
+        note = description(self.sweep, records, estimate(self.sweep, records, self._images), self._export, ending)
+        if note != self._note:
+            self.client.set_tag(self.parent, NOTE, note)
+            self._note = note
+
     def _find_or_create_parent(self) -> str:
-        self._experiment = experiment_id(
-            self.client, experiment_name(self.sweep.base.data.dataset), self.sweep.objective
-        )
+        self._experiment = experiment_id(self.client, self.sweep.base.data.dataset, self.sweep.objective)
         parents = []
         for run in tagged_runs(self.client, self._experiment, "inflora.sweep", self.sweep.study_name):
             number = run.data.tags.get("inflora.trial")
@@ -104,6 +134,8 @@ class Mirror:
         else:
             tags = {**self.tags, **self._own_tags()}
             parent = self.client.create_run(self._experiment, start_time=now_ms(), run_name=self.sweep.name, tags=tags)
+        self._note = parent.data.tags.get(NOTE, "")
+        self._log_inputs(parent)
         if not parent.data.params:
             self.client.log_text(parent.info.run_id, self.sweep.model_dump_json(indent=2), "sweep.json")
             log_all(self.client, parent.info.run_id, params=params_of_sweep(self.sweep))  # last: they say all is there
@@ -116,8 +148,16 @@ class Mirror:
             "inflora.protocol": self.sweep.protocol,
         }
 
-    def _sync_trial(self, record: TrialRecord, reports_sent: int) -> None:
-        """Send what is new of a trial in one batch; sent again by another start it changes nothing."""
+    def _log_inputs(self, run: Run) -> None:
+        """Log the datasets, unless an earlier start of this sweep has."""
+        if self._inputs and not (run.inputs and run.inputs.dataset_inputs):
+            self.client.log_inputs(run.info.run_id, datasets=self._inputs)
+
+    def _sync_trial(self, record: TrialRecord, reports_sent: int | None) -> None:
+        """Send what is new of a trial in one batch; sent again by another start it changes nothing.
+
+        ``reports_sent`` is None the first time; what a lost answer has left out of its run is then completed.
+        """
         config = self.sweep.config(record.settings)
         run = self._children.get(record.number)
         if run is not None and _OUTCOME_TAG in run.data.tags and run.info.status in _STATUS.values():
@@ -126,24 +166,32 @@ class Mirror:
             run = self._children[record.number] = self._create_child(record, config)
         elif run.info.status != "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")  # it was interrupted
+        if reports_sent is None:
+            self._log_inputs(run)
         metrics = [
             metric
-            for report in record.reports[reports_sent:]
+            for report in record.reports[reports_sent or 0 :]
             for metric in mlflow_metrics(
                 report.tasks_done, {**report.metrics, "seconds": report.seconds}, report.accuracies, report.time_ms
             )
         ]
-        tags = {_OUTCOME_TAG: record.outcome.value} if record.outcome in _STATUS else {}
+        tags = {}
+        if record.outcome in _STATUS:
+            tags = {_OUTCOME_TAG: record.outcome.value, NOTE: trial_note(self.sweep, record)}
         tags |= {"inflora.reason": record.reason} if record.reason else {}
         tags |= {"inflora.failures": json.dumps(record.failures)} if record.failures else {}
-        params = [] if run.data.params or reports_sent else params_of(config)
+        params = params_of(config) if reports_sent is None and not run.data.params else []
         log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
         if record.outcome in _STATUS:
             self._end_child(run.info.run_id, record)
 
     def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
         assert self.parent is not None
-        own = {"inflora.trial": str(record.number), "mlflow.parentRunId": self.parent}
+        own = {
+            "inflora.trial": str(record.number),
+            "mlflow.parentRunId": self.parent,
+            NOTE: trial_note(self.sweep, record),
+        }
         tags = {**self.tags, "config_hash": config_hash(config), **self._own_tags(), **own}
         name = f"{self.sweep.name}-{record.number:04d}"
         return self.client.create_run(self._experiment, start_time=record.start_ms, run_name=name, tags=tags)
@@ -183,7 +231,7 @@ def follow(start: StartMessage, driver: _DriverListener) -> bool:
     def with_mirror(do: Callable[[Mirror], None]) -> None:
         """A failed request may have arrived all the same: the next try looks at what is there with new eyes."""
         nonlocal current
-        mirror, current = current or Mirror(start.sweep, start.folder, start.uri, start.tags), None
+        mirror, current = current or Mirror(start.sweep, start.folder, start.uri, start.tags, start.inputs), None
         do(mirror)
         current = mirror
 

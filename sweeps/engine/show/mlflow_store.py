@@ -22,10 +22,21 @@ from inflora.errors import one_line
 from sweeps.engine.ledger.snapshot import snapshot
 from sweeps.engine.run.reach import reachable_store, sqlite_file, store_scheme, without_password
 from sweeps.engine.show import plots
+from sweeps.engine.show.description import NOTE
 from sweeps.engine.show.mlflow_database import make_whole
 from sweeps.engine.space.spec import Sweep
 
 _PARAM_LENGTH = 6000
+_UNDECIDED = ("", "no_inferred_type", "custom_model_development_inferred", "genai_development_inferred")
+"""What stands in an experiment's tags as long as nobody has chosen."""
+
+_ABOUT = {
+    "mlflow.experimentKind": "custom_model_development",
+    NOTE: "Each sweep is a run with its trials below it; its description says what to train. "
+    "Final runs alone open the test images.",
+}
+"""An experiment's tags for MLflow's pages: that models are trained in it, and a line below its title."""
+
 _BATCH = 800
 """Metrics per request: with parameters and tags it stays below a thousand values."""
 
@@ -67,16 +78,21 @@ def experiment_name(dataset: str) -> str:
     return f"inflora-{dataset}"
 
 
-def experiment_id(client: MlflowClient, name: str, objective: str) -> str:
-    """The experiment called ``name``, made if need be; a sqlite store keeps its artifacts beside its file."""
+def experiment_id(client: MlflowClient, dataset: str, objective: str) -> str:
+    """A dataset's experiment, made if need be; a sqlite store keeps its artifacts beside its file."""
+    name = experiment_name(dataset)
     found = client.get_experiment_by_name(name)
     if found is not None:
+        for tag, value in _ABOUT.items():
+            if found.tags.get(tag, "") in _UNDECIDED:
+                client.set_experiment_tag(found.experiment_id, tag, value)
         return found.experiment_id
     uri = client.tracking_uri
     beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts" if uri.startswith("sqlite:") else None
     tags = {
         "mlflow.experiment.primaryMetric.name": objective,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
+        **_ABOUT,
     }
     return client.create_experiment(name, beside.as_uri() if beside else None, tags)
 
@@ -124,9 +140,40 @@ def _to_read(uri: str) -> Iterator[str | None]:
         yield f"sqlite:///{copy}"
 
 
-def how_to_look(uri: str) -> str:
-    """The command to type, or the address to open, to see the runs."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+def how_to_look(uri: str, dataset: str) -> list[str]:
+    """The command to type, if any, and the page to open to see a dataset's runs.
+
+    MLflow 3.17 shows of an experiment what its address or else the browser's last choice says, tools for language
+    models at first, whatever the experiment's tags say.
+    """
+    is_server = uri.startswith("http")
+    command = [] if is_server else [f"mlflow ui --backend-store-uri {shlex.quote(uri)}"]
+    server = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    known = _find_experiment(uri, experiment_name(dataset))
+    page = f"{server}/#/experiments/{known}?workflowType=machine_learning" if known else server
+    return [*command, page]
+
+
+def _find_experiment(uri: str, name: str) -> str | None:
+    """An experiment's number, where a server or a database file says it at once."""
+    try:
+        if uri.startswith("http"):
+            found = make_client(uri).get_experiment_by_name(name)
+            return found.experiment_id if found else None
+        file = sqlite_file(uri)
+        if file is None or not file.exists():
+            return None
+        with closing(sqlite3.connect(file)) as database:
+            row = database.execute("SELECT experiment_id FROM experiments WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else None
+    except (MlflowException, sqlite3.Error):
+        return None
+
+
+def how_to_export(folder: Path, uri: str, shown: str = "") -> str:
+    """The command to type that writes the config of a sweep's best trial; ``shown`` is a shorter name of its folder."""
+    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
+    return f"sweeps export {shlex.quote(shown or str(folder))} -o best.yaml{elsewhere}"
 
 
 def flat_settings(config: RunConfig) -> dict[str, str]:
@@ -152,6 +199,15 @@ def git_commit() -> str | None:
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def source_tags(program: str) -> dict[str, str]:
+    """What a run was started by, as MLflow shows a run's source; a file beside this code by its place there."""
+    here, file = Path(__file__).resolve().parents[3], Path(program).resolve()
+    name = file.relative_to(here).as_posix() if file.is_relative_to(here) else str(file)
+    tags = {"mlflow.source.name": name if file.is_file() else program, "mlflow.source.type": "LOCAL"}
+    commit = git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def tagged_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Run]:

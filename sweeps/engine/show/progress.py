@@ -14,6 +14,7 @@ from rich.text import Text
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, TrialRecord, describe
 from sweeps.engine.show.status import status_lines
+from sweeps.engine.space.estimate import estimate
 
 
 class ProgressLines(tune.Callback):
@@ -75,18 +76,20 @@ class LiveTable(ProgressLines):
         records, sweep = self.ledger.records(), self.ledger.sweep
         running = [record for record in records if record.outcome is Outcome.RUNNING]
         ended = sorted((r for r in records if r.outcome is not Outcome.RUNNING), key=lambda r: r.end_ms or 0)
+        known = estimate(sweep, records, self.ledger.images)
+        estimates = known.of_trials() if known else {}
         table = Table(title=sweep.name)
-        for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "settings"):
+        for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "estimate", "settings"):
             table.add_column(column, justify="left" if column in ("outcome", "settings") else "right")
         for record in [*ended[-5:], *running]:
             last = record.reports[-1] if record.reports else None
             seen = f"{100 * last.metrics['acc/seen']:.1f}" if last else ""
             tasks = f"{last.tasks_done}/{last.tasks}" if last else ""
             value = f"{record.value:.4f}" if record.value is not None else ""
-            table.add_row(str(record.number), record.outcome, tasks, seen, value, describe(record.settings))
-        return Group(
-            table, Text("\n".join(status_lines(sweep, records, self.ledger.hours(), self.ledger.stored_bytes)))
-        )
+            told = str(estimates.get(record.number, ""))
+            table.add_row(str(record.number), record.outcome, tasks, seen, value, told, describe(record.settings))
+        lines = status_lines(sweep, records, known, self.ledger.hours(), self.ledger.stored_bytes)
+        return Group(table, Text("\n".join(lines)))
 
 
 def progress_on(console: Console, ledger: Ledger, say: Callable[[str], None]) -> ProgressLines:

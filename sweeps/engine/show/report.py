@@ -16,9 +16,10 @@ from inflora.config import dump_config
 from inflora.metrics import forgetting
 from sweeps.engine.ledger.records import Outcome, TrialRecord, best_first, best_record, ranking
 from sweeps.engine.ledger.study import pareto_front
-from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes
+from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
 from sweeps.engine.show.status import outcome_word, status_lines
 from sweeps.engine.space.budget import gpu_hours_spent
+from sweeps.engine.space.estimate import estimate
 from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
 
@@ -51,10 +52,14 @@ _MEMORY = {
 def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
     records = read_records(study)
+    known = estimate(sweep, records, validation_images(study))
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",
         _paragraphs(
-            [*status_lines(sweep, records, hours_so_far(study), stored_bytes(study), driven=driven), _setup(sweep)]
+            [
+                *status_lines(sweep, records, known, hours_so_far(study), stored_bytes(study), driven=driven),
+                _setup(sweep),
+            ]
         ),
         "<p>All accuracies are on validation images; the test images stay closed until final training.</p>",
         *_best(sweep, records),

@@ -2,33 +2,60 @@
 
 from collections.abc import Sequence
 
-from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record
+from sweeps.engine.ledger.records import Outcome, TrialRecord
 from sweeps.engine.space.budget import standings, why_over
+from sweeps.engine.space.estimate import ENOUGH, NEXT, Estimates, winner
 from sweeps.engine.space.spec import Sweep
 
 
 def status_lines(
-    sweep: Sweep, records: Sequence[TrialRecord], hours: float, stored_bytes: int, *, driven: bool = True
+    sweep: Sweep,
+    records: Sequence[TrialRecord],
+    known: Estimates | None,
+    hours: float,
+    stored_bytes: int,
+    *,
+    driven: bool = True,
 ) -> list[str]:
-    """A line for the trials, one for every budget, one for the best trial, one for why nothing more comes.
+    """A line for the trials, one for every budget, one for the setting to train, one for why nothing more comes.
 
-    ``driven``: a driver is alive; without one what runs was interrupted, and nothing goes on by itself.
+    ``known`` is what the trials say of the scores. ``driven``: a driver is alive; without one what runs was
+    interrupted, and nothing goes on by itself.
     """
     count = {outcome: sum(record.outcome is outcome for record in records) for outcome in Outcome}
     ended = len(records) - count[Outcome.RUNNING]
-    known = ", ".join(f"{number} {outcome_word(each, driven=driven)}" for each, number in count.items() if number)
-    lines = [f"{ended} of {sweep.trials} trials ended" + (f": {known}" if known else "")]
+    outcomes = ", ".join(f"{number} {outcome_word(each, driven=driven)}" for each, number in count.items() if number)
+    lines = [f"{ended} of {sweep.trials} trials ended" + (f": {outcomes}" if outcomes else "")]
     if driven and 0 < ended < sweep.trials:
         lines.append(f"about {hours / ended * (sweep.trials - ended):.2f} hours to go at this pace")
     lines += [each.line for each in standings(sweep, records, hours, stored_bytes) if each.line]
-    best = best_record(records)
-    if best is not None and best.value is not None:
-        lines.append(f"best so far: trial {best.number}, {sweep.objective} {best.value:.4f}")
+    lines += [line for line in (best_line(sweep, records, known), gain_line(known)) if line]
     if why := why_over(sweep, records, hours, stored_bytes):
         lines.append(why)
     elif not driven and ended < sweep.trials:
         lines.append("stopped: no process runs this sweep; the command that began it goes on with it")
     return lines
+
+
+def best_line(sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None) -> str:
+    """The setting to train, with its estimated score and its own; empty while there is none."""
+    best = winner(records, known)
+    if best is None or best.value is None:
+        return ""
+    if known is None:
+        return f"best so far: trial {best.number}, {sweep.objective} {best.value:.4f}"
+    told = known.of_trials()[best.number]
+    return (
+        f"best so far: trial {best.number}, {sweep.objective} estimated {told.mean:.4f} ({told.low:.4f} to "
+        f"{told.high:.4f}), observed {best.value:.4f}"
+    )
+
+
+def gain_line(known: Estimates | None) -> str:
+    """What more trials are expected to add, in points; empty where too few are known to tell."""
+    if known is None or len(known.finished) < ENOUGH:
+        return ""
+    return f"the next {NEXT} trials are expected to add {100 * known.expected_gain():.2f} points"
 
 
 def outcome_word(outcome: Outcome, *, driven: bool) -> str:

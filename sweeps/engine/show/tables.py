@@ -8,19 +8,30 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sweeps.engine.ledger.records import TrialRecord, best_first, ranking
+from sweeps.engine.ledger.records import TrialRecord, ranking
 from sweeps.engine.show.status import outcome_word
+from sweeps.engine.space.estimate import Estimates, best_estimated_first
 from sweeps.engine.space.spec import Sweep
 
 
-def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int] = (), *, driven: bool = True) -> Table:
-    """All trials, the best finished one first; those on the Pareto front are starred."""
+def trials_table(
+    sweep: Sweep,
+    records: list[TrialRecord],
+    known: Estimates | None = None,
+    front: Container[int] = (),
+    *,
+    driven: bool = True,
+) -> Table:
+    """All trials, the best estimate first; those on the Pareto front are starred."""
     table = Table(title=f"{sweep.name}: {len(records)} trials, judged on validation images")
-    for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds"):
+    estimates = known.of_trials() if known else {}
+    estimated = ["estimate"] if known else []
+    for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, *estimated, "seconds"):
         table.add_column(column, justify="left" if column == "outcome" else "right")
-    for record in best_first(records):
+    for record in best_estimated_first(records, known):
         values = [_short(record.settings.get(path, "")) for path in sweep.space]
         objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)
+        objectives += [str(estimates.get(record.number, "")) for _ in estimated]
         seconds = sum(report.seconds for report in record.reports)
         number = f"{'* ' if record.number in front else ''}{record.number}"
         outcome = outcome_word(record.outcome, driven=driven)
@@ -31,29 +42,34 @@ def trials_table(sweep: Sweep, records: list[TrialRecord], front: Container[int]
     return table
 
 
-def csv_table(sweep: Sweep, records: list[TrialRecord]) -> str:
-    """All trials, the best finished one first, with every digit."""
+def csv_table(sweep: Sweep, records: list[TrialRecord], known: Estimates | None = None) -> str:
+    """All trials, the best estimate first, with every digit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "seconds", "reason"])
-    for record in best_first(records):
+    estimates = known.of_trials() if known else {}
+    estimated = [] if sweep.tradeoffs else ["estimate/mean", "estimate/low", "estimate/high"]
+    writer.writerow(["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, *estimated, "seconds", "reason"])
+    for record in best_estimated_first(records, known):
         settings = [record.settings.get(path, "") for path in sweep.space]
         values: list[Any] = list(record.values) or [""] * len(sweep.objectives)
+        values += estimates.get(record.number, [""] * len(estimated))
         seconds = sum(report.seconds for report in record.reports)
-        known = [record.number, record.outcome, len(record.reports), *settings, *values, round(seconds, 3)]
-        writer.writerow([*known, record.reason])
+        cells = [record.number, record.outcome, len(record.reports), *settings, *values, round(seconds, 3)]
+        writer.writerow([*cells, record.reason])
     return text.getvalue()
 
 
-def latex_table(sweep: Sweep, records: list[TrialRecord]) -> str:
-    """The finished trials, the best first, for a document that uses booktabs."""
-    head = ["trial", *sweep.space, *sweep.objectives]
+def latex_table(sweep: Sweep, records: list[TrialRecord], known: Estimates | None = None) -> str:
+    """The finished trials, the best estimate first, for a document that uses booktabs."""
+    head = ["trial", *sweep.space, *sweep.objectives, *(["estimate"] if known else [])]
+    estimates = known.of_trials() if known else {}
     rows = [
         [str(record.number), *(_short(record.settings.get(path, "")) for path in sweep.space)]
         + [_short(value, 4) for value in record.values]
-        for record in ranking(records)
+        + ([str(estimates[record.number])] if known else [])
+        for record in (known.ranking() if known else ranking(records))
     ]
-    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in [head, *rows]]
+    lines = [" & ".join(map(_escaped, row)).replace("\u00b1", r"$\pm$") + r" \\" for row in [head, *rows]]
     note = f"% {sweep.name}: {len(rows)} finished of {len(records)} trials, judged on validation images"
     columns = "r" * len(head)
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.space.spec import Sweep
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class StartMessage(BaseModel):
     folder: Path
     uri: str
     tags: dict[str, str]
+    inputs: list[DataInput] = []
     every_s: float
 
 
@@ -48,9 +50,19 @@ class Tracker(threading.Thread):
     memory perhaps, is replaced: the study holds what it had to send.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, uri: str, tags: Mapping[str, str], every_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: Path,
+        uri: str,
+        tags: Mapping[str, str],
+        inputs: Sequence[DataInput] = (),
+        every_s: float = 1.0,
+    ) -> None:
         super().__init__(name="mlflow-tracker", daemon=True)
-        self._start_message = StartMessage(sweep=sweep, folder=folder, uri=uri, tags=dict(tags), every_s=every_s)
+        self._start_message = StartMessage(
+            sweep=sweep, folder=folder, uri=uri, tags=dict(tags), inputs=list(inputs), every_s=every_s
+        )
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         self._closing: CloseMessage | None = None

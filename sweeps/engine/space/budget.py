@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record
+from sweeps.engine.space.estimate import ENOUGH, NEXT, estimate
 from sweeps.engine.space.objectives import gpu_hours
 from sweeps.engine.space.spec import Sweep
 
@@ -53,18 +54,30 @@ def target(sweep: Sweep, records: Sequence[TrialRecord], hours: float, stored_by
 
 
 def patience(sweep: Sweep, records: Sequence[TrialRecord], hours: float, stored_bytes: int) -> Standing:
-    """Trials that ended, however they did, since the best one ended."""
+    """Trials that ended, however they did, since the one with the highest score did."""
     best, most = best_record(records), sweep.budget.patience
     if most is None or best is None:
         return Standing()
     # Ends are compared, not numbers: a trial that began before the best one may end long after it.
     since = sum(r.end_ms is not None and r.end_ms > (best.end_ms or 0) for r in records)
-    reason = f"patience over: {since} trials ended since trial {best.number} was the best"
-    return Standing(f"patience: {since} of {most} trials without a new best", reason if since >= most else "")
+    reason = f"patience over: {since} trials ended since trial {best.number} scored highest"
+    return Standing(f"patience: {since} of {most} trials without a higher score", reason if since >= most else "")
+
+
+def expected_gain(sweep: Sweep, records: Sequence[TrialRecord], hours: float, stored_bytes: int) -> Standing:
+    """The score that more trials are expected to add; worked out anew only when one has finished."""
+    least, known = sweep.budget.until_gain, estimate(sweep, records) if sweep.budget.until_gain is not None else None
+    if least is None or known is None or len(known.finished) < ENOUGH:
+        return Standing()
+    points = 100 * known.expected_gain()
+    reason = f"little left to gain: {NEXT} more trials are expected to add {points:.2f} points, asked for {least:g}"
+    return Standing(
+        f"expected gain: until {NEXT} trials add less than {least:g} points", reason if points < least else ""
+    )
 
 
 # In this order: of two reasons at the same moment the first is told.
-RULES: tuple[Rule, ...] = (time, gpu_time, storage, target, patience)
+RULES: tuple[Rule, ...] = (time, gpu_time, storage, target, patience, expected_gain)
 
 
 def _used(used: float, limit: float | None, unit: str, shown_as: str, name: str) -> Standing:

@@ -39,6 +39,10 @@ class Conditional(Settings):
         """The value that a sampler's value stands for."""
         return value
 
+    def at(self, share: float) -> Scalar:
+        """The value at a share (0 to 1) of the way from end to end, on the domain's scale."""
+        raise NotImplementedError
+
 
 class _Bounded(Conditional):
     """Everything between two bounds, both possible."""
@@ -54,6 +58,10 @@ class _Bounded(Conditional):
         """True if the sampler could choose ``value``."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
+    def share_of(self, value: Any) -> float:
+        """Where ``value`` lies on the way from end to end, on the domain's scale: what ``at`` takes back."""
+        raise NotImplementedError
+
 
 class _Range(_Bounded):
     """Everything between two bounds, on a linear scale or a logarithmic one."""
@@ -63,6 +71,24 @@ class _Range(_Bounded):
     def _spaced(self, count: int) -> list[float]:
         space = np.geomspace if self.log else np.linspace
         return [float(value) for value in np.clip(space(self.low, self.high, count), self.low, self.high)]
+
+    def _ends(self) -> tuple[float, float]:
+        """The ends of the way that ``at`` goes, on the domain's scale."""
+        return self._scaled(self.low), self._scaled(self.high)
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else float(value)
+
+    def at(self, share: float) -> Scalar:
+        """The value at a share (0 to 1) of the way from end to end, on the domain's scale."""
+        low, high = self._ends()
+        place = low + share * (high - low)
+        return min(max(math.exp(place) if self.log else place, self.low), self.high)
+
+    def share_of(self, value: Any) -> float:
+        """Where ``value`` lies on the way from end to end, on the domain's scale: what ``at`` takes back."""
+        low, high = self._ends()
+        return (self._scaled(value) - low) / (high - low) if high > low else 0.5
 
 
 Place = Annotated[Whole, Field(ge=-(2**53), le=2**53)]
@@ -79,6 +105,14 @@ class Integer(_Range):
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
         return trial.suggest_int(path, self.low, self.high, log=self.log)
+
+    def _ends(self) -> tuple[float, float]:
+        # Half a step beyond the bounds: so the outermost numbers have as long a way as the others.
+        return self._scaled(self.low - 0.5), self._scaled(self.high + 0.5)
+
+    def at(self, share: float) -> Scalar:
+        """The whole number at a share (0 to 1) of the way from end to end, on the domain's scale."""
+        return round(float(super().at(share)))  # type: ignore[arg-type]
 
     def points(self, count: int) -> list[Scalar]:
         """At most ``count`` values from end to end, evenly on the domain's scale."""
@@ -129,6 +163,20 @@ class NearOne(_Bounded):
         missing = np.geomspace(_missing(self.low), _missing(self.high), count)
         return list(dict.fromkeys(self.inverse_transform(float(each)) for each in missing))
 
+    def at(self, share: float) -> Scalar:
+        """The share at a part (0 to 1) of the way from end to end, on the domain's scale."""
+        missing = math.exp(self._log_missing(self.low) * (1 - share) + self._log_missing(self.high) * share)
+        return float(self.inverse_transform(missing))
+
+    def share_of(self, value: Any) -> float:
+        """Where ``value`` lies on the way from end to end, on the domain's scale: what ``at`` takes back."""
+        low, high = self._log_missing(self.low), self._log_missing(self.high)
+        return (self._log_missing(value) - low) / (high - low) if high != low else 0.5
+
+    @staticmethod
+    def _log_missing(value: float) -> float:
+        return math.log(max(_missing(value), 1e-10))
+
 
 def _missing(share: float) -> float:
     """The complement to 1, free of rounding noise: 0.05 and not 0.050000000000000044."""
@@ -156,6 +204,10 @@ class Choice(Conditional):
     def points(self, count: int) -> list[Scalar]:
         """All values, however many: they have no order to be thinned out in."""
         return list(self.options)
+
+    def at(self, share: float) -> Scalar:
+        """The value at a share (0 to 1) of the options."""
+        return self.options[min(int(share * len(self.options)), len(self.options) - 1)]
 
 
 Domain = Annotated[Integer | Real | NearOne | Choice, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Optuna's samplers, by name: they propose settings."""
+"""Samplers, by name: they propose settings."""
 
 import copy
 import warnings
@@ -9,11 +9,12 @@ import numpy as np
 import optuna
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from sweeps.engine.space import domains
+from sweeps.engine.space.acquisition import Looks, next_settings
 from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
 
@@ -29,7 +30,16 @@ class Proposed(NamedTuple):
 
 
 def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
-    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has.
+    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has."""
+    known = [trial for trial in trials if trial.state is not TrialState.WAITING]
+    if sampler == "gp" and not sweep.gp_falls_back:
+        return Proposed(next_settings(sweep.space, _looks(known, sweep.sampler_seed)), {})
+    # Chance needs to know nothing.
+    return ask(sweep, [] if sampler == "random" else known, make_sampler(sweep, sampler, len(trials)))
+
+
+def ask(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: BaseSampler) -> Proposed:
+    """The settings that one of Optuna's samplers proposes.
 
     Samplers know linear and logarithmic scales. They are asked in a study in memory, whose trials are the real ones on
     the sampler's scales, so that the study on disk holds the settings themselves.
@@ -37,16 +47,20 @@ def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Propos
     space = {path: domain.transformed() for path, domain in sweep.space.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            directions=[direction(metric) for metric in sweep.objectives],
-            sampler=make_sampler(sweep, sampler, len(trials)),
-        )
-    if sampler != "random":  # chance needs to know nothing
-        study.add_trials(_transformed(sweep, space, trial) for trial in trials if trial.state is not TrialState.WAITING)
+        study = optuna.create_study(directions=[direction(metric) for metric in sweep.objectives], sampler=sampler)
+    study.add_trials(_transformed(sweep, space, trial) for trial in trials)
     asked = study.ask()
     chosen = domains.suggest(space, asked)
     settings = {path: sweep.space[path].inverse_transform(value) for path, value in chosen.items()}
     return Proposed(settings, study.get_trials(deepcopy=False)[-1].system_attrs)
+
+
+def _looks(trials: Sequence[FrozenTrial], seed: int) -> Looks:
+    """What the trials say to the Gaussian process; one that was stopped early says nothing."""
+    finished = [(trial.params, trial.values[0]) for trial in trials if trial.state is TrialState.COMPLETE]
+    running = [trial.params for trial in trials if trial.state is TrialState.RUNNING and trial.params]
+    failed = [t.params for t in trials if t.state is TrialState.FAIL and t.params and "same_as" not in t.user_attrs]
+    return Looks(finished, running, failed, len(trials), seed)
 
 
 def _transformed(sweep: Sweep, space: domains.Space, trial: FrozenTrial) -> FrozenTrial:
@@ -69,7 +83,7 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
     # Optuna's 10 random trials would be most of a small sweep.
     startup = min(10, sweep.trials // 3)
     match name:
-        case "tpe":
+        case "tpe" | "gp":
             return TPESampler(
                 seed=seed,
                 n_startup_trials=startup,
@@ -77,8 +91,6 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
                 group=domains.is_conditional(sweep.space),
                 constant_liar=True,  # trials that run side by side keep their distance
             )
-        case "gp":
-            return GPSampler(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
         case "cmaes":
             # Stopped trials have no value: with early stopping only the finished ones teach it.
             return ReplayedCmaEs(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)

@@ -111,6 +111,9 @@ class Budget(Settings):
     target: Bound | None = Field(default=None, description="a finished trial whose objective is at least this")
     patience: Count | None = Field(default=None, description="trials ended in a row without a new best")
     storage_gb: Limit | None = Field(default=None, description="gigabytes of checkpoints on the storage")
+    until_gain: Limit | None = Field(
+        default=None, description="an expected gain of the next eight trials below so many points of the objective"
+    )
 
 
 class Sweep(Settings):
@@ -131,12 +134,16 @@ class Sweep(Settings):
     judge_orders: tuple[Seed, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
     trials: Count = 16
     budget: Budget = Budget()
-    sampler: Literal["tpe", "gp", "cmaes", "random", "grid"] = "tpe"
+    sampler: Literal["gp", "tpe", "cmaes", "random", "grid"] = Field(
+        default="gp", description="gp falls back to tpe where some settings hang on others, or with several objectives"
+    )
     sampler_seed: ShortSeed = 0
     grid_points: Annotated[Whole, Field(ge=1, le=1_000)] = Field(
         default=3, description="values per setting that the grid sampler tries"
     )
-    early_stopping: Literal["asha", "median", "hyperband", "none"] = "asha"
+    early_stopping: Literal["none", "asha", "median", "hyperband"] = Field(
+        default="none", description="with samplers that learn from stopped trials too, or from none: tpe, random, grid"
+    )
     grace_tasks: Count = Field(default=2, description="tasks that every trial may learn before it can be stopped")
     reduction: Annotated[Whole, Field(ge=2, le=1_000)] = Field(
         default=2, description="1/reduction of the trials pass each rung (asha, hyperband)"
@@ -169,9 +176,17 @@ class Sweep(Settings):
             raise ValueError(f"the grid must have at most {MOST_ROWS} rows, got {rows}: lower grid_points")
         if self.sampler == "cmaes" and self.tradeoffs:
             raise ValueError("sampler cmaes has one objective; tpe, gp, random and grid take tradeoffs")
+        if self.sampler in ("gp", "cmaes") and self.early_stopping != "none":
+            raise ValueError(
+                f"sampler {self.sampler} learns from finished trials only, of which early stopping leaves the lucky "
+                f"ones: set early_stopping none, or sampler tpe, random or grid; got early_stopping "
+                f"{self.early_stopping}"
+            )
         measured = {*self.objectives, *(constraint.metric for constraint in self.constraints)}
         if "cost/gpu_hours" in measured and not self.resources.gpus_per_worker:
             raise ValueError("cost/gpu_hours is 0 for every trial where resources.gpus_per_worker is 0")
+        if self.budget.until_gain is not None and self.tradeoffs:
+            raise ValueError("budget.until_gain asks for one objective, got tradeoffs")
         if self.budget.gpu_hours is not None and not self.resources.gpus_per_worker:
             raise ValueError("budget.gpu_hours is never spent where resources.gpus_per_worker is 0")
         return self
@@ -200,6 +215,11 @@ class Sweep(Settings):
     def judged_by(self) -> tuple[Metric, ...]:
         """Objectives and constrained metrics, each once, in order."""
         return tuple(dict.fromkeys((*self.objectives, *(constraint.metric for constraint in self.constraints))))
+
+    @property
+    def gp_falls_back(self) -> bool:
+        """True where sampler gp proposes as tpe does: it knows no conditions, constraints or second objectives."""
+        return bool(domains.is_conditional(self.space) or self.tradeoffs or self.constraints)
 
     @property
     def rung_metric(self) -> str:
