@@ -73,7 +73,11 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
             changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
             changes["adapter.first_merge"] = 1.0
         changes |= {
-            "inflora": {"adapter.energy": 1 - log(own, 1e-4, 0.05), "adapter.train_A": one_of(train_A, False, True)},
+            "inflora": {
+                "adapter.energy": 1 - log(own, 1e-4, 0.05),
+                "adapter.train_A": one_of(train_A, False, True),
+                "adapter.balance": one_of(2 * train_A % 1, None, 1.0),
+            },
             "olora": {"adapter.penalty": log(own, 0.01, 10)},
             "sdlora": {"adapter.magnitude_lr": log(own, 1e-4, 0.03)},
             "l2p": {"adapter.key_lr": log(own, 3e-4, 0.1)},
