@@ -3,24 +3,27 @@
 python benchmarks/pairs.py                  writes its part of docs/results.md; what is done is not done again
 python benchmarks/pairs.py --only digits --adapters none inflora    a part of it
 
-The same for all pairs: an adapter is trained with so many settings, its defaults and others that are drawn alike for
-all adapters, and every classifier is fitted, with at most so many settings of its own, to the features of the same
-trainings (one_training.py). The best on validation images, with the first class order and seed, is trained on all
-training images with every seed and class order, and tested. Then the best of each adapter's trainings once more, with
-classifiers that are fitted to augmented looks at its images as well.
+The same for all adapters: each is trained with as many settings, its defaults and others that are drawn alike for all.
+Validation images, with the first class order and seed, choose two of its trainings: the best with linear heads, and the
+best with any classifier in closed form (fitted to the features of the same trainings: one_training.py). On the latter
+they also choose the settings of every fitted classifier, with or without drift compensation and augmented looks. Both
+are then trained on all training images with every seed and class order, and tested.
 """
 
 import argparse
+import ast
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from frozen_features import FrozenFeatures
 from one_training import shown_by
-from pairs_report import TITLE, Pair, Tuned, read_figures, report, viewed, write_figures, write_section
+from pairs_report import ADAPTERS, METRICS, TITLE, Pair, Tuned, read_figures, report, write_figures, write_section
 from scipy.stats import qmc
 from streams import STREAMS, prepare
 
@@ -30,30 +33,21 @@ from inflora.files import write_atomically
 
 # What is compared.
 
-COMPARED = ("digits", "strokes", "woven")
+COMPARED = ("woven", "digits", "strokes")
 ORDERS, SEEDS = (1993, 1, 2), (0, 1, 2)
-TRAININGS = 17
-DRIFTS = (None, 0.01, 0.1)
-CLASSIFIERS: dict[str, list[dict[str, Any]]] = {
-    "linear": [{}],
-    "aligned": [{"temperature": 0.1, "steps": steps, "drift": drift} for steps in (50, 500) for drift in DRIFTS],
-    "ncm": [{"drift": drift} for drift in (*DRIFTS, 1e-3, 0.03, 1.0)],
-    "lda": [{"shrinkage": shrinkage, "drift": drift} for shrinkage in (None, 0.1) for drift in DRIFTS],
-    "qda": [{"pooling": pooling, "drift": drift} for pooling in (0.5, 0.9) for drift in DRIFTS],
-    "ranpac": [{"features": features, "drift": drift} for features in (500, 1000) for drift in DRIFTS],
+TRAININGS = 12
+CLASSIFIERS = {
+    "linear": "linear",
+    "aligned": "aligned temperature=0.1 steps=500",
+    "ncm": "ncm",
+    "lda": "lda",
+    "qda": "qda pooling=0.9",
+    "ranpac": "ranpac features=1000",
 }
-"""The settings of each classifier that are tried: as many for all that have any."""
-VIEWS = 8
-FITTED_TO_VIEWS: dict[str, list[dict[str, Any]]] = {
-    "aligned": [{"temperature": 0.1, "steps": 500, "drift": drift} for drift in (None, 0.1)],
-    "ncm": [{"drift": drift} for drift in (None, 0.1)],
-    "lda": [{"drift": drift} for drift in (None, 0.1)],
-    "qda": [{"pooling": 0.9, "drift": drift} for drift in (None, 0.1)],
-    "ranpac": [{"features": features, "drift": None} for features in (1000, 2000)],
-}
-"""And of those that are fitted to ``VIEWS`` augmented looks at each image."""
+"""Each classifier with settings that have done well; ``drift`` and ``views`` are added to them."""
+CLOSED_FORM = ("ncm", "lda", "qda", "ranpac")
+DRIFTS, VIEWS = (None, 0.1), (0, 8)
 PROMPTS = ("l2p", "dualprompt", "codaprompt")
-ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", "e2lora", *PROMPTS)
 
 
 def settings_tried(adapter: str) -> list[dict[str, Any]]:
@@ -79,7 +73,11 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
             changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
             changes["adapter.first_merge"] = 1.0
         changes |= {
-            "inflora": {"adapter.energy": 1 - log(own, 1e-4, 0.05), "adapter.train_A": one_of(train_A, False, True)},
+            "inflora": {
+                "adapter.energy": 1 - log(own, 1e-4, 0.05),
+                "adapter.train_A": one_of(train_A, False, True),
+                "adapter.balance": one_of(2 * train_A % 1, None, 1.0),
+            },
             "olora": {"adapter.penalty": log(own, 0.01, 10)},
             "sdlora": {"adapter.magnitude_lr": log(own, 1e-4, 0.03)},
             "l2p": {"adapter.key_lr": log(own, 3e-4, 0.1)},
@@ -90,24 +88,25 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
     return tried
 
 
-def choices(views: int) -> dict[str, dict[str, Any]]:
-    """A label for every classifier with its settings, fitted to so many augmented looks."""
-    labelled = {}
-    for name, several in (FITTED_TO_VIEWS if views else CLASSIFIERS).items():
-        for settings in several:
-            said = [name, *(f"{key}={value}" for key, value in settings.items())]
-            labelled[" ".join(said)] = {"name": name} | settings | ({"views": views} if views else {})
-    return labelled
+def variants(name: str, drifts: tuple[float | None, ...], several_views: tuple[int, ...]) -> list[str]:
+    """The labels of a classifier with every combination of these settings; ``linear`` has none."""
+    if name == "linear":
+        return [CLASSIFIERS[name]]
+    return [f"{CLASSIFIERS[name]} drift={drift} views={views}" for views in several_views for drift in drifts]
+
+
+def settings_of(label: str) -> dict[str, Any]:
+    """The settings of a classifier that a label says: its name, and ``key=value`` for others."""
+    name, *others = label.split(" ")
+    pairs = (each.split("=") for each in others)
+    return {"name": name} | {key: ast.literal_eval(value) for key, value in pairs}
 
 
 # What is done once.
 
 
 class Training(NamedTuple):
-    """One training of an adapter: what is to be done once.
-
-    Classifiers are fitted to so many ``views``: those of the ``labels``, or all of ``choices``.
-    """
+    """One training of an adapter, and the labels of the classifiers that are fitted to its features."""
 
     stream: str
     adapter: str
@@ -115,8 +114,23 @@ class Training(NamedTuple):
     order: int
     seed: int
     evaluate_on: EvaluateOn
-    views: int = 0
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...]
+
+    def memory(self, folder: Path) -> FrozenFeatures:
+        """What is known of the batches that it shares with others of its stream, class order and seed."""
+        together = "-joint" if self.adapter == "joint" else ""
+        return FrozenFeatures(folder / f"frozen/{self.stream}{together}-{self.order}-{self.seed}-{self.evaluate_on}")
+
+    @property
+    def drifts(self) -> tuple[float | None, ...]:
+        """What is worth trying as drift compensation: nothing where no task moves old features."""
+        moves = self.adapter not in ("none", "joint") and dict(self.changes).get("adapter.adapt_tasks") != 1
+        return DRIFTS if moves else (None,)
+
+    def with_variants(self, names: tuple[str, ...], several_views: tuple[int, ...]) -> "Training":
+        """The same with all that is tried of these classifiers; alignment needs a second task."""
+        able = [name for name in names if (self.adapter, name) != ("joint", "aligned")]
+        return self._replace(labels=tuple(v for name in able for v in variants(name, self.drifts, several_views)))
 
     def config(self, root: Path) -> RunConfig:
         """Its settings; "joint" learns all tasks as one with plain LoRA."""
@@ -130,21 +144,24 @@ class Training(NamedTuple):
 
 
 def remembered(training: Training, folder: Path) -> dict[str, Any]:
-    """What the training shows, or what it did when it was done before; empty of classifiers where it went astray."""
+    """What the training shows of its classifiers, or did when it was done before; nothing of any where it went astray.
+
+    Its file keeps what each classifier has shown; those that it lacks are fitted in a training of their own.
+    """
     config = training.config(folder / "data")
-    tried = choices(training.views).items()
-    wanted = {label: each for label, each in tried if not training.labels or label in training.labels}
-    labelled = {label: each for label, each in wanted.items() if not (config.data.joint and each["name"] == "aligned")}
     name = f"{training.stream}-{training.adapter}-{training.order}-{training.seed}-{config_hash(config)}"
-    file = folder / f"{name}-{training.evaluate_on}{'-views' if training.views else ''}.json"
-    if not file.exists():
+    file = folder / f"{name}-{training.evaluate_on}.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    missing = {label: settings_of(label) for label in training.labels if label not in known}
+    if missing and "error" not in known.get("", {}):
         torch.set_num_threads(1)
         try:
-            shown = shown_by(config, training.evaluate_on, labelled)
+            known |= shown_by(config, training.evaluate_on, missing, training.memory(folder))
         except (FloatingPointError, ConfigError) as error:
-            shown = {"": {"error": str(error)}}
-        write_atomically(file, json.dumps(shown).encode())
-    return dict(json.loads(file.read_text()))
+            known[""] = {"error": str(error)}
+        write_atomically(file, json.dumps(known).encode())
+    wanted = {label: known[label] for label in training.labels if label in known}
+    return {} if "error" in known[""] else {"": known[""]} | wanted
 
 
 def frozen(changes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -162,7 +179,8 @@ def done(trainings: list[Training], folder: Path, jobs: int) -> dict[Training, d
             known[training] = future.result()
             best = max((v["acc/final"] for k, v in known[training].items() if k), default=float("nan"))
             print(
-                f"{number}/{len(waiting)} {training.stream} {training.adapter} {training.evaluate_on}: {best:.3f}",
+                f"{time.strftime('%H:%M:%S')} {training.stream} {training.adapter} {training.evaluate_on} "
+                f"{number}/{len(waiting)}: {best:.3f}",
                 flush=True,
             )
     return known
@@ -171,66 +189,69 @@ def done(trainings: list[Training], folder: Path, jobs: int) -> dict[Training, d
 Shown = dict[Training, dict[str, Any]]
 
 
-def best_of(trainings: list[Training], shown: Shown, name: str = "") -> tuple[Training, str] | None:
-    """The best training and classifier, any or that of a ``name``, by accuracy on validation images."""
+def best_of(trainings: list[Training], shown: Shown, names: tuple[str, ...]) -> tuple[Training, str]:
+    """The best training and classifier of these ``names``, by accuracy on validation images; the first of equals."""
     candidates = [
         (metrics["acc/final"], metrics["acc/avg_incremental"], training, label)
         for training in trainings
         for label, metrics in shown[training].items()
-        if "acc/final" in metrics and name in ("", label.split(" ")[0])
+        if label.split(" ")[0] in names
     ]
-    if not candidates:
-        return None
     *_, training, label = max(candidates, key=lambda found: found[:2])
     return training, label
 
 
-def tested(tried: Mapping[str, list[Training]], on_validation: Shown, folder: Path, jobs: int) -> dict[Pair, Tuned]:
-    """Every adapter's best training with each classifier, tested."""
-    chosen = {
-        Pair(adapter, name): best
-        for adapter, several in tried.items()
-        for name in CLASSIFIERS
-        if (best := best_of(several, on_validation, name))
-    }
+def chosen(stream: str, adapter: str, folder: Path, jobs: int) -> Iterator[tuple[Pair, Training, str, float]]:
+    """Every classifier's pair with the adapter: its training, its settings, and what it has on validation images."""
+    first = [
+        Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation", ()).with_variants(
+            ("linear", *CLOSED_FORM), VIEWS[:1]
+        )
+        for changes in settings_tried(adapter)
+    ]
+    shown = done(first, folder, jobs)
+    heads, _ = best_of(first, shown, ("linear",))
+    closed, _ = best_of(first, shown, CLOSED_FORM)
+    closer = closed.with_variants(tuple(CLASSIFIERS), VIEWS)
+    shown |= done([closer], folder, jobs)
+    for name in CLASSIFIERS:
+        if (adapter, name) != ("joint", "aligned"):
+            training, label = best_of([heads if name == "linear" else closer], shown, (name,))
+            yield Pair(adapter, name), training, label, shown[training][label]["acc/final"]
+
+
+def compared(stream: str, adapter: str, folder: Path, jobs: int) -> dict[Pair, Tuned]:
+    """How the adapter does on a stream with every classifier: chosen on validation images, and tested."""
+    pairs = list(chosen(stream, adapter, folder, jobs))
+    labels: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    for _, training, label, _ in pairs:
+        labels.setdefault(training.changes, []).append(label)
     finals = {
-        pair: [training._replace(order=order, seed=seed, evaluate_on="test") for order in ORDERS for seed in SEEDS]
-        for pair, (training, _) in chosen.items()
+        changes: [
+            Training(stream, adapter, changes, order, seed, "test", tuple(several))
+            for order in ORDERS
+            for seed in SEEDS
+        ]
+        for changes, several in labels.items()
     }
-    on_test = done([training for several in finals.values() for training in several], folder, jobs)
+    shown = done([final for several in finals.values() for final in several], folder, jobs)
     return {
         pair: Tuned(
             dict(training.changes),
             label,
-            on_validation[training][label]["acc/final"],
-            [on_test[final][label] | {"share": share(on_test[final], label)} for final in finals[pair]],
+            validation,
+            [with_share(shown[final], label) for final in finals[training.changes]],
         )
-        for pair, (training, label) in chosen.items()
+        for pair, training, label, validation in pairs
+        if all(shown[final] for final in finals[training.changes])
     }
 
 
-def compared(stream: str, adapters: list[str], folder: Path, jobs: int) -> tuple[dict[Pair, Tuned], dict[Pair, Tuned]]:
-    """How every pair does on a stream, and how with views the classifiers do on each adapter's best training."""
-    tried = {
-        adapter: [
-            Training(stream, adapter, frozen(changes), ORDERS[0], SEEDS[0], "validation")
-            for changes in settings_tried(adapter)
-        ]
-        for adapter in adapters
-    }
-    shown = done([training for several in tried.values() for training in several], folder, jobs)
-    best = {adapter: best_of(several, shown) for adapter, several in tried.items()}
-    with_views = {adapter: [found[0]._replace(views=VIEWS)] for adapter, found in best.items() if found}
-    shown |= done([training for several in with_views.values() for training in several], folder, jobs)
-    return tested(tried, shown, folder, jobs), tested(with_views, shown, folder, jobs)
-
-
-def share(shown: Mapping[str, Mapping[str, float]], label: str) -> float:
-    """The classifier's seconds as a share of its training's."""
-    if label == "linear":
-        return 0.0
-    passes = 1 if label.endswith("drift=None") else 2
-    return (shown[label]["seconds"] + passes * shown[""]["pass"]) / shown[""]["training"]
+def with_share(shown: Mapping[str, Mapping[str, float]], label: str) -> dict[str, float]:
+    """The metrics that are reported of a classifier, and its seconds as a share of its training's."""
+    metrics = {name: shown[label][name] for name in METRICS}
+    share = shown[label]["seconds"] / shown[""]["seconds"]
+    return {name: round(value, 6) for name, value in (metrics | {"share": share}).items()}
 
 
 def in_order(pairs: dict[Pair, Tuned]) -> dict[Pair, Tuned]:
@@ -251,11 +272,11 @@ def main() -> None:
     known = read_figures(arguments.figures)
     for name in arguments.only:
         prepare(name, arguments.folder / "data")
-        found = compared(name, arguments.adapters, arguments.folder, arguments.jobs)
-        for key, pairs in zip((name, viewed(name)), found, strict=True):
-            known[key] = in_order({**known.get(key, {}), **pairs})
-        write_figures(known, arguments.figures)
-        write_section(arguments.out, TITLE, report(known))
+        for adapter in arguments.adapters:
+            found = compared(name, adapter, arguments.folder, arguments.jobs)
+            known[name] = in_order({**known.get(name, {}), **found})
+            write_figures(known, arguments.figures)
+            write_section(arguments.out, TITLE, report(known))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from streams import STREAMS
 from inflora.files import write_atomically
 
 TITLE = "## Every adapter with every classifier"
+ADAPTERS = ("joint", "none", "lora", "inflora", "olora", "sdlora", "e2lora", "l2p", "dualprompt", "codaprompt")
 METRICS = {
     "acc/final": "final",
     "acc/avg_incremental": "average incremental",
@@ -31,8 +32,8 @@ class Pair(NamedTuple):
 class Tuned(NamedTuple):
     """A pair as it was chosen on validation images, and its tests: one for each class order and seed.
 
-    Besides metrics a test has ``share``: the classifier's seconds, with its passes over the images, as a share of those
-    that the task's training takes.
+    A test has those of ``METRICS`` and ``share``: the classifier's seconds, with its passes over the images, as a share
+    of those that the task's training takes.
     """
 
     changes: Mapping[str, Any]
@@ -46,17 +47,6 @@ class Tuned(NamedTuple):
 
 
 Pairs = Mapping[Pair, Tuned]
-
-FITTED_TO_VIEWS = [
-    "The training of each adapter that was best on validation images with any classifier, and classifiers that are",
-    "fitted to eight augmented looks at each image besides the plain one (`classifier.views=8`):",
-    "",
-]
-
-
-def viewed(stream: str) -> str:
-    """The name of a stream's figures where classifiers are fitted to views."""
-    return f"{stream}, views"
 
 
 def spread(values: list[float]) -> str:
@@ -82,14 +72,16 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def matrix(pairs: Pairs) -> list[str]:
     """Final accuracies: a row for each adapter, a column for each classifier."""
-    adapters = list(dict.fromkeys(pair.adapter for pair in pairs))
-    classifiers = [pair.classifier for pair in pairs if pair.adapter == "none"]
+    classifiers_of: dict[str, list[str]] = {}
+    for pair in pairs:
+        classifiers_of.setdefault(pair.adapter, []).append(pair.classifier)
+    adapters, classifiers = list(classifiers_of), max(classifiers_of.values(), key=len)
 
     def cell(pair: Pair) -> str:
         if pair not in pairs:
             return ""
-        shown, frozen = spread(pairs[pair].percent("acc/final")), pairs[Pair("none", pair.classifier)]
-        if pair.adapter in ("none", "joint"):
+        shown, frozen = spread(pairs[pair].percent("acc/final")), pairs.get(Pair("none", pair.classifier))
+        if pair.adapter in ("none", "joint") or frozen is None:
             return shown
         gap, half = paired(pairs[pair], frozen)
         return f"{shown} {'▲' if gap > half else '▼' if gap < -half else ''}".rstrip()
@@ -102,6 +94,8 @@ def against_others(pairs: Pairs) -> list[str]:
     """The best pair with InfLoRA, and its lead over the best with every other adapter."""
     ranks = [pair for pair in ranked(pairs) if pair.adapter != "joint"]
     best = {pair.adapter: pair for pair in reversed(ranks)}
+    if "inflora" not in best:
+        return []
     ours = best.pop("inflora")
     rows = []
     for pair in sorted(best.values(), key=ranks.index):
@@ -139,28 +133,36 @@ def report(streams: Mapping[str, Pairs]) -> str:
     lines = [
         TITLE,
         "",
-        "Written by `python benchmarks/pairs.py`; every test and its settings go to what `--figures` names. The",
-        "shipped glyph_vit, batches of 16, the same epochs for all. Every adapter is trained with as many settings",
-        "(its defaults, and draws that are the same for all adapters: learning rate, rank, merge, targets, features,",
-        "adapt_tasks), every classifier fitted with up to six of its own to the features of each. What has the best",
-        "final accuracy on validation images (first class order, seed 0) is trained on all training images with three",
-        "seeds in three class orders, and tested. Percent: mean ± sample standard deviation over the nine. ▲ ▼: above",
-        "or below the frozen backbone (`none`) with the same classifier, beyond the 95 % interval of the paired",
-        "differences (t, 8 degrees of freedom; the nine share their test images, and a classifier in closed form on",
-        "frozen features is the same for all seeds). `joint`: plain LoRA on all tasks at once, the bound. `new task`:",
-        "mean over tasks of the accuracy on a task just learnt, among all classes seen; `task known`: final accuracy",
-        "when each image's task is known; `classifier's time`: its passes over the task's images and its solution, in",
-        "percent of the time of a task's training, which is short where nothing is adapted, or in the first task only.",
+        "Written by `python benchmarks/pairs.py`; every test and its settings go to `benchmarks/pairs.json`. The",
+        "shipped glyph_vit, batches of 16, the same epochs for all. Every adapter is trained with twelve settings:",
+        "its defaults, and draws that are the same for all adapters (learning rate, rank, merge, features,",
+        "adapt_tasks, one or two of its own). Validation images (first class order, seed 0) choose two of the",
+        "trainings: the best with `linear`, and the best with any classifier in closed form (`ncm`, `lda`, `qda`,",
+        "`ranpac`). On the latter they choose the settings of every fitted classifier among the same four: with or",
+        "without drift compensation (0.1), fitted to the plain images or to eight augmented looks at each besides",
+        "(`views`). Then both are trained on all training images with three seeds in three class orders, and tested.",
+        "Percent: mean ± sample standard deviation over the nine. ▲ ▼: above or below the frozen backbone (`none`)",
+        "with the same classifier, beyond the 95 % interval of the paired differences (t, 8 degrees of freedom; the",
+        "nine share their test images, and a classifier in closed form on plain images' frozen features is the same",
+        "for all seeds). `joint`: plain LoRA on all tasks at once, the bound. `new task`: mean over tasks of the",
+        "accuracy on a task just learnt, among all classes seen; `task known`: final accuracy when each image's task",
+        "is known; `classifier's time`: its passes over the task's images and its solution, in percent of the time of",
+        "a task's training, which is short where nothing is adapted or in the first task only.",
         "",
     ]
     for name, stream in STREAMS.items():
         if name not in streams:
             continue
-        lines += [f"### {name}, {stream.data.task_count} tasks", "", stream.about, ""]
-        lines += [*matrix(streams[name]), *against_others(streams[name]), *details(streams[name])]
-        if pairs := streams.get(viewed(name)):
-            lines += [*FITTED_TO_VIEWS, *matrix(pairs), *against_others(pairs), *details(pairs)]
+        pairs = streams[name]
+        lines += [f"### {name}, {stream.data.task_count} tasks", "", stream.about, *missing(pairs), ""]
+        lines += [*matrix(pairs), *against_others(pairs), *details(pairs)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def missing(pairs: Pairs) -> list[str]:
+    """A line that names the adapters that have no figures, if there are any."""
+    names = [f"`{name}`" for name in ADAPTERS if name not in {pair.adapter for pair in pairs}]
+    return [f"Not measured yet: {', '.join(names)}."] if names else []
 
 
 def read_figures(file: Path) -> dict[str, Pairs]:
@@ -173,11 +175,16 @@ def read_figures(file: Path) -> dict[str, Pairs]:
 
 
 def write_figures(known: Mapping[str, Pairs], file: Path) -> None:
-    """Keep all that the report is made of."""
-    kept = {
-        stream: {" + ".join(pair): tuned._asdict() for pair, tuned in pairs.items()} for stream, pairs in known.items()
-    }
-    write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
+    """Keep all that the report is made of, a line for each pair."""
+
+    def line(names: Pair, tuned: Tuned) -> str:
+        return f"  {json.dumps(' + '.join(names))}: {json.dumps(tuned._asdict())}"
+
+    streams = [
+        f" {json.dumps(stream)}: {{\n" + ",\n".join(line(*each) for each in pairs.items()) + "\n }"
+        for stream, pairs in known.items()
+    ]
+    write_atomically(file, ("{\n" + ",\n".join(streams) + "\n}\n").encode())
 
 
 def write_section(page: Path, title: str, section: str) -> None:

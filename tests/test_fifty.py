@@ -11,9 +11,9 @@ from inflora.state import load_state, save_state
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from fifty import FITTED, ORDER, ROWS
+from fifty import FITTED, ORDER, ROWS, fitted_to
 from one_training import shown_by
-from pairs import CLASSIFIERS, Training, choices, frozen
+from pairs import CLASSIFIERS, Training, frozen, settings_of
 from streams import STREAMS, prepare
 
 
@@ -26,17 +26,18 @@ def folder(tmp_path_factory) -> Path:
 
 def training(row: str) -> Training:
     adapter, changes = ROWS[row]
-    return Training("letters", adapter, frozen(changes), ORDER, 0, "test")
+    return Training("letters", adapter, frozen(changes), ORDER, 0, "test", fitted_to(adapter))
 
 
 def final(row: str, folder: Path) -> float:
     """The final accuracy with lda, on test images."""
     label = FITTED["lda"]
-    return shown_by(training(row).config(folder), "test", {label: choices(0)[label]})[label]["acc/final"]
+    return shown_by(training(row).config(folder), "test", {label: settings_of(label)})[label]["acc/final"]
 
 
 def test_every_classifier_that_stands_for_its_kind_is_one_of_those_that_are_compared():
-    assert set(FITTED) == set(CLASSIFIERS) and set(FITTED.values()) <= set(choices(0))
+    assert set(FITTED) == set(CLASSIFIERS)
+    assert {name: settings_of(label)["name"] for name, label in FITTED.items()} == {name: name for name in CLASSIFIERS}
     assert STREAMS["letters"].data.task_count == 50
 
 

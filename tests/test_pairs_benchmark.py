@@ -11,9 +11,10 @@ from tests.conftest import pair_of
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from frozen_features import FrozenFeatures
 from one_training import shown_by
-from pairs import ADAPTERS, CLASSIFIERS, settings_tried
-from pairs_report import Pair, Tuned, paired, ranked, read_figures, report, write_figures, write_section
+from pairs import CLASSIFIERS, DRIFTS, VIEWS, settings_of, settings_tried, variants
+from pairs_report import ADAPTERS, Pair, Tuned, paired, ranked, read_figures, report, write_figures, write_section
 
 METRICS = ("acc/final", "acc/avg_incremental", "forgetting", "bwt", "acc/task_aware", "acc/task_identity")
 FITTED = {
@@ -35,7 +36,30 @@ def test_one_training_shows_what_a_run_with_each_classifier_does(changes, tiny, 
     for label, settings in FITTED.items():
         *_, last = run(override(config, {"classifier": settings}))
         assert {m: shown[label][m] for m in METRICS} == {m: last.metrics[m] for m in METRICS}, label
-    assert shown[""]["training"] > 0 and shown["lda"]["seconds"] > 0
+    assert shown[""]["seconds"] > 0 and shown["lda views"]["seconds"] > shown["lda"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "features", "parts"),
+    [
+        ("lora", "both", {"beside"}),
+        ("none", None, {"alone"}),
+        ("codaprompt", "adapted", {"prompted"}),
+        ("l2p", "both", {"beside", "prompted"}),
+    ],
+)
+def test_what_frozen_features_are_remembered_changes_no_number(adapter, features, parts, tiny, digits, tmp_path):
+    config = override(tiny, pair_of(adapter) | ({"adapter.features": features} if features else {}))
+    wanted = {label: FITTED[label] for label in ("linear", "lda drift", "lda views")}
+
+    def accuracies(memory: FrozenFeatures | None) -> dict[str, list[float]]:
+        shown = shown_by(config, "validation", wanted, memory)
+        return {label: [shown[label][m] for m in METRICS] for label in wanted}
+
+    plain, first, again = (FrozenFeatures(tmp_path / "features") if file else None for file in (False, True, True))
+    assert accuracies(plain) == accuracies(first) == accuracies(again)
+    assert {file.name for file in tmp_path.iterdir()} == {f"features-{part}.npz" for part in parts}
+    assert first and again and again.spared > 1.5 * first.spared  # the first has spared the second look
 
 
 def test_every_adapter_is_tried_as_often_and_alike_in_what_adapters_have_in_common():
@@ -45,7 +69,17 @@ def test_every_adapter_is_tried_as_often_and_alike_in_what_adapters_have_in_comm
     for adapter in ("olora", "sdlora", "inflora"):
         common = [{k: v for k, v in changes.items() if k in tried["lora"][1]} for changes in tried[adapter]]
         assert common == tried["lora"]
-    assert len({len(several) for name, several in CLASSIFIERS.items() if name != "linear"}) == 1
+    assert {len(variants(name, DRIFTS, VIEWS)) for name in CLASSIFIERS if name != "linear"} == {4}
+
+
+def test_a_label_says_all_settings():
+    assert settings_of("lda shrinkage=None drift=0.1 views=8") == {
+        "name": "lda",
+        "shrinkage": None,
+        "drift": 0.1,
+        "views": 8,
+    }
+    assert all(settings_of(label)["name"] == name for name in CLASSIFIERS for label in variants(name, DRIFTS, VIEWS))
 
 
 def tuned(*finals: float) -> Tuned:
