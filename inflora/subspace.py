@@ -110,8 +110,8 @@ def balanced(lora_A: Tensor, new_DD: Tensor, old_DD: Tensor) -> Tensor:
     along a direction, the more of the update stays. RegMean (Jin et al., arXiv 2212.09849) merges whole models so.
     """
     new_DD, old_DD = new_DD.double(), old_DD.double()
-    # A direction that no input has is none that the update needs: a tiny ridge takes it away.
-    ridge = (1e-9 * new_DD.diagonal().mean()).clamp_min(1e-30)
+    # Products are float32: of a direction with less than their rounding nothing is known, and the ridge takes it away.
+    ridge = (1e-5 * new_DD.diagonal().mean()).clamp_min(1e-30)
     both_DD = new_DD + old_DD + ridge * torch.eye(len(new_DD)).to(new_DD)
     return torch.linalg.solve(both_DD, new_DD @ lora_A.double().T).T.to(lora_A)
 
