@@ -69,7 +69,6 @@ class Mirror:
     def sync(self) -> None:
         """Send what has not been sent. Raises whatever MLflow raises; calling again is safe."""
         records, is_news = self._send()
-        self._estimates.follow(self.sweep, records, self._images)
         if is_news:
             self._describe(records)
 

@@ -1,6 +1,8 @@
 """The estimates of a sweep's scores, shown in MLflow: three metrics of every finished trial's run, a tag on one.
 
-Every trial that finishes moves the estimates of all; sent is what has moved far enough to be seen.
+Every trial that finishes moves the estimates of all: they are sent when a sweep ends, so that what MLflow then shows
+does not hang on when it was told. While it runs the description of its parent has them. Sent is what has moved far
+enough to be seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +11,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from sweeps.engine.ledger.records import TrialRecord
-from sweeps.engine.space.estimate import Estimate, Estimates, estimate, winner
-from sweeps.engine.space.spec import Sweep
+from sweeps.engine.space.estimate import Estimate, Estimates, winner
 
 CHOSEN_TAG = "inflora.chosen"
 _NAMES = {bound: f"estimate/{bound}" for bound in Estimate._fields}
 _SEEN = 0.00005
 """Half of the last digit that tables show."""
-_SEEN_MEANWHILE, _FEW = 0.002, 100
-"""While a sweep runs, only moves that change the picture are sent, and only of a sweep with few finished trials."""
 
 
 class EstimateSender:
@@ -27,14 +26,6 @@ class EstimateSender:
         self.client, self.runs = client, runs
         self._told: dict[int, Estimate] = {}
         self._chosen: set[int] | None = None
-        self._followed = 0
-
-    def follow(self, sweep: Sweep, records: Sequence[TrialRecord], images: int | None) -> None:
-        """Send what is worth it while the sweep runs, when a trial has finished."""
-        known = estimate(sweep, records, images) if sum(r.value is not None for r in records) <= _FEW else None
-        if known is not None and len(known.finished) != self._followed:
-            self.send(records, known, _SEEN_MEANWHILE)
-            self._followed = len(known.finished)
 
     def send(self, records: Sequence[TrialRecord], known: Estimates | None, least: float = _SEEN) -> None:
         """Send the estimates that have moved by ``least``, and mark the run of the setting to train."""
