@@ -33,8 +33,9 @@ from table_report import JUDGEMENT, Regrets, judgement, picture, regrets, shown
 from table_streams import CHOOSING, PROVING, STREAMS, stream_named
 
 from inflora.config import ConfigError
+from inflora.console import OneLineGroup
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 TABLES = Path(__file__).parent / "tables"
 Drafts = Annotated[Path, typer.Option(help="Where images and trainings are kept while a table is made.")]

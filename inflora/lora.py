@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, M = B N, D the layer's input width, R rank, O adapted outputs.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -241,3 +242,8 @@ def merge_all(model: nn.Module, share: float = 1.0) -> dict[str, Tensor]:
         if factors is not None:
             learnt |= {f"{name}.lora_A": factors[0], f"{name}.lora_B": factors[1]}
     return learnt
+
+
+def short_name(layer: str) -> str:
+    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
+    return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")

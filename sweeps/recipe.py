@@ -13,10 +13,10 @@ import typer
 from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments
 from inflora.console import OneLineCommand
 from sweeps.cli import Address, Shared, Storage, TrackingUri, find_sweep, front_of, quiet_libraries, storage_root
-from sweeps.engine.ledger.records import TrialRecord, describe, ranking
+from sweeps.engine.ledger.records import TrialRecord, describe
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
 from sweeps.engine.space.estimate import Estimates, estimate, winner
-from sweeps.engine.space.spec import Budget, Constraint, Resources, Sweep, read_sweep
+from sweeps.engine.space.spec import Budget, Constraint, Resources, Sweep
 
 __all__ = ["Budget", "Choice", "Constraint", "Integer", "NearOne", "Real", "Resources", "Sweep", "main"]
 
@@ -66,6 +66,7 @@ def main(*sweeps: Sweep) -> None:
         changes["budget"] = {**dict(by_name[name].budget), **limits}
         sweep = replaced(by_name[name], changes)
 
+        from sweeps.engine.after.export import best_settings
         from sweeps.engine.run.cluster import Cluster
         from sweeps.engine.run.runner import run_sweep, say_to_stdout
         from sweeps.engine.show.mlflow_store import default_tracking_uri
@@ -162,22 +163,6 @@ def parse_duration_s(text: str) -> float:
     if match is None or not float(match[1]):
         raise ConfigError(f"a time is given as 90 (seconds), 30m or 8h, got {text!r}")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], str]:
-    """The settings of a sweep's best trials, and the study they come from.
-
-    Raises:
-        ConfigError: No sweep is there, or no trial of it has finished.
-    """
-    from sweeps.engine.after.export import read_trials
-
-    other = read_sweep(folder)
-    records, known = read_trials(other, folder)
-    best = (known.ranking() if known else ranking(records))[:count]
-    if not best:
-        raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")
-    return [record.settings for record in best], other.study_name
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord], known: Estimates | None) -> None:

@@ -63,11 +63,17 @@ FLOORS = {
         "sweeps.engine.ledger.snapshot",
         "sweeps.engine.run.nodes",
         "sweeps.engine.show.output",
+        "sweeps.engine.show.pieces",
         "sweeps.engine.show.plots",
         "sweeps.engine.space.domains",
         "sweeps.engine.space.gaussian_process",
     ),
-    16: ("sweeps.engine.run.reach", "sweeps.engine.space.cube", "sweeps.engine.space.objectives"),
+    16: (
+        "sweeps.engine.run.reach",
+        "sweeps.engine.show.scales",
+        "sweeps.engine.space.cube",
+        "sweeps.engine.space.objectives",
+    ),
     17: (
         "sweeps.engine.show.inputs",
         "sweeps.engine.show.mlflow_database",
@@ -84,7 +90,12 @@ FLOORS = {
         "sweeps.engine.space.estimate",
         "sweeps.engine.space.samplers",
     ),
-    19: ("sweeps.engine.show.description", "sweeps.engine.space.budget"),
+    19: (
+        "sweeps.engine.show.decision",
+        "sweeps.engine.show.description",
+        "sweeps.engine.show.surface",
+        "sweeps.engine.space.budget",
+    ),
     20: (
         "sweeps.engine.ledger.consistency",
         "sweeps.engine.run.driver",

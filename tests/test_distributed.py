@@ -18,7 +18,7 @@ from inflora import distributed
 from inflora.adapters import Adapter, make_adapter
 from inflora.adapters import inflora as adapter_module
 from inflora.adapters.covariances import input_covariances
-from inflora.adapters.inflora import memory_of
+from inflora.adapters.memories import memory_of
 from inflora.backbone import build_backbone
 from inflora.classifiers import make_classifier
 from inflora.config import RunConfig, override

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inflora.adapters.inflora import memory_of
+from inflora.adapters.memories import memory_of
 from inflora.config import ConfigError, RunConfig, override, parse_config
 from inflora.continual import TaskResult, run
 from inflora.data import prepare_store

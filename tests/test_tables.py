@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inflora.config import override
+from inflora.config import RunConfig, override
 from inflora.continual import run
 from inflora.data.stream import make_stream
 
@@ -136,7 +136,7 @@ def test_a_portfolio_is_what_is_best_elsewhere(known):
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
 def test_recorded_tables_are_of_their_streams(file):
     table = table_file.read_table(file)
-    assert table.facts["base"] == STREAMS[file.stem].base.model_dump(mode="json")
+    assert RunConfig.model_validate(table.facts["base"]) == STREAMS[file.stem].base
     assert table.settings == table_file.settings_of(SPACE) and len(table.seeds) == 3
     assert len(table.right["test"]) == 97 * 3
     assert file.stat().st_size < 800_000

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from inflora.adapters.inflora import memory_of
+from inflora.adapters.memories import memory_of
 from inflora.config import RunConfig, override, parse_config
 from inflora.continual import run
 from inflora.data import prepare_store

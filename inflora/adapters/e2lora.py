@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from inflora.adapters.base import Adapter
 from inflora.adapters.covariances import input_covariances
-from inflora.adapters.inflora import short_name
 from inflora.config import E2LoRASettings
 from inflora.distributed import broadcast
 from inflora.injection import inject
 from inflora.layout import Layout, Spec
-from inflora.lora import adapted_layers, adapter_parameters, merge_all
+from inflora.lora import adapted_layers, adapter_parameters, merge_all, short_name
 from inflora.model import ContinualModel
 from inflora.task_data import TaskData
 

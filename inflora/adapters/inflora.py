@@ -1,6 +1,5 @@
 """InfLoRA: interference-free low-rank adaptation (Liang and Li, CVPR 2024, arXiv 2404.00228)."""
 
-import re
 import warnings
 from collections.abc import Collection, Sequence
 
@@ -9,11 +8,12 @@ from torch import Tensor, nn
 
 from inflora.adapters.base import Adapter
 from inflora.adapters.covariances import input_covariances
+from inflora.adapters.memories import from_first_worker, memory_of
 from inflora.config import InfLoRASettings
 from inflora.distributed import broadcast
 from inflora.injection import inject
 from inflora.layout import Layout, Spec
-from inflora.lora import adapted_layers, adapter_parameters, merge_all
+from inflora.lora import adapted_layers, adapter_parameters, merge_all, short_name
 from inflora.model import ContinualModel
 from inflora.subspace import Memory, balanced, design, energy_inside, free_projector, taken_count, threshold, update
 from inflora.task_data import TaskData
@@ -144,24 +144,3 @@ class InfLoRA(Adapter[InfLoRASettings]):
             if self.settings.balance is not None:
                 layout[f"{name}.inputs"] = Spec((layer.in_features, layer.in_features), torch.float64)
         return layout
-
-
-def memory_of(state: dict[str, Tensor]) -> dict[str, Memory]:
-    """Layer name -> memory, from a saved state's ``<layer>.remove`` and ``<layer>.retain``."""
-    memory = {}
-    for key, basis_DK in state.items():
-        name, _, kind = key.rpartition(".")
-        if kind in ("remove", "retain"):
-            memory[name] = Memory("remove" if kind == "remove" else "retain", basis_DK)
-    return memory
-
-
-def from_first_worker(memory: Memory) -> Memory:
-    """The first worker's memory, on the CPU, where it is kept between tasks."""
-    retain = broadcast(torch.tensor([memory.kind == "retain"], device=memory.basis_DK.device, dtype=torch.uint8))
-    return Memory("retain" if retain else "remove", broadcast(memory.basis_DK).cpu())
-
-
-def short_name(layer: str) -> str:
-    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
-    return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")

@@ -12,6 +12,9 @@ from inflora.files import require_regular
 # What may differ between two machines that do the same run; files count by what is in them.
 _NOT_IDENTITY = {"data": {"root"}, "device": True, "provenance": True, "backbone": {"weights"}}
 
+# Settings that came later, with the value that leaves a run as it was before: so states and studies go on.
+_CAME_LATER = {"adapter": {"balance": None}}
+
 
 def config_hash(config: RunConfig) -> str:
     """A hash of a run's settings; places, device and provenance do not count, given files do by their contents.
@@ -21,6 +24,8 @@ def config_hash(config: RunConfig) -> str:
     name, and the run that needs it is refused.
     """
     settings = config.model_dump(mode="json", exclude=_NOT_IDENTITY)  # type: ignore[arg-type]
+    for group, added in _CAME_LATER.items():
+        settings[group] = {name: value for name, value in settings[group].items() if added.get(name, ...) != value}
     if contents := given_contents(config):
         settings["contents"] = contents
     for path in contents:

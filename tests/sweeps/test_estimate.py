@@ -239,3 +239,14 @@ def test_an_integer_s_values_have_equal_ways():
     shares = spread_points(8000, 1)[:, 0]
     counts = np.bincount([Integer(low=1, high=4).at(share) for share in shares], minlength=5)
     assert counts[1:] == pytest.approx([2000] * 4, rel=0.02)
+
+
+def test_no_score_is_expected_above_the_highest_there_can_be(tiny_sweep):
+    """Where almost every image is told right there is almost nothing left to gain, however little is known."""
+    settings = [settings_at(tiny_sweep.space, point) for point in spread_points(12, 3)]
+    values = [0.99, 0.98, 0.985, 0.975, 0.65, 0.85, 0.99, 0.98, 0.97, 0.96, 0.985, 0.99]
+    records = [finished(number, each, value) for number, (each, value) in enumerate(zip(settings, values, strict=True))]
+    known = estimate(tiny_sweep, records, 269)
+    best = known.of(known.best().settings)
+    assert best.high <= 1 and best.low < best.mean <= 1
+    assert 0 <= known.expected_gain() <= 1 - best.mean + 1e-9

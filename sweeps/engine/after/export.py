@@ -3,13 +3,14 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from inflora.config import ConfigError, RunConfig, config_hash, override
-from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord
+from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord, ranking
 from sweeps.engine.ledger.study import load_study
 from sweeps.engine.ledger.trials import read_records, validation_images
 from sweeps.engine.space.estimate import Estimates, estimate, winner
-from sweeps.engine.space.spec import Sweep
+from sweeps.engine.space.spec import Sweep, read_sweep
 
 
 def read_trials(sweep: Sweep, folder: Path) -> tuple[list[TrialRecord], Estimates | None]:
@@ -60,3 +61,17 @@ def export_config(
     }
     config = override(sweep.config(best.settings), {"data.train_on": "train+validation"})
     return config.model_copy(update={"provenance": json.loads(json.dumps(provenance))})
+
+
+def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], str]:
+    """The settings of a sweep's best trials, and the study they come from.
+
+    Raises:
+        ConfigError: No sweep is there, or no trial of it has finished.
+    """
+    other = read_sweep(folder)
+    records, known = read_trials(other, folder)
+    best = (known.ranking() if known else ranking(records))[:count]
+    if not best:
+        raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")
+    return [record.settings for record in best], other.study_name

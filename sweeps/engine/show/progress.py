@@ -80,7 +80,8 @@ class LiveTable(ProgressLines):
         estimates = known.of_trials() if known else {}
         table = Table(title=sweep.name)
         for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "estimate", "settings"):
-            table.add_column(column, justify="left" if column in ("outcome", "settings") else "right")
+            justify: Any = "left" if column in ("outcome", "settings") else "right"
+            table.add_column(column, justify=justify, no_wrap=column == "estimate")
         for record in [*ended[-5:], *running]:
             last = record.reports[-1] if record.reports else None
             seen = f"{100 * last.metrics['acc/seen']:.1f}" if last else ""

@@ -10,28 +10,28 @@ from typing import Any
 import optuna
 import plotly.graph_objects as go
 from plotly.colors import qualitative
-from plotly.offline import get_plotlyjs
 
-from inflora.config import dump_config
 from inflora.metrics import forgetting
-from sweeps.engine.ledger.records import Outcome, TrialRecord, best_first, best_record, ranking
+from sweeps.engine.ledger.records import Outcome, TrialRecord, ranking
 from sweeps.engine.ledger.study import pareto_front
 from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
-from sweeps.engine.show.status import outcome_word, status_lines
+from sweeps.engine.show.decision import decision
+from sweeps.engine.show.pieces import document, embed, short, small
+from sweeps.engine.show.status import best_line, gain_line, outcome_word, status_lines
+from sweeps.engine.show.surface import (
+    MOST_IN_PAIRS,
+    by_importance,
+    curve_figures,
+    curves,
+    importance_figure,
+    pair_figures,
+)
 from sweeps.engine.space.budget import gpu_hours_spent
-from sweeps.engine.space.estimate import estimate
-from sweeps.engine.space.objectives import direction
+from sweeps.engine.space.domains import is_conditional
+from sweeps.engine.space.estimate import ENOUGH, Estimates, best_estimated_first, estimate, winner
+from sweeps.engine.space.objectives import Metric, direction
 from sweeps.engine.space.spec import Sweep
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2em .7em; text-align: right }
-th { border-bottom: 2px solid #888; } tr:nth-child(even) { background: #f6f6f6; } tr.best { background: #e2f3e5; }
-.text { text-align: left; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
-summary { cursor: pointer; color: #555; } .row { display: flex; flex-wrap: wrap; }
-"""
 _SHOWN = 6
 """Trials whose matrices and curves are drawn: the best."""
 _ENOUGH = 10
@@ -53,32 +53,53 @@ def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
     records = read_records(study)
     known = estimate(sweep, records, validation_images(study))
+    best = (known.ranking() if known else ranking(records))[:_SHOWN]
+    states = status_lines(sweep, records, known, hours_so_far(study), stored_bytes(study), driven=driven)
+    on_cards = (best_line(sweep, records, known), gain_line(known))
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",
-        _paragraphs(
-            [
-                *status_lines(sweep, records, known, hours_so_far(study), stored_bytes(study), driven=driven),
-                _setup(sweep),
-            ]
-        ),
-        "<p>All accuracies are on validation images; the test images stay closed until final training.</p>",
-        *_best(sweep, records),
+        f"<div class='soft'>{html.escape(_setup(sweep))}</div>",
+        *decision(sweep, records, known, [line for line in states if line not in on_cards]),
+        "<p class='soft'>All accuracies are on validation images; the test set stays closed until final training.</p>",
+        *_surface(known),
         "<h2>Trials</h2>",
-        _trial_table(sweep, records, pareto_front(study) if sweep.tradeoffs else set(), driven=driven),
+        _trial_table(sweep, records, known, pareto_front(study) if sweep.tradeoffs else set(), driven=driven),
         "<h2>Pruned and failed trials</h2>",
         _endings(records),
         "<h2>Search</h2>",
-        *_too_few(study),
-        *(_embed(figure) for figure in search_figures(sweep, study)),
+        *_too_few(sweep, study),
+        *(embed(figure) for figure in search_figures(sweep, study)),
         "<h2>Learning</h2>",
-        *(_embed(figure) for figure in learning_figures(records)),
-        *_side_by_side(accuracy_matrices(records)),
+        *(embed(figure) for figure in learning_figures(records, best)),
+        *_side_by_side(accuracy_matrices(best)),
         "<h2>Cost</h2>",
-        *(_embed(figure) for figure in cost_figures(sweep, records)),
+        *(embed(figure) for figure in cost_figures(sweep, records)),
     ]
-    screen = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    head = f"<meta charset='utf-8'>{screen}<title>{html.escape(sweep.name)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}"
+    return document(sweep.name, parts)
+
+
+def _surface(known: Estimates | None) -> Iterator[str]:
+    """The score over the space, as all finished trials tell of it."""
+    if known is None:
+        return
+    yield "<h2>The score over the space</h2>"
+    if len(known.finished) < ENOUGH:
+        yield f"<p>{ENOUGH} finished trials can tell of it; there are {len(known.finished)}.</p>"
+        return
+    told = curves(known)
+    paths = by_importance(told)
+    rare = " What exists only beside some choices is seen where it exists." if is_conditional(known.sweep.space) else ""
+    yield f"<p class='soft'>From all finished trials. Dots are trials, the star is the setting to train.{rare}</p>"
+    yield "<h3>What matters: the share of the score's variance that each setting explains alone</h3>"
+    yield small([importance_figure(told)], wide=True)
+    yield "<h3>Along each setting, averaged over the others, with its 95 % band</h3>"
+    yield small(curve_figures(known, {path: told[path] for path in paths}))
+    pairs = pair_figures(known, paths[:MOST_IN_PAIRS])
+    if pairs.figures:
+        some = f", of the {MOST_IN_PAIRS} settings that matter most" if len(paths) > MOST_IN_PAIRS else ""
+        yield f"<h3>Over pairs of settings, averaged over the others{some}</h3>"
+        yield f"<div class='scale'>{pairs.low:.1f} %<i></i>{pairs.high:.1f} %</div>"
+        yield small(pairs.figures)
 
 
 def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
@@ -89,31 +110,39 @@ def search_figures(sweep: Sweep, study: optuna.Study) -> Iterator[go.Figure]:
     show = optuna.visualization
     if sweep.tradeoffs and len(sweep.objectives) <= 3:
         yield show.plot_pareto_front(study, target_names=list(sweep.objectives))
-    names = sorted({name for trial in finished for name in trial.params})
     for index, objective in enumerate(sweep.objectives):
         told: dict[str, Any] = {"target_name": objective}
         if sweep.tradeoffs:
             told["target"] = _nth(index)
-        yield show.plot_optimization_history(study, **told)
-        yield show.plot_parallel_coordinate(study, **told)
-        yield show.plot_slice(study, **told)
-        if len(finished) >= _ENOUGH and len({trial.values[index] for trial in finished}) > 1:
-            # Of several objectives Optuna asks what makes a value low.
-            low = {**told, "target": _nth(index, direction(objective))} if sweep.tradeoffs else told
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                figure = show.plot_param_importances(study, **low)
-            yield figure.update_layout(title=f"Importance of settings, from {len(finished)} finished trials")
-        if len(names) > 1 and len(finished) >= _ENOUGH:
-            figure = show.plot_contour(study, params=names[:4], **told)
-            title = f"Contours, interpolated between {len(finished)} finished trials"
-            yield figure.update_layout(title=title, height=200 * min(4, len(names)))
+        history = show.plot_optimization_history(study, **told)
+        yield history.update_layout(title="Scores as they were observed")
+        yield show.plot_parallel_coordinate(study, **told).update_layout(title="Trials through the space")
+        if sweep.tradeoffs:
+            yield from _of_tradeoffs(study, index, objective, len(finished))
 
 
-def _too_few(study: optuna.Study) -> Iterator[str]:
+def _of_tradeoffs(study: optuna.Study, index: int, objective: Metric, finished: int) -> Iterator[go.Figure]:
+    """Plots of one of several objectives: where good settings lie and which of them matter, which no estimate tells."""
+    show, target = optuna.visualization, _nth(index)
+    yield show.plot_slice(study, target=target, target_name=objective).update_layout(width=None)
+    trials = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    names = sorted({name for trial in trials for name in trial.params})
+    if finished >= _ENOUGH and len({trial.values[index] for trial in trials}) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            # Optuna asks what makes a value low.
+            figure = show.plot_param_importances(study, target_name=objective, target=_nth(index, direction(objective)))
+        yield figure.update_layout(title=f"Importance of settings, from {finished} finished trials")
+    if len(names) > 1 and finished >= _ENOUGH:
+        figure = show.plot_contour(study, params=names[:4], target=target, target_name=objective)
+        title = f"Contours, interpolated between {finished} finished trials"
+        yield figure.update_layout(title=title, height=200 * min(4, len(names)))
+
+
+def _too_few(sweep: Sweep, study: optuna.Study) -> Iterator[str]:
     """Say why some plots are missing."""
     count = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
-    if count < _ENOUGH:
+    if sweep.tradeoffs and count < _ENOUGH:
         yield f"<p>Importances and contours need {_ENOUGH} finished trials to mean anything; there are {count}.</p>"
 
 
@@ -122,9 +151,8 @@ def _nth(index: int, better: str = "minimize") -> Callable[[Any], float]:
     return lambda trial: sign * trial.values[index]
 
 
-def learning_figures(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+def learning_figures(records: Sequence[TrialRecord], best: Sequence[TrialRecord]) -> Iterator[go.Figure]:
     """Accuracy after every task of all trials, those behind the best in grey; the best's forgetting and memory."""
-    best = ranking(records)[:_SHOWN]
     others = [record for record in records if record.reports and record not in best]
     if told := [*others, *best]:
         seen = {_name(record): [100 * report.metrics["acc/seen"] for report in record.reports] for record in told}
@@ -142,9 +170,9 @@ def learning_figures(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
             yield _curves(f"{title}, {_name(best[0])}", layers)
 
 
-def accuracy_matrices(records: Sequence[TrialRecord]) -> Iterator[go.Figure]:
+def accuracy_matrices(best: Sequence[TrialRecord]) -> Iterator[go.Figure]:
     """Of the best trials."""
-    for record in ranking(records)[:_SHOWN]:
+    for record in best:
         yield accuracy_matrix(f"{_name(record)}: accuracy (%)", [report.accuracies for report in record.reports])
 
 
@@ -185,30 +213,20 @@ def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ())
     colors = cycle(qualitative.Plotly)
     lines = []
     for name, values in curves.items():
-        color, shown = ("#cccccc", False) if name in grey else (next(colors), True)
+        color, shown = ("rgba(128,128,128,.4)", False) if name in grey else (next(colors), True)
         tasks = list(range(1, len(values) + 1))
         lines.append(go.Scatter(name=name, x=tasks, y=values, mode="lines+markers", line_color=color, showlegend=shown))
     return go.Figure(lines, {"xaxis_title": "tasks learnt", "xaxis_dtick": 1, "title": title})
 
 
-def _embed(figure: go.Figure) -> str:
-    figure.update_layout(template="plotly_white", font_family="system-ui, sans-serif")
-    figure.update_xaxes(exponentformat="none").update_yaxes(exponentformat="none")  # 0.0001, not 100µ
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
-
-
 def _side_by_side(figures: Iterator[go.Figure]) -> Iterator[str]:
     yield "<div class='row'>"
-    yield from (_embed(figure) for figure in figures)
+    yield from (embed(figure) for figure in figures)
     yield "</div>"
 
 
 def _name(record: TrialRecord) -> str:
     return f"trial {record.number}"
-
-
-def _paragraphs(lines: Sequence[str]) -> str:
-    return "<p>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
 
 
 def _setup(sweep: Sweep) -> str:
@@ -220,39 +238,27 @@ def _setup(sweep: Sweep) -> str:
     )
 
 
-def _best(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[str]:
-    yield "<h2>Best configuration</h2>"
-    best = best_record(records)
-    if best is None:
-        yield "<p>No trial has finished.</p>"
-        return
-    config = dump_config(sweep.config(best.settings))
-    settings = "  ".join(f"{path} = {_short(value)}" for path, value in best.settings.items())
-    yield _paragraphs([f"{_name(best)}: {sweep.objective} {best.value:.4f}"])
-    yield f"<pre>{html.escape(settings)}</pre>"
-    yield f"<details><summary>the whole configuration</summary><pre>{html.escape(config)}</pre></details>"
-
-
-def _trial_table(sweep: Sweep, records: Sequence[TrialRecord], front: set[int], *, driven: bool) -> str:
-    best = best_record(records)
-    columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, "minutes"]
+def _trial_table(
+    sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None, front: set[int], *, driven: bool
+) -> str:
+    best, estimates = winner(records, known), known.of_trials() if known else {}
+    estimated = ["estimate"] if known else []
+    columns = ["trial", "outcome", "tasks", *sweep.space, *sweep.objectives, *estimated, "minutes"]
     rows = [f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in columns)}</tr>"]
-    for record in best_first(records):
+    for record in best_estimated_first(records, known):
         values = [record.settings.get(path, "") for path in sweep.space]
-        objectives: list[Any] = list(record.values) or [""] * len(sweep.objectives)
+        objectives: list[Any] = [f"{value:.4f}" if abs(value) < 10 else value for value in record.values]
+        objectives = objectives or [""] * len(sweep.objectives)
+        objectives += [estimates.get(record.number, "") for _ in estimated]
         minutes = sum(report.seconds for report in record.reports) / 60
         marks = " *" if record.number in front else ""
         outcome = outcome_word(record.outcome, driven=driven)
         cells = [f"{record.number}{marks}", outcome, len(record.reports), *values, *objectives, f"{minutes:.2f}"]
-        shown = (html.escape(_short(cell)) for cell in cells)
+        shown = (html.escape(short(cell)) for cell in cells)
         kind = " class='best'" if record is best else ""
         rows.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>")
     star = "<p>* on the Pareto front</p>" if front else ""
     return f"<div class='wide'><table>{''.join(rows)}</table></div>{star}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _endings(records: Sequence[TrialRecord]) -> str:

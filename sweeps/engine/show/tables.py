@@ -27,7 +27,7 @@ def trials_table(
     estimates = known.of_trials() if known else {}
     estimated = ["estimate"] if known else []
     for column in ("trial", "outcome", "tasks", *sweep.space, *sweep.objectives, *estimated, "seconds"):
-        table.add_column(column, justify="left" if column == "outcome" else "right")
+        table.add_column(column, justify="left" if column == "outcome" else "right", no_wrap=column == "estimate")
     for record in best_estimated_first(records, known):
         values = [_short(record.settings.get(path, "")) for path in sweep.space]
         objectives = [_short(value, 4) for value in record.values] or [""] * len(sweep.objectives)

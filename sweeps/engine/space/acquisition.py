@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sweeps.engine.space.cube import encoded, point_of, settings_at
 from sweeps.engine.space.domains import Scalar, Space
@@ -41,7 +42,8 @@ def next_settings(space: Space, looks: Looks) -> dict[str, Scalar]:
     if len(looks.finished) < FIRST_LOOKS:
         return settings_at(space, spread_points(looks.number + 1, len(space), start)[-1])
     several = candidates(space, [settings for settings, _ in looks.finished], start + looks.number * 0.618)
-    return several[most_promising(space, looks, several)]
+    with threadpool_limits(1):  # the matrices are small: threads of a busy machine would wait for each other
+        return several[most_promising(space, looks, several)]
 
 
 def most_promising(space: Space, looks: Looks, several: Sequence[Mapping[str, Any]]) -> int:
@@ -69,8 +71,11 @@ def candidates(space: Space, tried: Sequence[Mapping[str, Any]], start: float) -
     return [settings_at(space, point) for point in np.concatenate([everywhere, near])]
 
 
-def imagined_gain(space: Space, known: Posterior, tried_ND: Array, trials: int) -> float:
-    """See ``Estimates.expected_gain``; ``known`` is the posterior, ``tried_ND`` the places of the finished trials."""
+def imagined_gain(space: Space, known: Posterior, tried_ND: Array, trials: int, most: float) -> float:
+    """See ``Estimates.expected_gain``; ``known`` is the posterior, ``tried_ND`` the places of the finished trials.
+
+    No score is above ``most``, which the posterior does not know.
+    """
     several = [settings_at(space, point) for point in spread_points(_CANDIDATES, len(space))]
     points_MD = encoded(space, several)
     # The batch: where the bound is highest, each look taking away the doubt around it.
@@ -90,4 +95,5 @@ def imagined_gain(space: Space, known: Posterior, tried_ND: Array, trials: int) 
     surprise_IB = np.random.default_rng(0).standard_normal((_IMAGINED, trials))
     mean_A, _ = known.at(all_AD)
     after_IA = mean_A + np.concatenate([surprise_IB, -surprise_IB]) @ moves_AB.T
-    return max(0.0, float(after_IA.max(1).mean() - known.at(tried_ND)[0].max()))
+    now = min(float(known.at(tried_ND)[0].max()), most)
+    return max(0.0, float(np.minimum(after_IA.max(1), most).mean()) - now)

@@ -18,6 +18,8 @@ from sweeps.engine.space.spec import Sweep
 
 _WITHIN = 1.96
 """Standard deviations from the middle of a normal distribution to the bounds of its central 95 %."""
+HIGHEST = 1.0
+"""No objective is above it: they are shares of images, and differences of shares."""
 _LOOKS = 200
 """The finished trials that an estimate is made from, at most: its time grows with their cube."""
 NEXT = 8
@@ -34,8 +36,8 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """As a cell shows it: the bounds lie at the same distance."""
-        return f"{self.mean:.4f} \u00b1 {self.high - self.mean:.4f}"
+        """As a cell shows it: the bounds lie at the same distance, but where no score can be."""
+        return f"{self.mean:.4f} \u00b1 {self.mean - self.low:.4f}"
 
 
 class Estimates(NamedTuple):
@@ -61,7 +63,8 @@ class Estimates(NamedTuple):
         share_M = np.clip(mean_M, 0, 1)
         luck_M = share_M * (1 - share_M) / self.images if self.images else np.zeros_like(mean_M)
         half_M = _WITHIN * np.sqrt(sd_M**2 + luck_M)
-        return [Estimate(float(m), float(m - h), float(m + h)) for m, h in zip(mean_M, half_M, strict=True)]
+        bounds = ((float(m), float(m - h), float(m + h)) for m, h in zip(mean_M, half_M, strict=True))
+        return [Estimate(min(mean, HIGHEST), low, min(high, HIGHEST)) for mean, low, high in bounds]
 
     def of_trials(self) -> dict[int, Estimate]:
         """Trial number -> estimate, of all finished trials."""
@@ -146,7 +149,7 @@ def _posterior(looks: _Looks) -> Posterior:
 def _gain(looks: _Looks, trials: int) -> float:
     known, tried_ND = _posterior(looks), encoded_records(looks.sweep, looks.finished)
     with threadpool_limits(1):
-        return imagined_gain(looks.sweep.space, known, tried_ND, trials)
+        return imagined_gain(looks.sweep.space, known, tried_ND, trials, HIGHEST)
 
 
 def _most_telling(sweep: Sweep, finished: Sequence[TrialRecord]) -> list[TrialRecord]:
