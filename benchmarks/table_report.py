@@ -93,7 +93,8 @@ def shown(found: Mapping[str, Regrets], trials: Sequence[int], reference: Regret
     rows = []
     for name, each in found.items():
         cells = [spread_cell(each, budget) for budget in trials]
-        needed = tasks_needed(reference, float(each.at(trials[1]).mean()), tasks)
+        asked = trials[1] in each.trials
+        needed = tasks_needed(reference, float(each.at(trials[1]).mean()), tasks) if asked else float("inf")
         rows.append([name, *cells, f"{needed:.0f}" if np.isfinite(needed) else f"over {reference.trials[-1] * tasks}"])
     header = ["search", *(f"{budget} trials" for budget in trials), f"random needs for that of {trials[1]}"]
     return table(header, rows)

@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
+from inflora.config import ConfigError
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.space import domains, samplers
 from sweeps.engine.space.acquisition import FIRST_LOOKS, Looks, most_promising, next_settings
 from sweeps.engine.space.cube import encoded, point_of, settings_at
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
 from sweeps.engine.space.gaussian_process import spread_points
-from sweeps.engine.space.spec import Constraint
+from sweeps.engine.space.spec import SPEC_FILE, Constraint, read_sweep
 from tests.sweeps.conftest import learn_all
 from tests.sweeps.test_search import ADAPTERS, with_changes
 
@@ -94,11 +94,14 @@ def test_choices_are_told_apart():
     assert last.count("ranpac") >= 4
 
 
-def test_what_learns_from_finished_trials_only_is_refused_together_with_early_stopping(tiny_sweep):
+def test_what_learns_from_finished_trials_only_is_not_started_together_with_early_stopping(tiny_sweep, tmp_path):
     for sampler in ("gp", "cmaes"):
-        with pytest.raises(ValidationError, match=f"sampler {sampler} learns from finished trials only"):
-            with_changes(tiny_sweep, sampler=sampler, early_stopping="asha")
-        with_changes(tiny_sweep, sampler=sampler, early_stopping="none")
+        older = with_changes(tiny_sweep, sampler=sampler, early_stopping="asha")
+        with pytest.raises(ConfigError, match=f"sampler {sampler} learns from finished trials only"):
+            older.extreme_configs()
+        with_changes(tiny_sweep, sampler=sampler, early_stopping="none").extreme_configs()
+        (tmp_path / SPEC_FILE).write_text(older.model_dump_json())
+        assert read_sweep(tmp_path) == older, "a sweep of before is still read"
 
 
 def test_where_the_process_knows_nothing_of_what_is_asked_tpe_proposes(tiny_sweep, tmp_path, monkeypatch):

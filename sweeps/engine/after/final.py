@@ -98,8 +98,8 @@ def plan(
 ) -> list[FinalRun]:
     """Every config with every seed, and on every class order (None: each config's own).
 
-    Validation images are drawn anew for every seed, and are none that trials were chosen by: the same ones for all
-    configs, which are compared on them, but not the same luck in all of a config's runs.
+    Validation images are drawn anew for every seed, by another split than the one trials were chosen by: the same ones
+    for all configs, which are compared on them, but not the same luck in all of a config's runs.
 
     Raises:
         ConfigError: Settings that do not fit each other, before anything is trained.

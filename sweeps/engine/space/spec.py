@@ -176,12 +176,6 @@ class Sweep(Settings):
             raise ValueError(f"the grid must have at most {MOST_ROWS} rows, got {rows}: lower grid_points")
         if self.sampler == "cmaes" and self.tradeoffs:
             raise ValueError("sampler cmaes has one objective; tpe, gp, random and grid take tradeoffs")
-        if self.sampler in ("gp", "cmaes") and self.early_stopping != "none":
-            raise ValueError(
-                f"sampler {self.sampler} learns from finished trials only, of which early stopping leaves the lucky "
-                f"ones: set early_stopping none, or sampler tpe, random or grid; got early_stopping "
-                f"{self.early_stopping}"
-            )
         measured = {*self.objectives, *(constraint.metric for constraint in self.constraints)}
         if "cost/gpu_hours" in measured and not self.resources.gpus_per_worker:
             raise ValueError("cost/gpu_hours is 0 for every trial where resources.gpus_per_worker is 0")
@@ -252,8 +246,15 @@ class Sweep(Settings):
         """The configs whose acceptance means that every trial's is accepted: base, first trials, ends of each domain.
 
         Raises:
-            ConfigError: A domain or a first trial that no sampler or run accepts.
+            ConfigError: A domain or a first trial that no sampler or run accepts; a sampler that early stopping would
+                mislead (here and not when a sweep is read: older ones ran so).
         """
+        if self.sampler in ("gp", "cmaes") and self.early_stopping != "none":
+            raise ConfigError(
+                f"sampler {self.sampler} learns from finished trials only, of which early stopping leaves the lucky "
+                f"ones: set early_stopping none, or sampler tpe, random or grid; got early_stopping "
+                f"{self.early_stopping}"
+            )
         refuse_old_names(self.space)
         for path in self.space:
             if path.split(".")[0] not in ("adapter", "classifier", "optim"):
