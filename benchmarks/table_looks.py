@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 
 def cheaper_looks(name: str, file: Path, drafts: Path, jobs: int) -> list[str]:
     """A table: for every look its share of a full training's steps, and its rank correlation with the truth."""
+    recorded, _ = located(name, drafts / "data")
+    recorded.prepare((drafts / "data").absolute())
     known = read_table(file)
     truth_S = recording(known).truth_S
     rows = [["a full one, one seed", "1", _correlation(_validation(known, known.tasks - 1), truth_S)]]

@@ -7,7 +7,7 @@ python benchmarks/tables.py replay --table digits-5-linear --search gp
 python benchmarks/tables.py choose                    all ways to search, on the six tables to choose on
 python benchmarks/tables.py judge                     the default, on the six to prove on: docs/search.md's figures
 python benchmarks/tables.py planted                   does this way of measuring find a planted order of searches?
-python benchmarks/tables.py looks                     what cheaper looks say of the full score
+python benchmarks/tables.py looks digits-4-linear     what cheaper looks say of the full score
 
 Regret is true: the best setting's accuracy less that of the setting that would be exported, in points, over all
 recorded images and seeds. Budgets are tasks, those of stopped trials included: so many trials times the stream's tasks.
