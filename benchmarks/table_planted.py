@@ -16,14 +16,14 @@ Array = NDArray[np.float64]
 TASKS, IMAGES, SEEDS, SEED_NOISE = 5, 400, 3, 0.02
 
 
-def planted(surface: int, settings: int = SOBOL) -> tuple[Table, Array]:
+def planted(surface: int) -> tuple[Table, Array]:
     """A table as ``make`` would record it, and the planted accuracy of each of its settings after the last task.
 
     A surface has a broad top somewhere and a slope of its own in each direction; it spans about 20 points. An image is
     right where the setting's accuracy on that day is above the image's difficulty, give or take.
     """
     random = np.random.default_rng(surface)
-    rows = settings_of(SPACE)[:settings]
+    rows = settings_of(SPACE)[:SOBOL]
     points_SD = encoded(SPACE, rows)
     top_D, width_D = random.uniform(0.15, 0.85, 3), random.uniform(0.4, 1.2, 3)
     shape_S = np.exp(-(((points_SD - top_D) / width_D) ** 2).sum(1) * 2)

@@ -74,7 +74,7 @@ class Recording(NamedTuple):
     """A table as replays need it.
 
     ``right_TSKI``: of every task, which images (I of them seen by then, one task after another, of both splits) a
-    training got right; ``task_I`` the task of each image.
+    training got right; ``image_TI``: their places among all images. ``images``: how many are for validation.
     """
 
     sweep: Sweep
@@ -99,6 +99,8 @@ def recording(table: Table) -> Recording:
     """
     sweep = sweep_of(table)
     seeds, count = table.seeds, len(table.settings)
+    if lost := [at for at in range(count) if all(table.right["test"][at, seed] is None for seed in seeds)]:
+        raise ValueError(f"settings {lost} went astray with every seed: there is no truth of them")
     sizes = [table.facts["images"][split] for split in ("validation", "test")]
     right, places = [], []
     for task in range(table.tasks):
@@ -224,7 +226,9 @@ class _Search(NamedTuple):
             self.trials.append(_trial(self.sweep, record, self.expected.get(record.number)))
         trials = self.trials
         if self.arm.optunas:
-            sampler = GPSampler(seed=self.sweep.sampler_seed, n_startup_trials=8, warn_independent_sampling=False)
+            # A seed for each trial, as the product's samplers have: with one for all its first trials would be one.
+            (seed,) = np.random.SeedSequence((self.sweep.sampler_seed, number)).generate_state(1).tolist()
+            sampler = GPSampler(seed=seed, n_startup_trials=8, warn_independent_sampling=False)
             settings = ask(self.sweep, trials, sampler).settings
         else:
             settings = propose(self.sweep, trials, self.sweep.sampler).settings

@@ -32,7 +32,7 @@ from table_replay import ARMS, DEFAULT, Arm, Job, known_table, near_paper, portf
 from table_report import JUDGEMENT, Regrets, judgement, picture, regrets, shown
 from table_streams import CHOOSING, PROVING, STREAMS, stream_named
 
-from inflora.config import ConfigError
+from inflora.config import ConfigError, config_hash
 from inflora.console import OneLineGroup
 
 app = typer.Typer(cls=OneLineGroup, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -63,7 +63,7 @@ def make(
         # Seed by seed: a table that is not whole yet has all settings.
         wanted = [(setting, seed) for seed in range(seeds) for setting in settings]
         stem = Path(name).stem
-        folder = drafts / stem
+        folder = drafts / f"{stem}-{config_hash(recorded.base)}"  # a changed file of the same name begins anew
         folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             waiting = [pool.submit(_kept, name, root, *each, folder) for each in wanted]

@@ -12,7 +12,7 @@ from sweeps.engine.ledger.records import Outcome
 from sweeps.engine.show.status import status_lines
 from sweeps.engine.space import estimate as estimate_module
 from sweeps.engine.space.estimate import estimate
-from sweeps.engine.space.spec import Budget, Sweep
+from sweeps.engine.space.spec import Budget, Constraint, Sweep
 from sweeps.recipe import parse_duration_s, with_budget_options
 
 from .conftest import learn_all, report
@@ -120,6 +120,12 @@ def test_a_sweep_ends_when_more_trials_promise_less_than_asked_for(tiny_sweep, t
 def test_a_front_has_no_gain_to_wait_for(tiny_sweep, tmp_path):
     with pytest.raises(ValidationError, match="until_gain asks for one objective"):
         make_ledger(tiny_sweep.model_copy(update={"tradeoffs": ("forgetting",)}), tmp_path, until_gain=0.2)
+
+
+def test_a_gain_that_knows_no_constraints_ends_no_sweep_that_has_some(tiny_sweep, tmp_path):
+    bound = Constraint(metric="forgetting", at_most=0.1)
+    with pytest.raises(ValidationError, match="until_gain knows no constraints"):
+        make_ledger(tiny_sweep.model_copy(update={"constraints": (bound,)}), tmp_path, until_gain=0.2)
 
 
 def test_more_trials_add_to_a_finished_sweep(tiny_sweep, tmp_path):

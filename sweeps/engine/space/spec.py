@@ -181,6 +181,8 @@ class Sweep(Settings):
             raise ValueError("cost/gpu_hours is 0 for every trial where resources.gpus_per_worker is 0")
         if self.budget.until_gain is not None and self.tradeoffs:
             raise ValueError("budget.until_gain asks for one objective, got tradeoffs")
+        if self.budget.until_gain is not None and self.constraints:
+            raise ValueError("budget.until_gain knows no constraints: a trial that breaks one would end the search")
         if self.budget.gpu_hours is not None and not self.resources.gpus_per_worker:
             raise ValueError("budget.gpu_hours is never spent where resources.gpus_per_worker is 0")
         return self
