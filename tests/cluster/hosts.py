@@ -30,7 +30,7 @@ def missing() -> str | None:
     """Why hosts cannot be made here, if they cannot."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
-    needed = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ss", "pgrep", "unshare", "nsenter", "setpriv")
+    needed = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ss", "pgrep", "unshare", "nsenter", "setpriv", "hostname")
     absent = [tool for tool in needed if not which(tool)]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: openssh-server openssh-client rsync iproute2 procps)"
