@@ -127,9 +127,11 @@ class Slurm:
         assert done.returncode == 0, done.stdout
         return Job(self, int(done.stdout), place)
 
-    def ray(self, node: Host, *arguments: str, set: str = "RAY_AUTH_MODE=token") -> subprocess.CompletedProcess[str]:
+    def ray(
+        self, node: Host, *arguments: str, setting: str = "RAY_AUTH_MODE=token"
+    ) -> subprocess.CompletedProcess[str]:
         """``ray ...`` on a node, with the token unless something else is set."""
-        return node.try_run("env", "RAY_AUTH_MODE=token", set, ENVIRONMENT / "bin" / "ray", *arguments)
+        return node.try_run("env", "RAY_AUTH_MODE=token", setting, ENVIRONMENT / "bin" / "ray", *arguments)
 
     def _wait_until_ready(self) -> None:
         states = ("sinfo", "--noheader", "--Node", "--format=%T")

@@ -93,7 +93,7 @@ def test_only_the_token_opens_a_jobs_cluster(slurm, two_jobs):
     status = ("status", "--address", two_jobs[0].address())
     assert "Total Usage" in slurm.ray(slurm.nodes[1], *status).stdout
     for stranger in ("RAY_AUTH_MODE=disabled", f"RAY_AUTH_TOKEN={'0123456789abcdef' * 3}"):
-        unknown = slurm.ray(slurm.nodes[1], *status, set=stranger)
+        unknown = slurm.ray(slurm.nodes[1], *status, setting=stranger)
         assert unknown.returncode != 0
         assert "Total Usage" not in unknown.stdout
 
