@@ -1,17 +1,22 @@
 """The storage of a sweep's trials: checkpoints of ended ones are deleted as it goes, the study has a backup there."""
 
 import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from inflora.errors import one_line
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
-from sweeps.engine.ledger.snapshot import keep_database
+from sweeps.engine.ledger.snapshot import fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.preflight import TRIALS
+from sweeps.engine.show.mlflow_store import own_database
 
 logger = logging.getLogger(__name__)
 
@@ -53,3 +58,25 @@ class StudyBackup(tune.Callback):
             keep_database(self.folder / STUDY_FILE, self.place)
         except OSError as error:  # the next trial's end is the next try
             logger.warning("the study could not be kept in %s: %s", self.place.address, error)
+
+
+@contextmanager
+def mlflow_kept(uri: str, folder: Path, place: SharedFolder, say: Callable[[str], None]) -> Iterator[None]:
+    """Begin with the copy of the sweep's own MLflow database that the place has, and leave one there at the end.
+
+    For whoever looks at it there, and for a head that goes on elsewhere. What is lost of it is shown anew: the study
+    has everything.
+    """
+    own = own_database(uri, folder)
+    if own is None or place.address == str(folder):
+        yield
+        return
+    fetch_database(own, place)
+    try:
+        yield
+    finally:
+        try:
+            if own.exists():
+                keep_database(own, place)
+        except (OSError, sqlite3.Error) as error:
+            say(f"MLflow's database could not be copied to {place.address}: {one_line(str(error), 200)}")
