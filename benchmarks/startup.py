@@ -20,11 +20,14 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
+from inflora.storage import SharedFolder
 from sweeps.digits import inflora as digits
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run import driver
 from sweeps.engine.run.cluster import connect
+from sweeps.engine.run.nodes import likeness
 from sweeps.engine.run.tune import run_trials
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.space.spec import Sweep
 
 MOMENTS = ("driver", "process", "worker", "checked", "data", "backbone", "model", "step")
@@ -108,7 +111,8 @@ def measure(executor: str, trials: int) -> list[dict[str, float]]:
         ledger = Ledger(sweep, folder)
         needs = {"CPU": 1} if executor == "inline" else {"node:__internal_head__": 0.001}
         trainable = tune.with_resources(stamped_trial(sweep, str(folder / "trials"), str(file)), needs)
-        run_trials(ledger, folder, trainable, 1, lambda line: None)
+        nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data, ""), print)
+        run_trials(ledger, folder, trainable, 1, lambda line: None, nodes)
         stamps: dict[int, dict[str, float]] = {}
         for line in file.read_text().splitlines():
             number, moment, at = json.loads(line)

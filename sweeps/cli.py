@@ -142,7 +142,7 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
     print_table(trials_table(spec, records, known, front, driven=driven))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
-            tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
+            tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
     for line in status_lines(spec, records, known, hours_so_far(study), stored_bytes(study), driven=driven):
         print(line)

@@ -2,13 +2,14 @@
 
 import pytest
 
-from inflora.config import ConfigError
+from inflora.config import ConfigError, DataSettings
+from inflora.data import ensure_store, read_manifest
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import trial_name
 from sweeps.engine.ledger.snapshot import fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
-from sweeps.engine.run.nodes import code_version, require_code
+from sweeps.engine.run.nodes import likeness, require_like_driver
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.run.storage import CheckpointCleanup
 from sweeps.engine.space.spec import Sweep
@@ -98,7 +99,11 @@ def test_a_relative_folder_is_the_one_seen_from_here(tmp_path, monkeypatch):
     assert SharedFolder("shared").address == str(tmp_path / "shared")
 
 
-def test_a_node_with_other_code_does_not_work():
-    require_code(code_version())
+def test_a_node_with_other_code_or_data_does_not_work(data_root):
+    data = DataSettings(dataset="digits", tasks=5)
+    ours = likeness(data, read_manifest(ensure_store("digits")).content_hash)
+    require_like_driver(ours)
     with pytest.raises(ConfigError, match=r"has inflora-sweeps 0\.1\.0\+\w{8}, the driver 0\.0\.1: install the same"):
-        require_code("0.0.1")
+        require_like_driver(ours._replace(code="0.0.1"))
+    with pytest.raises(ConfigError, match=r"digits holds other data \(\w{12}\) than the driver's \(abc\): prepare the"):
+        require_like_driver(ours._replace(dataset_hash="abc"))

@@ -13,18 +13,18 @@ from ray import tune
 
 from inflora.config import ConfigError
 from inflora.files import write_atomically
-from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
-from sweeps.engine.run.driver import pick_backend, train_driver
-from sweeps.engine.run.nodes import check_nodes
+from sweeps.engine.run.driver import train_driver
+from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
 from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, preflight
 from sweeps.engine.run.storage import CheckpointCleanup, StudyBackup
 from sweeps.engine.run.trial import inline_trial
 from sweeps.engine.run.tune import run_trials
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show.tracking import Tracker
 from sweeps.engine.space.spec import SPEC_FILE, Sweep
 
@@ -102,7 +102,7 @@ def _run_what_is_left(
     tracker.start()
     try:
         if remaining:
-            _start_trials(ledger, folder, ready.place, min(ready.at_a_time, remaining), say)
+            _start_trials(ledger, folder, ready, min(ready.at_a_time, remaining), say)
     finally:
         over = ledger.why_over()
         complete = ledger.remaining() == 0 or bool(over)
@@ -114,11 +114,11 @@ def _run_what_is_left(
     return SweepResult(ledger.records(), complete, delivered, over, ready.images)
 
 
-def _start_trials(
-    ledger: Ledger, folder: Path, place: SharedFolder, at_a_time: int, say: Callable[[str], None]
-) -> None:
+def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, say: Callable[[str], None]) -> None:
     """Run trials as the sweep's executor does: in workers of Ray Train, or inside the Tune trial itself."""
-    resources, trials = ledger.sweep.resources, f"{place.address}/{TRIALS}"
+    base, place, resources = ledger.sweep.base, ready.place, ledger.sweep.resources
+    trials = f"{place.address}/{TRIALS}"
+    nodes = NodeWatch(ledger, place, likeness(base.data, ready.tags["dataset_hash"]), say)
     cleanup = CheckpointCleanup(ledger, place)
     callbacks: list[tune.Callback] = [cleanup]
     callbacks += [] if place.address == str(folder) else [StudyBackup(folder, place)]
@@ -126,13 +126,14 @@ def _start_trials(
         folder = Path(place.address)  # Train's drivers stay on the head, inline trials do not
         trainable = inline_trial(resources, Path(trials), ledger.sweep.study_name)
         needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
-            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
+            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}],
+            bundle_label_selector=[elsewhere(settings["avoid"])],
         )
     else:
-        trainable = train_driver(resources, pick_backend(resources), trials, ledger.sweep.study_name)
+        trainable = train_driver(resources, base.device, trials, ledger.sweep.study_name)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
-    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, callbacks)
+    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, nodes, callbacks)
     cleanup.tidy()  # a worker that was being stopped may have written once more
 
 

@@ -20,12 +20,14 @@ from ray.train import Checkpoint
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
 from inflora.continual import run
+from inflora.cuda import require_cuda
 from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
 from inflora.state import RunState, StateError, has_state, load_state, save_state
+from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.ledger.records import TaskReport, now_ms, trial_name
-from sweeps.engine.run.nodes import require_code
+from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
 from sweeps.engine.space.spec import Resources
 
 
@@ -44,6 +46,25 @@ class Session(Protocol):
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         """Keep ``state`` and pass ``metrics`` on."""
+
+
+def run_trial(settings: dict[str, Any], session: Session) -> None:
+    """Learn, on a machine that must be as the driver's is; what is wrong with it is reported as its own fault."""
+    try:
+        with faults_named():
+            require_like_driver(Likeness(**settings["likeness"]))
+            require_gpus_given(settings)
+            learn(settings, session)
+    except NodeFault as fault:
+        if distributed.world_size() > 1:
+            raise  # the other workers wait for this one: only Train can end them all
+        session.report({"acc/seen": 0.0, "failure": f"{type(fault).__name__} {fault}"}, None)
+
+
+def require_gpus_given(settings: dict[str, Any]) -> None:
+    """Raise ConfigError where a trial has been given GPUs, may train on them, and PyTorch finds none."""
+    if settings["gpus"] and settings["config"]["device"] != "cpu":
+        require_cuda()
 
 
 def learn(settings: dict[str, Any], session: Session) -> None:
@@ -152,18 +173,16 @@ def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callab
     """The trainable that learns inside the Tune trial: no processes of its own, so a trial starts at once."""
 
     def trial(settings: dict[str, Any]) -> None:
-        require_code(settings["code"])
         torch.set_num_threads(resources.cpus_per_worker)
-        learn(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
+        run_trial(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
 
     return trial
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Run a trial in a worker of Ray Train."""
-    require_code(settings["code"])
     torch.set_num_threads(settings["threads"])
     if torch.cuda.is_available():
         # Train shows all of a node's GPUs to each of its workers; "cuda" must mean this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
-    learn(settings, TrainSession())
+    run_trial(settings, TrainSession())

@@ -178,7 +178,7 @@ class Mirror:
         if record.outcome in _STATUS:
             tags = {_OUTCOME_TAG: record.outcome.value, NOTE: trial_note(self.sweep, record)}
         tags |= {"inflora.reason": record.reason} if record.reason else {}
-        tags |= {"inflora.failures": json.dumps(record.failures)} if record.failures else {}
+        tags |= {"inflora.failures": json.dumps([each.reason for each in record.tries])} if record.tries else {}
         params = params_of(config) if reports_sent is None and not run.data.params else []
         log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
         if record.outcome in _STATUS:

@@ -50,7 +50,7 @@ class ProgressLines(tune.Callback):
     def _say_outcome(self, record: TrialRecord) -> None:
         if record.outcome is Outcome.RUNNING:
             if record.again:
-                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
+                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.tries[-1].reason}")
             return
         ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
         value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
