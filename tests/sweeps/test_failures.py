@@ -18,8 +18,8 @@ GONE = "The actor is dead because its node has died. Node Id: 7ec9"
 STRANGE = "KeyError: 'blocks.0'"
 HERE, THERE = "a1" * 28, "b2" * 28
 KILLED = (
-    "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory. Memory on the node "
-    f"(IP: 10.0.0.3, ID: {HERE}) where the task ran was 31GB / 32GB"
+    "ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. Memory on the "
+    f"node (IP: 10.0.0.3, ID: {HERE}) was 31.41GB used / 32.00GB limit (0.98)"
 )
 
 
@@ -197,4 +197,6 @@ def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
     assert headline(text) == LOST
     bare = f"The actor died unexpectedly before finishing this task.\n\tclass_name: T\n{GONE}\nThe actor never ran.\n"
     assert headline(bare) == GONE
+    full = f"{KILLED}\nEviction Stats:\nRefer to the documentation on how to address the out of memory issue\n"
+    assert headline(full) == KILLED
     assert headline("") == "unknown error"

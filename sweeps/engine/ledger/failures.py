@@ -44,6 +44,7 @@ _SIGNS = (
         r"|ObjectLostError|PreemptionError|WorkerHealthCheck|SIGKILL|SIGTERM|Connection (refused|reset)",
     ),
 )
+_IS_FULL = r"killed due to the node running low on memory"
 _WHERE = r"\bID: ([0-9a-f]{16,})"
 """The node in a NodeFault's text, and in Ray's about a full machine."""
 
@@ -96,7 +97,11 @@ def alike(reasons: Sequence[str]) -> bool:
 
 
 def headline(text: str) -> str:
-    """The line of a traceback that says what happened: the last that names an error, or the last at all."""
+    """The line of a traceback that says what happened: the last that names an error, or the last at all.
+
+    Of a machine that was full Ray tells in the first of many lines, of which the last ones are advice.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    full = [line for line in lines if re.search(_IS_FULL, line)]
     named = [line for line in lines if re.match(_NAMES_ERROR, line)]
-    return (named or lines or ["unknown error"])[-1][:500]
+    return (full or named or lines or ["unknown error"])[-1][:500]

@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 import ray
-from ray import tune
 
 from inflora.errors import one_line
 from inflora.storage import SharedFolder
@@ -16,13 +15,14 @@ from sweeps.engine.ledger.records import TrialRecord, sick_nodes
 from sweeps.engine.run.actors import remove_groups_of_dead_actors, some_group_waits
 from sweeps.engine.run.cluster import may_grow
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
+from sweeps.engine.show.progress import Callback
 
 _LOOK_EVERY_S = 5.0
 SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
 
-class NodeWatch(tune.Callback):
+class NodeWatch(Callback):
     """Asks every machine, also one that comes later, whether it can run trials; knows which are left out."""
 
     def __init__(self, ledger: Ledger, place: SharedFolder, likeness: Likeness, say: Callable[[str], None]) -> None:
@@ -79,7 +79,7 @@ class NodeWatch(tune.Callback):
         return set(avoided & alive) if alive - avoided or may_grow() else set()
 
 
-class Watchdog(tune.Callback):
+class Watchdog(Callback):
     """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:

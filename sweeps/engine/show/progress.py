@@ -17,7 +17,14 @@ from sweeps.engine.show.status import status_lines
 from sweeps.engine.space.estimate import estimate
 
 
-class ProgressLines(tune.Callback):
+class Callback(tune.Callback):
+    """A callback of which Tune keeps nothing, though it pickles all of them: the study is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class ProgressLines(Callback):
     """A line when a trial starts, has learnt a task, or ends."""
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
@@ -59,10 +66,7 @@ class ProgressLines(tune.Callback):
 
 
 class LiveTable(ProgressLines):
-    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands.
-
-    Tune pickles its callbacks, which a terminal cannot be: it is only lent while the table is shown.
-    """
+    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger, lambda line: None)
