@@ -12,7 +12,16 @@ import pytest
 
 from inflora.config import ConfigError
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger.lease import LEASE_FILE, Holder, holder, is_ours, leased, seems_driven, this_process
+from sweeps.engine.ledger.lease import (
+    LEASE_FILE,
+    Holder,
+    ReplacedError,
+    holder,
+    leased,
+    require_ours,
+    seems_driven,
+    this_process,
+)
 from sweeps.engine.run.storage import copy_study
 
 from .conftest import Recipe
@@ -75,7 +84,7 @@ def test_a_killed_driver_is_replaced_at_once_on_its_own_machine(place, other):
     start = time.monotonic()
     with leased(place, said.append):
         assert time.monotonic() - start < 5
-        assert is_ours(place)
+        require_ours(place)
     assert [line.partition(" on ")[0] for line in said] == [f"process {other.pid}"]
     assert place.read(LEASE_FILE) is None, "it is given back"
 
@@ -105,7 +114,7 @@ def test_a_lease_that_nobody_renews_is_taken_over_whatever_its_clock_says(place,
     from_elsewhere(place, renewed_ms=int((time.time() + 86400) * 1000))
     said: list[str] = []
     with leased(place, said.append, stale_s=2):
-        assert is_ours(place)
+        require_ours(place)
     assert "is gone: its lease of" in said[-1]
 
 
@@ -122,9 +131,9 @@ def test_a_driver_that_was_taken_for_dead_hears_that_it_was_replaced_and_does_no
         said = process.stdout.read()
         assert process.wait(timeout=20) in (1, -signal.SIGINT), "as by Ctrl-C"
         assert f"process {os.getpid()} on " in said and "this driver ends" in said
-        assert is_ours(place), "it has not given back what is not its own"
+        require_ours(place)  # it has not given back what is not its own
         monkeypatch.setattr("sweeps.engine.ledger.lease._OWNER", "the first driver's")
-        with pytest.raises(PermissionError, match="taken over by another driver"):
+        with pytest.raises(ReplacedError, match=r"has taken .* over"):
             copy_study(head, place)
 
 

@@ -15,7 +15,8 @@ from sweeps.engine.ledger.snapshot import fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.nodes import code_version, require_code
 from sweeps.engine.run.preflight import TRIALS
-from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study_at_last, state_of
+from sweeps.engine.run.runner import locked
+from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, require_newest, state_of
 from sweeps.engine.run.trial import InlineSession
 from sweeps.engine.run.tune import StudySearcher
 from sweeps.engine.space.spec import Sweep
@@ -56,6 +57,12 @@ def test_a_study_that_is_there_is_not_replaced(shared, tiny_sweep, tmp_path):
     assert len(Ledger(tiny_sweep, tmp_path).records()) == 1
 
 
+def begin(sweep, folder) -> Ledger:
+    """A sweep in its folder, as its driver begins it."""
+    with locked(sweep, folder):
+        return Ledger(sweep, folder)
+
+
 def keep_state(place, ledger, number, size=1000):
     name = state_of(ledger.sweep, ledger.record_of(number))
     SharedFolder(f"{place.address}/{TRIALS}/{name}").write("state", bytes(size))
@@ -67,7 +74,7 @@ def kept(place):
 
 def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(shared, tiny_sweep, tmp_path):
     sweep = tiny_sweep.model_copy(update={"early_stopping": "none"})
-    ledger = Ledger(sweep, tmp_path)
+    ledger = begin(sweep, tmp_path)
     housekeeping = Housekeeping(ledger, tmp_path, shared)
     for _ in range(4):
         keep_state(shared, ledger, ledger.propose().number)
@@ -86,7 +93,7 @@ def test_only_the_best_ended_trials_state_and_those_of_running_ones_stay(shared,
 
 def test_a_sweep_that_needs_more_room_than_it_has_ends_and_says_so(shared, tiny_sweep, tmp_path):
     sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"budget": {"storage_gb": 1e-6}})
-    ledger = Ledger(sweep, tmp_path)
+    ledger = begin(sweep, tmp_path)
     number = ledger.propose().number
     keep_state(shared, ledger, number, size=999)
     Housekeeping(ledger, tmp_path, shared).tidy()
@@ -113,11 +120,33 @@ def test_a_node_with_other_code_does_not_work():
         require_code("0.0.1")
 
 
+def test_a_head_that_another_has_gone_on_for_does_not_write_over_its_study(shared, tiny_sweep, tmp_path):
+    old, new = tmp_path / "head", tmp_path / "new-head"
+    begin(tiny_sweep, old)
+    copy_study(old, shared)
+    require_newest(tiny_sweep, old, shared)
+    assert fetch_database(new / STUDY_FILE, shared)
+    ledger = begin(tiny_sweep, new)
+    learn_all(ledger, ledger.propose().number, [0.9, 0.8, 0.7, 0.6, 0.5])
+    require_newest(tiny_sweep, new, shared)
+    copy_study(new, shared)
+    require_newest(tiny_sweep, new, shared)
+    with pytest.raises(ConfigError, match=r"another head has gone on with the study in .*: of trials \[0\]"):
+        require_newest(tiny_sweep, old, shared)
+
+
+def test_a_damaged_copy_does_not_keep_a_sweep_from_going_on(shared, tiny_sweep, tmp_path):
+    begin(tiny_sweep, tmp_path)
+    copy_study(tmp_path, shared)
+    shared.write(STUDY_FILE, b"no database")
+    require_newest(tiny_sweep, tmp_path, shared)
+
+
 # Names of states hold the settings.
 
 
 def names_of(sweep, folder):
-    ledger = Ledger(sweep, folder)
+    ledger = begin(sweep, folder)
     return {StudySearcher(ledger).suggest(str(number))["name"] for number in range(2)}
 
 
@@ -131,7 +160,7 @@ def test_a_number_that_another_head_gives_to_other_settings_finds_no_state(tiny_
 
 
 def test_states_without_their_settings_are_begun_anew_and_all_but_the_bests_deleted(shared, tiny_sweep, tmp_path):
-    ledger = Ledger(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path)
+    ledger = begin(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path)
     for number in range(3):
         assert ledger.propose().number == number
         SharedFolder(f"{shared.address}/{TRIALS}/{old_trial_name(tiny_sweep.study_name, number)}").write("state", b"")
@@ -167,7 +196,7 @@ def folder(tmp_path):
 
 
 def test_a_place_that_is_away_costs_housekeeping_nothing_and_is_caught_up_with(folder, tiny_sweep, tmp_path, caplog):
-    ledger = Ledger(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path / "head")
+    ledger = begin(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path / "head")
     housekeeping = Housekeeping(ledger, tmp_path / "head", folder)
     for _ in range(3):
         keep_state(folder, ledger, ledger.propose().number)
@@ -187,7 +216,7 @@ def test_a_place_that_is_away_costs_housekeeping_nothing_and_is_caught_up_with(f
 
 def test_no_state_is_deleted_before_the_copy_of_the_study_knows_the_trials_end(folder, tiny_sweep, tmp_path):
     """The copy cannot be written, the states could be deleted."""
-    ledger = Ledger(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path / "head")
+    ledger = begin(tiny_sweep.model_copy(update={"early_stopping": "none"}), tmp_path / "head")
     for accuracy in (0.7, 0.8):
         keep_state(folder, ledger, number := ledger.propose().number)
         learn_all(ledger, number, [accuracy] * 5)
@@ -200,7 +229,7 @@ def test_no_state_is_deleted_before_the_copy_of_the_study_knows_the_trials_end(f
 
 
 def test_the_last_copy_waits_for_the_place_and_what_it_waits_for_is_said(folder, tiny_sweep, tmp_path):
-    ledger = Ledger(tiny_sweep, tmp_path / "head")
+    ledger = begin(tiny_sweep, tmp_path / "head")
     take_away(folder)
     said: list[str] = []
     back = threading.Timer(2, lambda: bring_back(folder))
@@ -215,7 +244,7 @@ def test_the_last_copy_waits_for_the_place_and_what_it_waits_for_is_said(folder,
 
 def test_a_last_copy_that_cannot_be_made_is_said(folder, tiny_sweep, tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.engine.run.storage.LAST_COPY_PATIENCE_S", 0.5)
-    Ledger(tiny_sweep, tmp_path / "head")
+    begin(tiny_sweep, tmp_path / "head")
     take_away(folder)
     said: list[str] = []
     copy_study_at_last(tmp_path / "head", folder, said.append)

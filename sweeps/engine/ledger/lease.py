@@ -114,10 +114,15 @@ def _understood(content: bytes | None) -> Holder | None:
         return None  # no driver has written that
 
 
-def is_ours(place: "SharedFolder") -> bool:
-    """True unless another driver has taken the place over."""
+class ReplacedError(Exception):
+    """Another driver has taken this one for dead and goes on in its place."""
+
+
+def require_ours(place: "SharedFolder") -> None:
+    """Raise ReplacedError if another driver has taken the place over."""
     held = holder(place)
-    return held is None or held.owner == _OWNER
+    if held is not None and held.owner != _OWNER:
+        raise ReplacedError(f"{held.shown} has taken {place.address} over")
 
 
 def seems_driven(content: bytes | None) -> bool:
@@ -208,12 +213,12 @@ class _Renewal(threading.Thread):
         while not self._stopped.wait(self._every_s):
             try:
                 self._place.require()
-                held = holder(self._place)
-                if held is not None and held.owner != _OWNER:
-                    self._say(f"{held.shown} has taken {self._place.address} over: this driver ends")
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
+                require_ours(self._place)
                 self._place.write(LEASE_FILE, this_process().model_dump_json().encode())
+            except ReplacedError as error:
+                self._say(f"{error}: this driver ends")
+                os.kill(os.getpid(), signal.SIGINT)
+                return
             except OSError as error:
                 if not was_away:
                     logger.warning(

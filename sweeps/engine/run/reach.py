@@ -214,4 +214,4 @@ def _ask_head(address: str) -> None:
 
 def without_password(text: str) -> str:
     """A URI, or a text that names some, as it may be shown."""
-    return re.sub(r"((?:^|//)[^/\s:@]*:)\S+@", r"\1***@", text)
+    return re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)

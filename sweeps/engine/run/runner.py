@@ -23,7 +23,7 @@ from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
 from sweeps.engine.run.driver import pick_backend, train_driver
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, preflight
-from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last
+from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, require_newest
 from sweeps.engine.run.trial import inline_trial
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.show.tracking import Tracker
@@ -83,6 +83,7 @@ def _open_ledger(
     """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
     if fetch_database(folder / STUDY_FILE, ready.place):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
+    require_newest(sweep, folder, ready.place)
     ledger = Ledger(sweep, folder, ready.stored_bytes)
     ledger.note_images(ready.images)
     ready.place.when_there(lambda: copy_study(folder, ready.place))  # `sweeps status` reads it there

@@ -6,16 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 from ray import tune
 
+from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.patience import patiently
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger.lease import is_ours
+from sweeps.engine.ledger.lease import ReplacedError, require_ours
 from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.reading import read_kept
 from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record, old_trial_name, trial_name
 from sweeps.engine.ledger.snapshot import keep_database
-from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.ledger.study import STUDY_FILE, check_study
+from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.space.spec import SPEC_FILE, Sweep
 
@@ -50,7 +54,7 @@ class Housekeeping(tune.Callback):
             self._delete(self.place.folders(TRIALS))
             # Measured here and not at every report: a bucket is asked for each of its files.
             stored_bytes = self.place.bytes_in(TRIALS)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ReplacedError) as error:
             if not self._was_away:
                 logger.warning("%s cannot be looked after now: %s", self.place.address, one_line(str(error), 300))
             self._was_away = True
@@ -84,16 +88,40 @@ def begun_anew(sweep: Sweep, records: Sequence[TrialRecord], place: SharedFolder
     return sorted(running[name] for name in place.folders(TRIALS) & set(running))
 
 
+def require_newest(sweep: Sweep, folder: Path, place: SharedFolder) -> None:
+    """Check that the study in ``folder`` knows of all the ends of trials that its copy in the place knows of.
+
+    Raises:
+        ConfigError: Another head has gone on with the copy, and this one would write over that.
+    """
+    study = check_study(sweep, folder)
+    if study is None or place.address == str(folder):
+        return
+    try:
+        copy = read_kept(place.address).study
+    except ConfigError:
+        return  # there is none yet, or a damaged one, which is written anew
+    if elsewhere := _ended(copy) - _ended(study):
+        raise ConfigError(
+            f"another head has gone on with the study in {place.address}: of trials {sorted(elsewhere)} {folder} does "
+            "not know the end; remove that folder to go on with the study in the shared place"
+        )
+
+
+def _ended(study: optuna.Study) -> set[int]:
+    return {record.number for record in read_records(study) if record.outcome is not Outcome.RUNNING}
+
+
 def copy_study(folder: Path, place: SharedFolder) -> None:
     """Copy the sweep and its study to the trials' place, unless that is its own folder.
 
     Raises:
-        OSError: The place is away, or another driver holds it by now.
+        OSError: The place is away.
+        ReplacedError: Another driver holds it by now, whose study must not be written over.
     """
     if place.address == str(folder):
         return
-    if not is_ours(place):
-        raise PermissionError(f"{place.address} has been taken over by another driver")
+    require_ours(place)
     place.write(SPEC_FILE, (folder / SPEC_FILE).read_bytes())
     keep_database(folder / STUDY_FILE, place)
 
@@ -106,7 +134,7 @@ def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], N
             lambda: copy_study(folder, place),
             lambda why: say(f"the study cannot be copied to {place.address}: {one_line(why, 300)} (Ctrl-C: no longer)"),
         )
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, ReplacedError) as error:
         say(
             f"the study in {place.address} is not as this sweep has ended ({one_line(str(error), 200)}); {folder} has "
             "all of it, and the same command copies it"
