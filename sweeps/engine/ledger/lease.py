@@ -125,6 +125,17 @@ def require_ours(place: "SharedFolder") -> None:
         raise ReplacedError(f"{held.shown} has taken {place.address} over")
 
 
+def refuse_if_driven(place: "SharedFolder") -> None:
+    """Raise ConfigError if another driver holds the place and can be seen to live, which needs no watching."""
+    held = holder(place)
+    if held is not None and held.owner != _OWNER and _is_alive(held):
+        raise _is_run_by(place, held)
+
+
+def _is_run_by(place: "SharedFolder", held: Holder) -> ConfigError:
+    return ConfigError(f"the sweep in {place.address} is being run by {held.shown}")
+
+
 def seems_driven(content: bytes | None) -> bool:
     """True if a lease's content is that of a driver which is alive, as far as a look can tell."""
     held = _understood(content)
@@ -172,13 +183,13 @@ def _take(place: "SharedFolder", say: Callable[[str], None], stale_s: float) -> 
             say(f"{place.address} is held by {held.shown}: {stale_s:.0f} seconds to see whether that is alive")
             alive = _changes(place, held, stale_s)
         if alive:
-            raise ConfigError(f"the sweep in {place.address} is being run by {held.shown}")
+            raise _is_run_by(place, held)
         say(f"{held.shown} is gone: its lease of {place.address} is taken over")
     place.write(LEASE_FILE, this_process().model_dump_json().encode())
     time.sleep(SETTLE_S)
     other = holder(place)
     if other is not None and other.owner != _OWNER:
-        raise ConfigError(f"the sweep in {place.address} is being run by {other.shown}, which has begun just now")
+        raise _is_run_by(place, other)
 
 
 def _changes(place: "SharedFolder", held: Holder, stale_s: float) -> bool:

@@ -14,6 +14,7 @@ from inflora.files import nearest
 from inflora.patience import NoAnswerError, within
 from inflora.setup import check, identity, search_stream
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.lease import refuse_if_driven
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
@@ -103,9 +104,10 @@ def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
 
 
 def _check_copy(sweep: Sweep, place: SharedFolder) -> None:
-    """Raise ConfigError if the place does not answer, or has the copy of another sweep."""
+    """Raise ConfigError if the place does not answer, is another driver's, or has the copy of another sweep."""
     try:
         content = within(2 * PATIENCE_S, lambda: place.read(SPEC_FILE))
+        refuse_if_driven(place)
     except NoAnswerError as error:
         raise ConfigError(f"--shared {place.address} {error}") from None
     except OSError as error:
