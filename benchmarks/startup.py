@@ -89,13 +89,13 @@ def stamped_trial(sweep: Sweep, folder: str, file: str) -> Callable[[dict[str, A
         if sweep.executor == "inline":
             from sweeps.engine.run.trial import inline_trial
 
-            whole = inline_trial(sweep.resources, Path(folder), sweep.study_name)
+            whole = inline_trial(sweep.resources, folder)
             stamped(number, file, lambda: whole(settings), process=False)
             return
         train_worker = driver._train_worker
         driver._train_worker = lambda given: stamped(number, file, lambda: train_worker(given), process=True)
         try:
-            driver.train_driver(sweep.resources, "gloo", folder, sweep.study_name)(settings)
+            driver.train_driver(sweep.resources, "cpu", folder)(settings)
         finally:
             driver._train_worker = train_worker
 

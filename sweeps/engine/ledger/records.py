@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from inflora.config import RunConfig, config_hash
 from sweeps.engine.ledger.failures import Failure, Tried, kind_of, node_of
 
 
@@ -80,8 +81,16 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def trial_name(study_name: str, number: int) -> str:
-    """The folder of a trial's state; the same name makes an interrupted trial resume."""
+def trial_name(study_name: str, number: int, config: RunConfig) -> str:
+    """The folder of a trial's state; the same name makes an interrupted trial resume.
+
+    It holds the hash of the trial's settings: a head that has lost its study may give the number to others.
+    """
+    return f"{old_trial_name(study_name, number)}-{config_hash(config)[:8]}"
+
+
+def old_trial_name(study_name: str, number: int) -> str:
+    """The folder in which earlier versions kept a trial's state, whatever its settings were."""
     return f"{study_name}-{number:04d}"
 
 

@@ -16,23 +16,23 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger.records import trial_name
 from sweeps.engine.run.nodes import elsewhere
 from sweeps.engine.space.spec import Resources
 
 
-def train_driver(resources: Resources, device: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
+def train_driver(resources: Resources, device: str, storage: str) -> Callable[[dict[str, Any]], None]:
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
 
-    def trial(settings: dict[str, Any]) -> None:
-        name = trial_name(study_name, settings["number"])
-        notice = forget_if_torn(SharedFolder(storage), name)
-        DataParallelTrainer(
+    def train(settings: dict[str, Any], trials: SharedFolder) -> None:
+        notice = forget_if_torn(trials, settings["name"])
+        own = {"threads": resources.cpus_per_worker, "notice": notice, "trials": storage}
+        trainer = DataParallelTrainer(
             _train_worker,
-            train_loop_config={**settings, "threads": resources.cpus_per_worker, "notice": notice},
+            train_loop_config=settings | own,
             backend_config=worker_backend(resources, device),
             # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
@@ -42,14 +42,25 @@ def train_driver(resources: Resources, device: str, storage: str, study_name: st
                 label_selector=elsewhere(settings["avoid"]) or None,
             ),
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=name,
+                name=settings["name"],
                 storage_path=storage,
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
                 failure_config=ray.train.FailureConfig(max_failures=1),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except ControllerError as error:
+            # The controller writes the list of checkpoints; what it cannot write now it can when the place is back.
+            if isinstance(error.controller_failure, OSError):
+                raise error.controller_failure from error
+            raise
+
+    def trial(settings: dict[str, Any]) -> None:
+        trials = SharedFolder(storage)
+        trials.when_there(lambda: train(settings, trials))
 
     return trial
 

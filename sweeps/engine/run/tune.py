@@ -14,7 +14,7 @@ from rich.console import Console
 from inflora.errors import one_line
 from sweeps.engine.ledger.failures import Failure, headline, kind_of
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.records import TaskReport
+from sweeps.engine.ledger.records import TaskReport, trial_name
 from sweeps.engine.run.actors import forgiving
 from sweeps.engine.run.watch import NodeWatch, Watchdog
 from sweeps.engine.show.progress import progress_on
@@ -39,14 +39,16 @@ class StudySearcher(Searcher):
             # None makes Tune ask again: a trial that runs may fail and be proposed once more.
             return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
+        config = self.ledger.sweep.config(proposal.settings)
         return {
             "number": proposal.number,
+            "name": trial_name(self.ledger.sweep.study_name, proposal.number, config),
             "tasks_done": proposal.tasks_done,
             "likeness": self.nodes.likeness._asdict(),  # a node that joins later is held to it
             "avoid": sorted(self.nodes.to_avoid(self.ledger.record_of(proposal.number))),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
-            "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

@@ -20,7 +20,6 @@ from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine.ledger.records import Outcome, TrialRecord, now_ms
 from sweeps.engine.ledger.study import follow_study
 from sweeps.engine.ledger.trials import Reader, validation_images
-from sweeps.engine.run.reach import without_password
 from sweeps.engine.show import report as sweep_report
 from sweeps.engine.show.description import NOTE, description, plain, trial_note
 from sweeps.engine.show.inputs import DataInput
@@ -54,7 +53,7 @@ class Mirror:
     ) -> None:
         self.sweep, self.tags = sweep, dict(tags)
         self._inputs = [each.entity() for each in inputs]
-        self._export = how_to_export(folder, uri).replace(uri, without_password(uri))
+        self._export = how_to_export(folder, uri)
         self.client = make_client(uri)
         self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
