@@ -42,7 +42,7 @@ CHAOS := tests/sweeps/test_chaos.py::test_worker_driver_node_and_server_are_kill
 chaos: $(READY)  ## worker, driver, node and MLflow server killed at random, twenty times (make chaos SEEDS="3 7": these)
 	$(BIN)/python -m pytest -s $(SEEDS:%="$(CHAOS)[%]") tests/sweeps/test_stops.py
 
-hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
+hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml, and a Slurm (root, openssh-server, rsync, slurm-wlm)
 	$(BIN)/python -m pytest -m hosts
 
 compare: $(READY)  ## every adapter with every classifier, tuned and tested alike: docs/results.md (hours)

@@ -86,7 +86,7 @@ def drive_with_ray(ledger: Ledger, folder: Path, tasks: int) -> None:
             report = make_report(done, tasks, settings["config"]["optim"]["lr"])
             tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
 
-    nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data, ""), print)
+    nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
     run_trials(ledger, folder, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None, nodes)
 
 

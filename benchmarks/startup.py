@@ -111,7 +111,7 @@ def measure(executor: str, trials: int) -> list[dict[str, float]]:
         ledger = Ledger(sweep, folder)
         needs = {"CPU": 1} if executor == "inline" else {"node:__internal_head__": 0.001}
         trainable = tune.with_resources(stamped_trial(sweep, str(folder / "trials"), str(file)), needs)
-        nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data, ""), print)
+        nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
         run_trials(ledger, folder, trainable, 1, lambda line: None, nodes)
         stamps: dict[int, dict[str, float]] = {}
         for line in file.read_text().splitlines():

@@ -1,7 +1,6 @@
 """A cluster of three machines on this one, brought up by the launcher from ``cluster/local.yaml``."""
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import yaml
 
 from tests.waiting import until
 
-from .hosts import HOME, PROJECT, Host, Hosts, constraints, missing
+from .hosts import HOME, Host, Hosts, copy_project, missing
 
 CLUSTER_FILE = "cluster/local.yaml"
 
@@ -44,13 +43,7 @@ class Cluster:
     def lay_out(self) -> None:
         """The project on the laptop, with the addresses filled in."""
         project = self.laptop.home / "inflora-sweeps"
-        for folder in ("inflora", "sweeps", "cluster"):
-            shutil.copytree(PROJECT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(PROJECT / file, project / file)
-        # The machines have the packages of this environment, whatever their versions.
-        pinned = project / "cluster" / "constraints.txt"
-        pinned.write_text(constraints(re.findall(r"^([\w-]+)==", pinned.read_text(), re.MULTILINE)))
+        copy_project(project)
         file = project / CLUSTER_FILE
         config = yaml.safe_load(file.read_text())
         addresses = [machine.address for machine in self.hosts.machines]

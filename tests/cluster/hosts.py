@@ -5,6 +5,7 @@ left behind, however the tests end.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ PROJECT = Path(__file__).parents[2]
 HOME = Path.home()
 
 # Ended when this process ends, however it does.
-_NAMESPACES = ("setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc")
+_NAMESPACES = ("setpriv", "--pdeathsig=KILL", "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc")
 _FIRST_PROCESS = ("--kill-child=KILL", "bash", "-c", "echo; exec 1>&-; sleep infinity & wait")
 
 
@@ -29,8 +30,8 @@ def missing() -> str | None:
     """Why hosts cannot be made here, if they cannot."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
-    needed = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ss", "pgrep", "unshare", "nsenter", "setpriv")
-    absent = [tool for tool in needed if not _which(tool)]
+    needed = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "ss", "pgrep", "unshare", "nsenter", "setpriv", "hostname")
+    absent = [tool for tool in needed if not which(tool)]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: openssh-server openssh-client rsync iproute2 procps)"
     tried = subprocess.run(
@@ -41,18 +42,17 @@ def missing() -> str | None:
     return f"namespaces are not permitted: {tried.stderr.strip()}" if tried.returncode else None
 
 
-def _which(tool: str) -> str | None:
+def which(tool: str) -> str | None:
     return shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
 class Host:
-    """A machine of its own: an address, a home folder and a /tmp, its own processes."""
+    """A machine of its own: a name, an address, a home folder and a /tmp, its own processes."""
 
-    def __init__(self, folder: Path, address: str, shared: Path, image: Path) -> None:
-        self.folder, self.address = folder, address
-        self.home, tmp = folder / "home", folder / "tmp"
-        shutil.copytree(image, self.home, symlinks=True)
-        tmp.mkdir()
+    def __init__(self, folder: Path, address: str, shared: Path, home: Path) -> None:
+        self.folder, self.name, self.address = folder, folder.name, address
+        self.home, self.tmp = home, folder / "tmp"
+        self.tmp.mkdir(parents=True)
         # The first process only takes over orphans.
         self.process = subprocess.Popen(
             [*_NAMESPACES, *_FIRST_PROCESS],
@@ -61,7 +61,8 @@ class Host:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"\n", "unshare failed"
         (self.pid,) = map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
-        own = [(self.home, HOME), (tmp, Path("/tmp"))]
+        self.run("mount", "--bind", folder.parent / "names", "/etc/hosts")
+        own = [(self.home, HOME), (self.tmp, Path("/tmp"))]
         # The Python of these tests stays where it is, also under a folder that the host has of its own.
         pythons = {Path(sys.prefix), Path(sys.base_prefix)}
         binds = [(p, mine / p.relative_to(over)) for p in pythons for mine, over in own if p.is_relative_to(over)]
@@ -71,12 +72,13 @@ class Host:
             self.run("mount", "--rbind", source, target)
         self.run("mount", "-t", "tmpfs", "tmpfs", "/run")
         self.run("mkdir", "/run/sshd")
+        self.run("hostname", self.name)
         self.run("ip", "link", "set", "lo", "up")
 
     def command(self, *arguments: str | Path) -> list[str]:
         """``arguments``, to be run on this host with a clean environment."""
         environment = [f"HOME={HOME}", f"PATH={os.defpath}:/usr/sbin:/sbin:/usr/local/bin", "TERM=dumb", "LANG=C.UTF-8"]
-        enter = ["nsenter", f"--target={self.pid}", "--net", "--mount", "--pid", f"--wd={HOME}"]
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid", f"--wd={HOME}"]
         return [*enter, "env", "-i", *environment, *map(str, arguments)]
 
     def run(self, *arguments: str | Path, timeout_s: float = 60) -> str:
@@ -107,11 +109,19 @@ class Host:
 
 
 class Hosts:
-    """A laptop and some machines on one network; only the laptop's key opens the machines."""
+    """A laptop and some machines on one network.
 
-    def __init__(self, folder: Path, machines: int) -> None:
+    Each has a home folder of its own, and only the laptop's key opens the machines; or, ``one_home``, all have the
+    same one, as on most clusters with a scheduler, and nobody logs in.
+    """
+
+    def __init__(self, folder: Path, machines: int, *, one_home: bool = False) -> None:
         self.folder, self.shared, self.image = folder, folder / "shared", make_image(folder)
+        self.one_home = one_home
         self.shared.mkdir()
+        addresses = {"localhost": "127.0.0.1"} | {f"machine{i}": f"{NETWORK}.{i}" for i in range(1, machines + 1)}
+        addresses["laptop"] = f"{NETWORK}.254"
+        (folder / "names").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
         self._hosts: list[Host] = []
         try:
             self._make(machines)
@@ -124,18 +134,26 @@ class Hosts:
         self.laptop.run("ip", "link", "add", "lan", "type", "bridge")
         self.laptop.run("ip", "address", "add", f"{self.laptop.address}/24", "dev", "lan")
         self.laptop.run("ip", "link", "set", "lan", "up")
-        ssh = self.laptop.home / ".ssh"
-        ssh.mkdir(mode=0o700)
-        self.laptop.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", HOME / ".ssh/id_ed25519")
         self.machines = [self._host(f"machine{i}", i) for i in range(1, machines + 1)]
         for index, machine in enumerate(self.machines, start=1):
             self._plug_in(machine, f"port{index}")
-            self._start_sshd(machine, (ssh / "id_ed25519.pub").read_text())
+        if not self.one_home:
+            self._open_to_the_laptop()
 
     def _host(self, name: str, number: int) -> Host:
-        host = Host(self.folder / name, f"{NETWORK}.{number}", self.shared, self.image)
+        home = self.image if self.one_home else self.folder / name / "home"
+        if not self.one_home:
+            shutil.copytree(self.image, home, symlinks=True)
+        host = Host(self.folder / name, f"{NETWORK}.{number}", self.shared, home)
         self._hosts.append(host)
         return host
+
+    def _open_to_the_laptop(self) -> None:
+        ssh = self.laptop.home / ".ssh"
+        ssh.mkdir(mode=0o700)
+        self.laptop.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", HOME / ".ssh/id_ed25519")
+        for machine in self.machines:
+            self._start_sshd(machine, (ssh / "id_ed25519.pub").read_text())
 
     def _plug_in(self, machine: Host, port: str) -> None:
         self.laptop.run("ip", "link", "add", port, "type", "veth", "peer", "name", "outer")
@@ -161,7 +179,7 @@ class Hosts:
             "MaxStartups": "100",
         }
         (machine.home / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in options.items()))
-        machine.run(_which("sshd") or "sshd", "-f", HOME / "sshd_config", "-E", HOME / "sshd.log")
+        machine.run(which("sshd") or "sshd", "-f", HOME / "sshd_config", "-E", HOME / "sshd.log")
 
     def cut_off(self, machine: Host) -> None:
         """Take the machine's link down: its processes go on, nobody hears of them."""
@@ -197,6 +215,17 @@ def make_image(folder: Path) -> Path:
     config.parent.mkdir(parents=True)
     config.write_text(f"[global]\nno-index = true\nfind-links = {HOME}/wheels\n")
     return image
+
+
+def copy_project(target: Path) -> None:
+    """Lay out the project as on the machine of whoever installs it from there."""
+    for folder in ("inflora", "sweeps", "cluster"):
+        shutil.copytree(PROJECT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / file, target / file)
+    # The machines have the packages of this environment, whatever their versions.
+    pinned = target / "cluster" / "constraints.txt"
+    pinned.write_text(constraints(re.findall(r"^([\w-]+)==", pinned.read_text(), re.MULTILINE)))
 
 
 def constraints(names: Sequence[str]) -> str:

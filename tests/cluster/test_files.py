@@ -150,6 +150,14 @@ def test_a_submitted_job_knows_the_cluster_where_bashrc_returns_early(tmp_path):
     )
 
 
+def test_slurm_reads_every_line_that_is_meant_for_it():
+    """It reads none below the first command."""
+    lines = (CLUSTER / "slurm.sbatch").read_text().splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert len([line for line in lines if line.startswith("#SBATCH")]) > 5
+    assert [line for line in lines[first_command:] if line.startswith(("#SBATCH", "##SBATCH"))] == []
+
+
 def test_no_trial_runs_on_a_head():
     assert "--num-cpus=0" in " ".join(launcher("local.yaml")["head_start_ray_commands"])
     gpu = launcher("gpu.yaml")

@@ -94,7 +94,7 @@ def learn_all(ledger, number: int, accuracies: list[float], after: int = 0) -> b
 
 def any_node(ledger: Ledger, folder: Path) -> NodeWatch:
     """The machines of a sweep in ``folder``, of which any will do that has this code."""
-    return NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data, ""), print)
+    return NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
 
 
 class Recipe:

@@ -22,7 +22,15 @@ from sweeps.engine.run.preflight import preflight
 from sweeps.engine.show.description import LONGEST, NOTE, code, description, plain, trial_note, within_limit
 from sweeps.engine.show.inputs import data_inputs
 from sweeps.engine.show.mirror import Mirror
-from sweeps.engine.show.mlflow_store import experiment_id, how_to_export, how_to_look, make_client, source_tags
+from sweeps.engine.show.mlflow_store import (
+    default_tracking_uri,
+    experiment_id,
+    how_to_export,
+    how_to_look,
+    make_client,
+    own_database,
+    source_tags,
+)
 from sweeps.engine.space.domains import Choice
 from sweeps.engine.space.estimate import estimate
 
@@ -219,6 +227,19 @@ def test_an_older_experiment_is_completed_and_what_somebody_chose_is_kept(uri, b
     tags = client.get_experiment(made).tags
     assert tags[KIND] == after
     assert (tags[NOTE] == "mine") == (NOTE in before)
+
+
+def test_artifacts_can_be_kept_where_a_copy_of_the_database_finds_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", str(tmp_path / "shared"))
+    client = make_client(default_tracking_uri(tmp_path))
+    made = client.get_experiment(experiment_id(client, "digits", "acc/final"))
+    assert made.artifact_location == (tmp_path / "shared").as_uri()
+
+
+def test_a_sweeps_own_database_is_told_from_everybodys(tmp_path):
+    assert own_database(default_tracking_uri(tmp_path / "digits"), tmp_path / "digits") == tmp_path / "digits/mlflow.db"
+    for other in (f"sqlite:///{tmp_path}/mlflow.db", "http://127.0.0.1:5000", "postgresql://here/runs"):
+        assert own_database(other, tmp_path / "digits") is None
 
 
 def test_every_run_has_its_images_once_and_trials_a_line(ledger, tiny_sweep, tmp_path, uri, inputs):

@@ -7,7 +7,6 @@ import pytest
 
 from inflora.config import ConfigError, DataSettings
 from inflora.continual import run
-from inflora.data import ensure_store, read_manifest
 from inflora.state import save_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
@@ -117,11 +116,13 @@ def test_a_relative_folder_is_the_one_seen_from_here(tmp_path, monkeypatch):
 
 def test_a_node_with_other_code_or_data_does_not_work(data_root):
     data = DataSettings(dataset="digits", tasks=5)
-    ours = likeness(data, read_manifest(ensure_store("digits")).content_hash)
+    ours = likeness(data)
     require_like_driver(ours)
     with pytest.raises(ConfigError, match=r"has inflora-sweeps 0\.1\.0\+\w{8}, the driver 0\.0\.1: install the same"):
         require_like_driver(ours._replace(code="0.0.1"))
-    with pytest.raises(ConfigError, match=r"digits holds other data \(\w{12}\) than the driver's \(abc\): prepare the"):
+    with pytest.raises(
+        ConfigError, match=r"its digits is of other content \(\w{12}\) than the driver's \(abc\): prepare the"
+    ):
         require_like_driver(ours._replace(dataset_hash="abc"))
 
 

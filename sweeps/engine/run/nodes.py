@@ -42,22 +42,25 @@ def code_version() -> str:
     return f"{version('inflora-sweeps')}+{digest.hexdigest()[:8]}"
 
 
-def likeness(data: DataSettings, dataset_hash: str) -> Likeness:
+def likeness(data: DataSettings) -> Likeness:
     """This machine's, as it is told to the nodes."""
-    return Likeness(code_version(), data.dataset, data.root, dataset_hash)
+    return Likeness(code_version(), data.dataset, data.root, _content_hash(data.dataset, data.root))
+
+
+def _content_hash(dataset: str, root: str | None) -> str:
+    from inflora.data import ensure_store, read_manifest  # processes that only drive trials can do without them
+
+    return read_manifest(ensure_store(dataset, root)).content_hash
 
 
 def require_like_driver(wanted: Likeness) -> None:
     """Raise ConfigError or DataError unless this machine has the driver's code and dataset."""
     if code_version() != wanted.code:
         raise ConfigError(f"it {_differs(wanted.code)}")
-    from inflora.data import ensure_store, read_manifest  # a driver's process can do without them
-
-    folder = ensure_store(wanted.dataset, wanted.root)
-    there = read_manifest(folder).content_hash
+    there = _content_hash(wanted.dataset, wanted.root)
     if there != wanted.dataset_hash:
         raise ConfigError(
-            f"{folder} holds other data ({there[:12]}) than the driver's "
+            f"its {wanted.dataset} is of other content ({there[:12]}) than the driver's "
             f"({wanted.dataset_hash[:12]}): prepare the same on every node"
         )
 

@@ -1,6 +1,7 @@
 """Start a sweep, or go on with one: what is asked first, the lock, the ledger, the trials, the last delivery."""
 
 import fcntl
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import ray
 from ray import tune
 
 from inflora.config import ConfigError
+from inflora.errors import one_line
 from inflora.files import write_atomically
 from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
@@ -26,6 +28,7 @@ from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy
 from sweeps.engine.run.trial import inline_trial
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.run.watch import NodeWatch
+from sweeps.engine.show.mlflow_store import own_database
 from sweeps.engine.show.tracking import Tracker
 from sweeps.engine.space.spec import SPEC_FILE, Sweep
 
@@ -69,7 +72,12 @@ def run_sweep(
         lease = nullcontext() if ready.place.address == str(folder) else leased(ready.place, say)
         with locked(sweep, folder), lease:
             ledger = _open_ledger(sweep, folder, ready, warm_start, say)
+            mlflow = own_database(tracking_uri, folder) if ready.place.address != str(folder) else None
+            if mlflow is not None:
+                fetch_database(mlflow, ready.place)
             result = _run_what_is_left(ledger, folder, ready, tracking_uri, say)
+            if mlflow is not None:
+                _keep_mlflow(mlflow, ready.place, say)
     finally:
         ray.shutdown()
     if hopeless := ledger.why_hopeless():
@@ -91,6 +99,17 @@ def _open_ledger(
         found = ledger.warm_start(*warm_start)
         say(f"warm start: {found} settings of {warm_start[1]} lie in this space and are tried first")
     return ledger
+
+
+def _keep_mlflow(file: Path, place: SharedFolder, say: Callable[[str], None]) -> None:
+    """Copy what MLflow shows to the shared place, for whoever looks at it there, and for a head that goes on elsewhere.
+
+    Less than the study, which has all of it: what is lost here is shown anew.
+    """
+    try:
+        keep_database(file, place)
+    except (OSError, sqlite3.Error) as error:
+        say(f"MLflow's database could not be copied to {place.address}: {one_line(str(error), 200)}")
 
 
 def _run_what_is_left(

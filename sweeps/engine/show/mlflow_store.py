@@ -26,6 +26,7 @@ from sweeps.engine.show.description import NOTE
 from sweeps.engine.show.mlflow_database import make_whole
 from sweeps.engine.space.spec import Sweep
 
+_OWN_FILE = "mlflow.db"
 _PARAM_LENGTH = 6000
 _UNDECIDED = ("", "no_inferred_type", "custom_model_development_inferred", "genai_development_inferred")
 """What stands in an experiment's tags as long as nobody has chosen."""
@@ -51,7 +52,13 @@ _HTTP = {
 
 def default_tracking_uri(folder: Path) -> str:
     """``MLFLOW_TRACKING_URI``, else a sqlite file in the sweep's folder; absolute, as workers change directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / _OWN_FILE).absolute()}"
+
+
+def own_database(uri: str, folder: Path) -> Path | None:
+    """The sweep's own MLflow database, which nobody else keeps, if that is what a tracking URI names."""
+    own = (folder / _OWN_FILE).absolute()
+    return own if sqlite_file(uri) == own else None
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -80,7 +87,11 @@ def experiment_name(dataset: str) -> str:
 
 
 def experiment_id(client: MlflowClient, dataset: str, objective: str) -> str:
-    """A dataset's experiment, made if need be; a sqlite store keeps its artifacts beside its file."""
+    """A dataset's experiment, made if need be.
+
+    A sqlite store keeps its artifacts beside its file, or in the folder that ``MLFLOW_DEFAULT_ARTIFACT_ROOT`` names, as
+    MLflow's own server does: it must be seen from wherever a copy of the file will be looked at.
+    """
     name = experiment_name(dataset)
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -89,13 +100,18 @@ def experiment_id(client: MlflowClient, dataset: str, objective: str) -> str:
                 client.set_experiment_tag(found.experiment_id, tag, value)
         return found.experiment_id
     uri = client.tracking_uri
-    beside = Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts" if uri.startswith("sqlite:") else None
+    beside = _artifacts(uri) if uri.startswith("sqlite:") else None
     tags = {
         "mlflow.experiment.primaryMetric.name": objective,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
         **_ABOUT,
     }
     return client.create_experiment(name, beside.as_uri() if beside else None, tags)
+
+
+def _artifacts(uri: str) -> Path:
+    named = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT")
+    return Path(named or Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").absolute()
 
 
 def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str | None:
