@@ -15,10 +15,11 @@ from ray import tune
 from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.files import write_atomically
+from inflora.storage import SharedFolder
 from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
-from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database
+from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
 from sweeps.engine.run.driver import train_driver
@@ -146,7 +147,7 @@ def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, sa
         say(f"trial {number} begins anew: an earlier version kept its state without a word on its settings")
     place.make(TRIALS)
     trials = f"{place.address}/{TRIALS}"
-    nodes = NodeWatch(ledger, place, likeness(base.data, ready.tags["dataset_hash"]), say)
+    nodes = NodeWatch(ledger, place, likeness(base.data), say)
     housekeeping = Housekeeping(ledger, folder, place)
     if ledger.sweep.executor == "inline":
         trainable = inline_trial(resources, trials)
