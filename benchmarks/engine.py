@@ -27,10 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora.config import DataSettings, RunConfig
+from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, now_ms
 from sweeps.engine.run.cluster import connect
+from sweeps.engine.run.nodes import likeness
 from sweeps.engine.run.tune import run_trials
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show.tracking import Tracker
 from sweeps.engine.space.domains import Integer, NearOne, Real
 from sweeps.engine.space.spec import Sweep
@@ -83,7 +86,8 @@ def drive_with_ray(ledger: Ledger, folder: Path, tasks: int) -> None:
             report = make_report(done, tasks, settings["config"]["optim"]["lr"])
             tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
 
-    run_trials(ledger, folder, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None)
+    nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
+    run_trials(ledger, folder, tune.with_resources(trial, {"CPU": 1}), 2, lambda line: None, nodes)
 
 
 def measure(sweep: Sweep, with_mlflow: bool, with_ray: bool) -> dict[str, float]:

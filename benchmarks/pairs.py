@@ -72,11 +72,13 @@ def settings_tried(adapter: str) -> list[dict[str, Any]]:
         if adapter not in ("none", *PROMPTS):
             changes["adapter.merge"] = one_of(merge, 1.0, 0.5, 0.25, 0.1)
             changes["adapter.first_merge"] = 1.0
+        # What is balanced is merged whole: the balance says how much of it, direction by direction.
+        balance = one_of(2 * train_A % 1, {}, {"adapter.balance": 1.0, "adapter.merge": 1.0})
         changes |= {
             "inflora": {
                 "adapter.energy": 1 - log(own, 1e-4, 0.05),
                 "adapter.train_A": one_of(train_A, False, True),
-                "adapter.balance": one_of(2 * train_A % 1, None, 1.0),
+                **balance,
             },
             "olora": {"adapter.penalty": log(own, 0.01, 10)},
             "sdlora": {"adapter.magnitude_lr": log(own, 1e-4, 0.03)},

@@ -56,8 +56,12 @@ def spread(values: list[float]) -> str:
 
 def paired(ours: Tuned, others: Tuned) -> tuple[float, float]:
     """Mean difference of final accuracies in points, and half the width of its 95 % interval (paired t)."""
-    gaps = [a - b for a, b in zip(ours.percent("acc/final"), others.percent("acc/final"), strict=True)]
-    return fmean(gaps), float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
+    return interval([a - b for a, b in zip(ours.percent("acc/final"), others.percent("acc/final"), strict=True)])
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean of values, and half the width of its 95 % interval (t)."""
+    return fmean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def ranked(pairs: Pairs) -> list[Pair]:

@@ -20,11 +20,14 @@ from ray import tune
 from rich.console import Console
 from rich.table import Table
 
+from inflora.storage import SharedFolder
 from sweeps.digits import inflora as digits
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run import driver
 from sweeps.engine.run.cluster import connect
+from sweeps.engine.run.nodes import likeness
 from sweeps.engine.run.tune import run_trials
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.space.spec import Sweep
 
 MOMENTS = ("driver", "process", "worker", "checked", "data", "backbone", "model", "step")
@@ -86,13 +89,13 @@ def stamped_trial(sweep: Sweep, folder: str, file: str) -> Callable[[dict[str, A
         if sweep.executor == "inline":
             from sweeps.engine.run.trial import inline_trial
 
-            whole = inline_trial(sweep.resources, Path(folder), sweep.study_name)
+            whole = inline_trial(sweep.resources, folder)
             stamped(number, file, lambda: whole(settings), process=False)
             return
         train_worker = driver._train_worker
         driver._train_worker = lambda given: stamped(number, file, lambda: train_worker(given), process=True)
         try:
-            driver.train_driver(sweep.resources, "gloo", folder, sweep.study_name)(settings)
+            driver.train_driver(sweep.resources, "cpu", folder)(settings)
         finally:
             driver._train_worker = train_worker
 
@@ -108,7 +111,8 @@ def measure(executor: str, trials: int) -> list[dict[str, float]]:
         ledger = Ledger(sweep, folder)
         needs = {"CPU": 1} if executor == "inline" else {"node:__internal_head__": 0.001}
         trainable = tune.with_resources(stamped_trial(sweep, str(folder / "trials"), str(file)), needs)
-        run_trials(ledger, folder, trainable, 1, lambda line: None)
+        nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
+        run_trials(ledger, folder, trainable, 1, lambda line: None, nodes)
         stamps: dict[int, dict[str, float]] = {}
         for line in file.read_text().splitlines():
             number, moment, at = json.loads(line)

@@ -1,8 +1,10 @@
-"""Waiting for what may never answer."""
+"""Waiting for what may never answer, and for what will answer again."""
 
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 T = TypeVar("T")
 
@@ -35,3 +37,26 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
     for error in failures:
         raise error
     return answers[0]
+
+
+def patiently(seconds: float, do: Callable[[], T], warn: Callable[[str], object]) -> T:
+    """The answer of ``do``, which is tried again for so many seconds while it raises OSError, as storage that is away.
+
+    ``warn`` is told why, once.
+
+    Raises:
+        OSError: The last one.
+    """
+
+    def before_sleep(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            warn(f"{state.outcome.exception()}; trying for {seconds / 60:.0f} minutes")
+
+    retry = Retrying(
+        retry=retry_if_exception_type(OSError),
+        wait=wait_exponential(multiplier=0.5, max=15),
+        stop=stop_after_delay(seconds),
+        before_sleep=before_sleep,
+        reraise=True,
+    )
+    return retry(do)

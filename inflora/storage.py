@@ -1,12 +1,23 @@
 """A place that every machine of a cluster sees under one address: a folder, or a bucket's (``s3://bucket/path``)."""
 
 import contextlib
+import logging
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from inflora.config import ConfigError
+from inflora.errors import one_line
+from inflora.patience import patiently
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 900.0
+"""The time for which a place may be away before those who need it give up."""
 
 
 class SharedFolder:
@@ -25,6 +36,35 @@ class SharedFolder:
     def is_local(self) -> bool:
         """True of a folder, false of a bucket."""
         return "://" not in self.address
+
+    def require(self) -> None:
+        """Raise OSError unless the place is there.
+
+        A folder that is not mounted looks empty, and takes files that nobody finds when it is.
+        """
+        found = self._files.get_file_info(self._path)
+        if self.is_local and found.type is not FileType.Directory:
+            raise FileNotFoundError(f"there is no folder {self.address}")
+
+    def when_there(self, do: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+        """Do what needs the place: what raises OSError is done again until the place is back.
+
+        Raises:
+            OSError: It was away for longer than so many seconds.
+        """
+
+        def attempt() -> T:
+            self.require()
+            return do()
+
+        return patiently(
+            patience_s, attempt, lambda why: logger.warning("waiting for %s: %s", self.address, one_line(why, 300))
+        )
+
+    def make(self, name: str) -> None:
+        """Make a folder in it; a bucket has none."""
+        if self.is_local:
+            self._files.create_dir(f"{self._path}/{name}")
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None where it is not there."""

@@ -16,13 +16,17 @@ from inflora.config import ConfigError, checked, dump_config
 from inflora.console import OneLineGroup
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import BestBy, Outcome
-from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep, read_sweep
+from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Storage = Annotated[Path | None, typer.Option(help="Where sweeps are kept; default: $INFLORA_STORAGE or ./results.")]
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow store; default: $MLFLOW_TRACKING_URI or the sweep's own.")
+]
+
+SweepName = Annotated[
+    str, typer.Argument(help="A sweep's name in the storage folder, its folder, or s3://bucket/path/name.")
 ]
 
 Address = Annotated[
@@ -72,7 +76,7 @@ def gpu_check(
 
 @app.command()
 def export(
-    sweep: Annotated[str, typer.Argument(help="A sweep's name in the storage folder, or its folder.")],
+    sweep: SweepName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The config file to write.")] = Path("best.yaml"),
     best_by: Annotated[
         BestBy, typer.Option("--best", help="The best is the one whose score is so by estimate, or as observed.")
@@ -86,15 +90,16 @@ def export(
     estimate from all finished trials. With tradeoffs it is the one with the best objective.
     """
     from sweeps.engine.after.export import export_config, find_best, read_trials
+    from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.show.mlflow_store import default_tracking_uri
     from sweeps.engine.show.output import check_output, deliver
 
     check_output(output, (".yaml", ".yml"))
-    folder = find_sweep(sweep, storage)
-    spec = read_sweep(folder)
-    records, known = read_trials(spec, folder)
+    address = find_sweep(sweep, storage)
+    spec, study, _ = read_kept(address)
+    records, known = read_trials(spec, study)
     best = find_best(spec, records, known, best_by)
-    uri = tracking_uri or default_tracking_uri(folder)
+    uri = tracking_uri or default_tracking_uri(Path(address))
     config = export_config(spec, best, records, known, _run_id(uri, spec, best.number), best_by)
     deliver(output, dump_config(config), f"{output}: trial {best.number} of {spec.name}")
 
@@ -117,32 +122,31 @@ def front_of(sweep: Sweep, folder: Path) -> set[int]:
     return pareto_front(load_study(sweep, folder)) if sweep.tradeoffs else set()
 
 
-def find_sweep(sweep: str, storage: Path | None) -> Path:
-    """A sweep's folder, given as such or by the sweep's name."""
-    as_folder = Path(sweep)
-    return as_folder if (as_folder / SPEC_FILE).exists() else storage_root(storage) / sweep
+def find_sweep(sweep: str, storage: Path | None) -> str:
+    """The address of a sweep's folder, given as such or by the sweep's name."""
+    if "://" in sweep or (Path(sweep) / SPEC_FILE).exists():
+        return sweep
+    return str(storage_root(storage) / sweep)
 
 
 @app.command()
-def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")], storage: Storage = None) -> None:
+def status(sweep: SweepName, storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
-    from sweeps.engine.ledger.snapshot import is_driven
-    from sweeps.engine.ledger.study import load_study, pareto_front
+    from sweeps.engine.ledger.reading import read_kept
+    from sweeps.engine.ledger.study import pareto_front
     from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
     from sweeps.engine.show.status import status_lines
     from sweeps.engine.show.tables import print_table, trials_table
     from sweeps.engine.space.estimate import estimate
 
-    folder = find_sweep(sweep, storage)
-    spec = read_sweep(folder)
-    study = load_study(spec, folder)
+    spec, study, driven = read_kept(find_sweep(sweep, storage))
     records = read_records(study)
     known = estimate(spec, records, validation_images(study))
-    front, driven = pareto_front(study) if spec.tradeoffs else set(), is_driven(folder)
+    front = pareto_front(study) if spec.tradeoffs else set()
     print_table(trials_table(spec, records, known, front, driven=driven))
     for record in records:
         if record.reason and record.outcome is Outcome.FAILED:
-            tries = f" ({len(record.failures)} tries)" if len(record.failures) > 1 else ""
+            tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
     for line in status_lines(spec, records, known, hours_so_far(study), stored_bytes(study), driven=driven):
         print(line)
@@ -150,7 +154,7 @@ def status(sweep: Annotated[str, typer.Argument(help="A sweep's name or folder."
 
 @app.command()
 def report(
-    sweep: Annotated[str, typer.Argument(help="A sweep's name or folder.")],
+    sweep: SweepName,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="A page (.html), or its table of trials alone (.csv, .tex).")
     ] = Path("report.html"),
@@ -158,24 +162,21 @@ def report(
 ) -> None:
     """Write a sweep as one HTML page: best config, trials, search, accuracies, failures, cost; or its table alone."""
     from sweeps.engine.after.export import read_trials
-    from sweeps.engine.ledger.snapshot import is_driven
-    from sweeps.engine.ledger.study import load_study
+    from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.show.output import check_output, deliver
     from sweeps.engine.show.tables import csv_table, latex_table
 
     check_output(output, (".html", ".csv", ".tex"))
-    folder = find_sweep(sweep, storage)
-    spec = read_sweep(folder)
+    spec, study, driven = read_kept(find_sweep(sweep, storage))
     match output.suffix.lower():
         case ".csv":
-            deliver(output, csv_table(spec, *read_trials(spec, folder)), f"{output}: a line for every trial")
+            deliver(output, csv_table(spec, *read_trials(spec, study)), f"{output}: a line for every trial")
         case ".tex":
-            deliver(output, latex_table(spec, *read_trials(spec, folder)), f"{output}: needs \\usepackage{{booktabs}}")
+            deliver(output, latex_table(spec, *read_trials(spec, study)), f"{output}: needs \\usepackage{{booktabs}}")
         case _:
             from sweeps.engine.show.report import page
 
-            content = page(spec, load_study(spec, folder), driven=is_driven(folder))
-            deliver(output, content, f"{output}: open it in a browser")
+            deliver(output, page(spec, study, driven=driven), f"{output}: open it in a browser")
 
 
 @app.command()
@@ -205,11 +206,11 @@ def final(
 
     from sweeps.engine.after.final import FinalTraining, load_by_label, log_final, summarise, write_report
     from sweeps.engine.after.judge import judge_sweep
-    from sweeps.engine.run.reach import reachable_store
+    from sweeps.engine.run.reach import reachable_store, without_password
     from sweeps.engine.run.runner import say_to_stdout
     from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
 
-    named = find_sweep(str(configs[0]), storage)
+    named = Path(find_sweep(str(configs[0]), storage))
     swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
     folder = (out or (swept or storage_root(storage)) / "final").absolute()
     resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
@@ -228,7 +229,8 @@ def final(
     try:
         log_final(runs, summary, folder, uri)
     except MlflowException as error:
-        print(f"MLflow has not taken everything ({error}); the same command sends the rest", file=sys.stderr)
+        reason = without_password(str(error))
+        print(f"MLflow has not taken everything ({reason}); the same command sends the rest", file=sys.stderr)
         raise typer.Exit(1) from None
     look = f"\n{' ' * 12}".join(how_to_look(uri, runs[0].config.data.dataset))
     print(f"report:     {written}\nlook at it: {look}")

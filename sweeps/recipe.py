@@ -68,6 +68,7 @@ def main(*sweeps: Sweep) -> None:
 
         from sweeps.engine.after.export import best_settings
         from sweeps.engine.run.cluster import Cluster
+        from sweeps.engine.run.reach import without_password
         from sweeps.engine.run.runner import run_sweep, say_to_stdout
         from sweeps.engine.show.mlflow_store import default_tracking_uri
         from sweeps.engine.show.tables import print_table, trials_table
@@ -90,7 +91,8 @@ def main(*sweeps: Sweep) -> None:
         print_table(trials_table(sweep, result.records, known, front_of(sweep, folder)))
         _print_what_next(sweep, folder, uri, result.records, known)
         if not result.delivered:
-            print(f"MLflow at {uri} has not taken everything; the same command sends the rest", file=sys.stderr)
+            shown = without_password(uri)
+            print(f"MLflow at {shown} has not taken everything; the same command sends the rest", file=sys.stderr)
         if not result.complete:
             print("interrupted; the same command goes on", file=sys.stderr)
             raise typer.Exit(130)
@@ -98,6 +100,8 @@ def main(*sweeps: Sweep) -> None:
             raise typer.Exit(1)
         if smoke:
             _train_best(sweep, folder, result.records, known)
+        if not result.delivered:
+            raise typer.Exit(1)
 
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     program.command(cls=OneLineCommand)(with_budget_options(recipe))

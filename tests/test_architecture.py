@@ -60,6 +60,7 @@ FLOORS = {
     15: (
         "sweeps.engine.ledger.records",
         "sweeps.engine.ledger.failures",
+        "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",
         "sweeps.engine.run.nodes",
         "sweeps.engine.show.output",
@@ -104,7 +105,12 @@ FLOORS = {
         "sweeps.engine.show.status",
     ),
     21: ("sweeps.engine.ledger.study", "sweeps.engine.show.tables"),
-    22: ("sweeps.engine.ledger.ledger", "sweeps.engine.run.preflight", "sweeps.engine.show.report"),
+    22: (
+        "sweeps.engine.ledger.ledger",
+        "sweeps.engine.ledger.reading",
+        "sweeps.engine.run.preflight",
+        "sweeps.engine.show.report",
+    ),
     23: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
     24: ("sweeps.engine.run.tune",),
     25: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
@@ -194,7 +200,7 @@ import sys
 from sweeps.engine.run import driver
 from sweeps.engine.show import mirror
 from sweeps.engine.space.spec import Resources
-driver.train_driver(Resources(), "gloo", "somewhere", "study")
+driver.train_driver(Resources(), "cpu", "somewhere")
 driver.worker_backend(Resources(), "gloo")
 print("torch" in sys.modules)
 """

@@ -3,7 +3,9 @@
 import copy
 import importlib.resources
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -131,6 +133,21 @@ def test_a_recipe_on_a_machine_of_the_cluster_joins_it(name):
     """Left alone it would start a Ray of its own there."""
     (kept,) = [command for command in launcher(name)["setup_commands"] if "> ~/.inflora-cluster" in command]
     assert "'RAY_ADDRESS=auto'" in kept
+
+
+def test_a_submitted_job_knows_the_cluster_where_bashrc_returns_early(tmp_path):
+    """As Ubuntu's own does in a shell that nobody types into."""
+    (kept,) = [command for command in launcher("local.yaml")["setup_commands"] if "> ~/.inflora-cluster" in command]
+    (tmp_path / ".bashrc").write_text("case $- in *i*) ;; *) return;; esac\n. ~/.inflora-cluster\n")
+    (line,) = re.findall(r"ray job submit .* -- (bash .*)", (CLUSTER / "README.md").read_text())
+    assert "python -m sweeps.cifar100" in line
+    told = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for command in (kept, line.replace("python -m sweeps.cifar100", "env > ~/seen")):
+        subprocess.run(["bash", "-c", command], env=told, check=True)
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert {"INFLORA_SHARED=/mnt/inflora", f"INFLORA_STORAGE={tmp_path}/inflora-results", "RAY_ADDRESS=auto"} <= set(
+        seen
+    )
 
 
 def test_slurm_reads_every_line_that_is_meant_for_it():

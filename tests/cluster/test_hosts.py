@@ -52,7 +52,7 @@ def test_ray_submit_runs_a_recipe_unchanged(cluster):
     best = best_record(trials)
     checkpoints = cluster.hosts.shared / "inflora" / sweep.name / "trials"
     assert best is not None
-    assert (checkpoints / trial_name(sweep.study_name, best.number)).is_dir(), (
+    assert (checkpoints / trial_name(sweep.study_name, best.number, sweep.config(best.settings))).is_dir(), (
         "what workers wrote is on the shared path"
     )
 

@@ -16,8 +16,12 @@ import torch
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, TrialRecord
 from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.run.nodes import likeness
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show import mlflow_database
 from sweeps.engine.space.domains import Integer, NearOne, Real
 from sweeps.engine.space.spec import Sweep
@@ -86,6 +90,11 @@ def learn_all(ledger, number: int, accuracies: list[float], after: int = 0) -> b
             return True
     ledger.close(number)
     return False
+
+
+def any_node(ledger: Ledger, folder: Path) -> NodeWatch:
+    """The machines of a sweep in ``folder``, of which any will do that has this code."""
+    return NodeWatch(ledger, SharedFolder(str(folder)), likeness(ledger.sweep.base.data), print)
 
 
 class Recipe:

@@ -19,7 +19,7 @@ from sweeps.engine.run.tune import run_trials
 from sweeps.engine.space.domains import Real
 from sweeps.engine.space.spec import Resources, read_sweep
 
-from .conftest import PAPER, Recipe, undisturbed
+from .conftest import PAPER, Recipe, any_node, undisturbed
 
 pytestmark = pytest.mark.cluster
 
@@ -148,10 +148,11 @@ def test_why_a_trial_failed_is_kept_word_for_word(tiny_sweep, local_cluster, tmp
         raise KeyError(f"no such thing as {settings['number']}")
 
     ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1, "executor": "inline"}), tmp_path)
-    run_trials(ledger, tmp_path, breaks, 1, print)
+    run_trials(ledger, tmp_path, breaks, 1, print, any_node(ledger, tmp_path))
     (record,) = ledger.records()
-    assert record.failures == ("KeyError: 'no such thing as 0'",) * 2, "what is not known is tried once more"
-    assert record.reason == record.failures[-1]
+    reasons = [each.reason for each in record.tries]
+    assert reasons == ["KeyError: 'no such thing as 0'"] * 2, "what is not known is tried once more"
+    assert record.reason == reasons[-1]
 
 
 def test_the_dashboard_listens_on_this_machine_only(local_cluster):
@@ -277,6 +278,6 @@ def test_a_trial_whose_actor_dies_is_tried_again_from_its_last_task(tiny_sweep, 
     (record,) = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=kill_once).records
     assert killed
     assert record.outcome is Outcome.FINISHED
-    assert [kind_of(reason) for reason in record.failures] == [Failure.LOST], record.failures
+    assert [kind_of(each.reason) for each in record.tries] == [Failure.LOST], record.tries
     assert_every_finished_trial_is_undisturbed(sweep, [record])
     assert_mlflow_agrees(tmp_path, [record])

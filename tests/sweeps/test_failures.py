@@ -2,9 +2,10 @@
 
 import pytest
 
-from sweeps.engine.ledger.failures import Failure, alike, change_for, headline, kind_of
+from sweeps.engine.ledger.failures import Failure, NodeFault, Tried, alike, change_for, headline, kind_of, node_of
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.records import Outcome
+from sweeps.engine.ledger.records import Outcome, sick_nodes
+from sweeps.engine.run.nodes import Likeness
 from sweeps.engine.run.tune import StudySearcher, gpus_for_retry
 from sweeps.engine.space.spec import Resources
 
@@ -15,6 +16,24 @@ FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 NAN = "FloatingPointError: the loss of task 0, epoch 3 is nan; try a smaller optim.lr"
 GONE = "The actor is dead because its node has died. Node Id: 7ec9"
 STRANGE = "KeyError: 'blocks.0'"
+HERE, THERE = "a1" * 28, "b2" * 28
+KILLED = (
+    "ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. Memory on the "
+    f"node (IP: 10.0.0.3, ID: {HERE}) was 31.41GB used / 32.00GB limit (0.98)"
+)
+
+
+def at_fault(node_id):
+    return f"NodeFault {NodeFault('10.0.0.3', node_id, 'DataError: digits has 3 of 4 files')}"
+
+
+class Anywhere:
+    """Machines of which any will do."""
+
+    likeness = Likeness("1", "digits", None, "abc")
+
+    def to_avoid(self, record):
+        return set()
 
 
 @pytest.fixture
@@ -28,9 +47,12 @@ def ledger(tiny_sweep, tmp_path) -> Ledger:
         (LOST, Failure.LOST),
         (GONE, Failure.LOST),
         ("The actor 5db8 is unavailable: The actor is temporarily unavailable", Failure.LOST),
-        ("Task was killed due to the node running low on memory.", Failure.MEMORY),
-        (FULL, Failure.MEMORY),
-        ("MemoryError", Failure.MEMORY),
+        ("Task was killed due to the node running low on memory.", Failure.HOST_MEMORY),
+        (KILLED, Failure.HOST_MEMORY),
+        (FULL, Failure.GPU_MEMORY),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", Failure.GPU_MEMORY),
+        ("MemoryError", Failure.HOST_MEMORY),
+        (at_fault(HERE), Failure.NODE),
         (NAN, Failure.HOPELESS),
         ("inflora.config.ConfigError: adapter.rank must be at most 32", Failure.HOPELESS),
         (STRANGE, Failure.UNKNOWN),
@@ -52,11 +74,43 @@ def test_what_kind_of_failure_a_text_tells_of(reason, kind):
         ([FULL], 1, None),
         ([FULL], 0.5, "with a GPU of its own"),
         ([FULL, FULL], 0.5, None),
-        ([FULL], 0, "when there may be more memory"),
+        ([KILLED], 1, "when there may be more memory"),
+        ([KILLED, KILLED, KILLED], 1, None),
+        ([at_fault(HERE)], 1, "elsewhere"),
+        ([at_fault(HERE), at_fault(THERE)], 1, "elsewhere"),
+        ([at_fault(HERE), at_fault(HERE)], 1, None),
+        ([at_fault(HERE), at_fault(THERE), at_fault("c3" * 28)], 1, None),
     ],
 )
 def test_a_trial_is_tried_again_only_where_that_can_help_and_not_for_ever(failed, gpus, change):
-    assert change_for(failed, retries=2, gpus_per_worker=gpus) == change
+    in_vain = [Tried(reason, 1) for reason in failed]
+    assert change_for(in_vain, retries=2, gpus_per_worker=gpus) == change
+
+
+@pytest.mark.parametrize("reason", [LOST, KILLED, STRANGE])
+def test_a_trial_that_gets_on_between_its_losses_is_tried_again_however_many_they_are(reason):
+    getting_on = [Tried(reason, tasks_done) for tasks_done in range(20)]
+    assert change_for(getting_on, retries=2, gpus_per_worker=1) is not None
+
+
+def test_a_text_names_the_node_whose_fault_it_was():
+    assert node_of(at_fault(HERE)) == HERE
+    assert node_of(KILLED) == HERE
+    assert node_of(GONE) is None and node_of(NAN) is None
+
+
+def test_a_node_is_sick_for_what_failed_there_unless_the_trial_fails_everywhere(ledger):
+    """One machine lacks its data; another trial's settings are refused wherever it runs."""
+    unlucky, wrong = ledger.propose().number, ledger.propose().number
+    ledger.fail(unlucky, at_fault(HERE))
+    assert sick_nodes(ledger.records()) == {HERE: at_fault(HERE)}
+    for node_id in (HERE, THERE, "c3" * 28):
+        ledger.fail(wrong, at_fault(node_id))
+        again = ledger.propose()
+        while again.number != wrong and ledger.record_of(wrong).outcome is Outcome.RUNNING:
+            again = ledger.propose()
+    assert ledger.record_of(wrong).outcome is Outcome.FAILED
+    assert sick_nodes(ledger.records()) == {HERE: at_fault(HERE)}
 
 
 def test_a_trial_that_was_too_large_for_its_share_of_a_gpu_gets_all_of_one():
@@ -75,7 +129,7 @@ def test_a_lost_trial_comes_back_under_its_own_number_with_what_it_has_learnt(le
     assert (again.number, again.settings, again.tasks_done) == (first.number, first.settings, 1)
     assert not learn_all(ledger, again.number, [0.9] * 5)
     record = ledger.record_of(first.number)
-    assert (record.outcome, record.failures) == (Outcome.FINISHED, (LOST,))
+    assert (record.outcome, record.tries) == (Outcome.FINISHED, (Tried(LOST, 1),))
     assert len(ledger.records()) == 1
 
 
@@ -84,7 +138,7 @@ def test_tries_are_counted_over_all_starts(tiny_sweep, tmp_path):
         ledger = Ledger(tiny_sweep, tmp_path)
         ledger.fail(ledger.propose().number, LOST)
     record = ledger.record_of(0)
-    assert (record.outcome, record.reason, len(record.failures)) == (Outcome.FAILED, LOST, 3)
+    assert (record.outcome, record.reason, len(record.tries)) == (Outcome.FAILED, LOST, 3)
 
 
 def test_a_hopeless_trial_ends_at_once_with_its_reason_and_the_next_one_starts(ledger):
@@ -96,7 +150,7 @@ def test_a_hopeless_trial_ends_at_once_with_its_reason_and_the_next_one_starts(l
 
 def test_tune_waits_while_a_running_trial_may_still_come_back(tiny_sweep, tmp_path):
     ledger = Ledger(tiny_sweep.model_copy(update={"trials": 1}), tmp_path)
-    searcher = StudySearcher(ledger)
+    searcher = StudySearcher(ledger, Anywhere())
     number = searcher.suggest("a")["number"]
     assert searcher.suggest("b") is None
     ledger.fail(number, LOST)
@@ -143,4 +197,6 @@ def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
     assert headline(text) == LOST
     bare = f"The actor died unexpectedly before finishing this task.\n\tclass_name: T\n{GONE}\nThe actor never ran.\n"
     assert headline(bare) == GONE
+    full = f"{KILLED}\nEviction Stats:\nRefer to the documentation on how to address the out of memory issue\n"
+    assert headline(full) == KILLED
     assert headline("") == "unknown error"

@@ -56,6 +56,21 @@ def test_a_terminal_has_one_table_with_what_runs_what_ended_and_what_is_left(led
     assert "1 of 4 trials ended: 1 running, 1 finished" in text
 
 
+def test_where_a_sweep_stands_is_seen_however_many_trials_run(tiny_sweep, tmp_path):
+    many = Ledger(tiny_sweep.model_copy(update={"trials": 80, "sampler": "random"}), tmp_path)
+    learn_all(many, many.propose().number, [0.9] * 5)
+    for _ in range(64):
+        many.propose()
+    console = Console(width=100, height=24, force_terminal=True, record=True)
+    with LiveTable(many).shown(console):
+        pass
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 24
+    assert any("1 of 80 trials ended: 64 running, 1 finished" in line for line in lines)
+    assert any("finished" in line and "0.9000" in line for line in lines)
+    assert any("more that run" in line for line in lines)
+
+
 @pytest.mark.parametrize(("term", "shown"), [("xterm-256color", LiveTable), ("dumb", ProgressLines)])
 def test_a_terminal_that_cannot_draw_again_has_lines(ledger, monkeypatch, term, shown):
     monkeypatch.setenv("TERM", term)

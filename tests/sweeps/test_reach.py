@@ -15,7 +15,7 @@ from sweeps.cli import parse_seeds
 from sweeps.engine.run import reach
 from sweeps.engine.run.cluster import Cluster
 from sweeps.engine.run.preflight import trials_place
-from sweeps.engine.run.reach import reachable_ray, reachable_store
+from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
 from sweeps.engine.show.output import check_output
 
 from .server import free_port
@@ -106,6 +106,23 @@ def test_a_tracking_store_that_cannot_be_used_is_one_line_within_seconds(ports, 
     assert len(str(refused.value).splitlines()) == 1
     assert "secret" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["text"], "nothing is made by asking"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("http://me@host:5000", "http://me@host:5000"),
+        ("mysql+pymysql://me:se@c/ret@host/runs?x=1", "mysql+pymysql://me:***@host/runs?x=1"),
+        ("me:secret@host", "me:***@host"),
+        (
+            "API request to http://me:secret@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",
+            "API request to http://me:***@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",
+        ),
+    ],
+)
+def test_a_password_is_not_shown(text, shown):
+    assert without_password(text) == shown
 
 
 def test_a_database_that_is_to_be_made_needs_a_folder_that_is_there_or_will_be(tmp_path):

@@ -135,8 +135,9 @@ def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, t
     before = run_sweep(sweep, tmp_path / "head", sqlite(tmp_path), cluster=cluster, say=print).records
     assert [record.outcome for record in before] == [Outcome.FINISHED] * 2
     assert not (tmp_path / "head" / "trials").exists(), "checkpoints are in the bucket"
-    best = trial_name(sweep.study_name, best_record(before).number)
-    assert SharedFolder(f"{bucket}/sweeps/tiny").folders("trials") == {best}, "the other's are deleted"
+    best = best_record(before)
+    name = trial_name(sweep.study_name, best.number, sweep.config(best.settings))
+    assert SharedFolder(f"{bucket}/sweeps/tiny").folders("trials") == {name}, "the other's are deleted"
 
     after = run_sweep(sweep, tmp_path / "new-head", sqlite(tmp_path), cluster=cluster, say=print)
     assert (after.records, after.complete) == (before, True)

@@ -19,11 +19,12 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from inflora.config import ConfigError
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.show.description import NOTE
 from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.show.mirror import Mirror
-from sweeps.engine.show.mlflow_store import find_trial_run, make_client
+from sweeps.engine.show.mlflow_store import find_trial_run, how_to_export, how_to_look, make_client
 from sweeps.engine.show.tracking import StartMessage, Tracker
 from sweeps.engine.space.estimate import estimate
 from tests.waiting import until
@@ -263,6 +264,31 @@ def test_a_server_that_never_answers_does_not_hold_the_sweep(ledger, tiny_sweep,
     assert not tracker.close(patience_s=1.0)
     assert not tracker.is_alive()
     assert tracker.pid is None
+
+
+def test_a_password_is_in_nothing_that_is_said_of_a_server_that_does_not_answer(ledger, tiny_sweep, tmp_path, caplog):
+    uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
+    tracker = Tracker(tiny_sweep, tmp_path, uri, TAGS, every_s=0.1)
+    tracker.start()
+    assert not tracker.close(patience_s=1.0)
+    assert "MLflow has not taken everything" in caplog.text
+    assert "127.0.0.1" in caplog.text and "secret" not in caplog.text
+    with pytest.raises(ConfigError) as refused:
+        find_trial_run(uri, "digits", tiny_sweep.study_name, 0)
+    shown = [*how_to_look(uri, "digits"), how_to_export(tmp_path, uri), str(refused.value)]
+    assert [line for line in shown if "secret" in line or "127.0.0.1" not in line] == []
+
+
+@pytest.mark.cluster
+def test_a_finished_sweep_with_a_store_that_cannot_be_says_so_and_does_not_end_well(recipe):
+    recipe.run("--executor", "inline", "--num-trials", "1")
+    elsewhere = ("--executor", "inline", "--num-trials", "1", "--tracking-uri", "sqlite:////nonexistent/mlflow.db")
+    assert recipe.start(*elsewhere).wait(timeout=280) == 1
+    said = recipe.log.read_text()
+    assert "the tracking store sqlite:////nonexistent/mlflow.db cannot be made: there is no folder /nonexistent" in said
+    assert (
+        "MLflow at sqlite:////nonexistent/mlflow.db has not taken everything; the same command sends the rest" in said
+    )
 
 
 def is_over(pid):

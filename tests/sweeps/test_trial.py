@@ -140,7 +140,7 @@ def test_a_trial_whose_state_is_damaged_begins_again_says_so_and_ends_with_the_s
     whole, heard = MemorySession(), []
     learn(settings_of(config), whole)
     monkeypatch.setattr("ray.tune.report", heard.append)
-    learn(settings_of(config, tasks_done=1), InlineSession(tmp_path))
+    learn(settings_of(config, tasks_done=1), InlineSession(SharedFolder(str(tmp_path.parent)), tmp_path.name))
     notice, *reports = heard
     assert str(tmp_path) in notice["notice"] or "heads.0.bias is missing" in notice["notice"]
     ended = [TaskReport.model_validate_json(metrics["report"]) for metrics in reports]

@@ -2,20 +2,20 @@
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import optuna
+
 from inflora.config import ConfigError, RunConfig, config_hash, override
+from sweeps.engine.ledger.reading import read_kept
 from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord, ranking
-from sweeps.engine.ledger.study import load_study
 from sweeps.engine.ledger.trials import read_records, validation_images
 from sweeps.engine.space.estimate import Estimates, estimate, winner
-from sweeps.engine.space.spec import Sweep, read_sweep
+from sweeps.engine.space.spec import Sweep
 
 
-def read_trials(sweep: Sweep, folder: Path) -> tuple[list[TrialRecord], Estimates | None]:
+def read_trials(sweep: Sweep, study: optuna.Study) -> tuple[list[TrialRecord], Estimates | None]:
     """All trials of the sweep's study, and what they say of the scores."""
-    study = load_study(sweep, folder)
     records = read_records(study)
     return records, estimate(sweep, records, validation_images(study))
 
@@ -63,14 +63,14 @@ def export_config(
     return config.model_copy(update={"provenance": json.loads(json.dumps(provenance))})
 
 
-def best_settings(folder: Path, count: int = 3) -> tuple[list[dict[str, Any]], str]:
+def best_settings(address: str, count: int = 3) -> tuple[list[dict[str, Any]], str]:
     """The settings of a sweep's best trials, and the study they come from.
 
     Raises:
         ConfigError: No sweep is there, or no trial of it has finished.
     """
-    other = read_sweep(folder)
-    records, known = read_trials(other, folder)
+    other, study, _ = read_kept(address)
+    records, known = read_trials(other, study)
     best = (known.ranking() if known else ranking(records))[:count]
     if not best:
         raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")

@@ -20,9 +20,10 @@ from inflora.metrics import accuracy_matrix
 from inflora.state import RunState, load_state
 from sweeps.engine.after.export import read_trials
 from sweeps.engine.after.final import FinalRun, FinalTraining
+from sweeps.engine.ledger.reading import read_kept
 from sweeps.engine.ledger.records import TrialRecord, ranking
 from sweeps.engine.space.estimate import Estimates
-from sweeps.engine.space.spec import Sweep, read_sweep
+from sweeps.engine.space.spec import Sweep
 
 FIRST = "first"
 """The label of the setting that the recipe tries first; what it is known from, a paper perhaps, the recipe says."""
@@ -127,8 +128,8 @@ def judge_sweep(
     folder: Path, top: int, trained: FinalTraining, out: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, RunConfig], FinalTraining]:
     """Choose the configs that the test set is opened for: a sweep's winner and the recipe's first setting."""
-    sweep = read_sweep(folder)
-    records, known = read_trials(sweep, folder)
+    sweep, study, _ = read_kept(str(folder))
+    records, known = read_trials(sweep, study)
     numbers = [order for order in trained.orders or [] if order is not None]
     trained = trained._replace(orders=judged_orders(sweep, numbers))
     judged = candidates(sweep, records, known, top)

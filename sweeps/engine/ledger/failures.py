@@ -3,20 +3,40 @@
 import re
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Failure(StrEnum):
     """Kinds of failures, by what helps against them."""
 
     HOPELESS = "hopeless"  # the same settings give the same end: a loss that is not a number, a setting refused
-    MEMORY = "memory"  # a GPU or machine was full: more room can help
+    NODE = "node"  # a machine is not as the driver's is: another machine helps
+    GPU_MEMORY = "gpu memory"  # a GPU was full: more of it can help
+    HOST_MEMORY = "host memory"  # a machine was full: others' processes may have been it
     LOST = "lost"  # a process or machine went away: trying again helps
     UNKNOWN = "unknown"  # anything else: tried once more, as it may have been chance
 
 
+class Tried(NamedTuple):
+    """A failed try: the reason, and the number of tasks that were done by then."""
+
+    reason: str
+    tasks_done: int
+
+
+class NodeFault(RuntimeError):
+    """A machine's own fault: with another one, the same trial may well go on."""
+
+    def __init__(self, address: str, node_id: str, reason: str) -> None:
+        super().__init__(f"on node {address} (ID: {node_id}): {reason}")
+
+
+# The first that fits. Ray's word for a full machine is the one that PyTorch has for a full GPU.
 _SIGNS = (
+    (Failure.NODE, r"NodeFault"),
     (Failure.HOPELESS, r"FloatingPointError|ConfigError|DataError|StateError"),
-    (Failure.MEMORY, r"OutOfMemoryError|MemoryError|out of memory|running low on memory"),
+    (Failure.HOST_MEMORY, r"\bMemoryError|low on memory|exceptions\.OutOfMemoryError"),
+    (Failure.GPU_MEMORY, r"OutOfMemoryError|out of memory"),
     (
         Failure.LOST,
         r"ActorDiedError|ActorUnavailableError|RayActorError|WorkerCrashedError|NodeDiedError|OwnerDiedError"
@@ -24,10 +44,12 @@ _SIGNS = (
         r"|ObjectLostError|PreemptionError|WorkerHealthCheck|SIGKILL|SIGTERM|Connection (refused|reset)",
     ),
 )
-
+_IS_FULL = r"killed due to the node running low on memory"
+_WHERE = r"\bID: ([0-9a-f]{16,})"
+"""The node in a NodeFault's text, and in Ray's about a full machine."""
 
 # An actor's death is told without an error's name where Ray tells it of a trial's own actor.
-_NAMES_ERROR = r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b|The actor .*(died|dead|unavailable)"
+_NAMES_ERROR = r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit|Fault)\b|The actor .*(died|dead|unavailable)"
 
 
 def kind_of(reason: str) -> Failure:
@@ -35,22 +57,38 @@ def kind_of(reason: str) -> Failure:
     return next((kind for kind, signs in _SIGNS if re.search(signs, reason)), Failure.UNKNOWN)
 
 
-def change_for(failed: Sequence[str], retries: int, gpus_per_worker: float) -> str | None:
-    """The change with which a trial that failed for these reasons is tried again; None: not any more.
+def node_of(reason: str) -> str | None:
+    """The ID of the node whose fault a failure was; None where it was no node's."""
+    found = re.search(_WHERE, reason) if kind_of(reason) in (Failure.NODE, Failure.HOST_MEMORY) else None
+    return found and found[1]
 
-    Running out of memory is deterministic where a trial has its GPUs to itself; where it shares one, a GPU of its own
-    may be enough, and on a CPU its neighbours may have taken the memory. An unknown error is given one more try.
+
+def change_for(failed: Sequence[Tried], retries: int, gpus_per_worker: float) -> str | None:
+    """The change with which a trial that failed in these ways is tried again; None: not any more.
+
+    Tries since the last finished task count: a trial that gets on, loss after loss, ends some day. Running out of a
+    GPU's memory is deterministic where a trial has its GPUs to itself; where it shares one, a GPU of its own may be
+    enough. A machine may be full of others' processes. An unknown error is given one more try.
     """
-    kind, tries = kind_of(failed[-1]), len(failed)
+    kind, tries = kind_of(failed[-1].reason), in_vain(failed)
+    before = kind_of(failed[-2].reason) if tries > 1 else None
     if kind is Failure.HOPELESS or tries > retries:
         return None
-    if kind is Failure.MEMORY:
-        if gpus_per_worker >= 1 or (tries > 1 and kind_of(failed[-2]) is Failure.MEMORY):
+    if kind is Failure.GPU_MEMORY:
+        if gpus_per_worker >= 1 or not gpus_per_worker or before is kind:
             return None
-        return "with a GPU of its own" if gpus_per_worker else "when there may be more memory"
-    if kind is Failure.UNKNOWN and tries > 1:
+        return "with a GPU of its own"
+    if kind is Failure.NODE:
+        # The same node again: there is no other.
+        return None if before is kind and node_of(failed[-2].reason) == node_of(failed[-1].reason) else "elsewhere"
+    if kind is Failure.UNKNOWN and before is not None:
         return None
-    return "from its last finished task"
+    return "when there may be more memory" if kind is Failure.HOST_MEMORY else "from its last finished task"
+
+
+def in_vain(failed: Sequence[Tried]) -> int:
+    """The number of last tries that have not finished a task."""
+    return sum(each.tasks_done == failed[-1].tasks_done for each in failed)
 
 
 def alike(reasons: Sequence[str]) -> bool:
@@ -59,7 +97,11 @@ def alike(reasons: Sequence[str]) -> bool:
 
 
 def headline(text: str) -> str:
-    """The line of a traceback that says what happened: the last that names an error, or the last at all."""
+    """The line of a traceback that says what happened: the last that names an error, or the last at all.
+
+    Of a machine that was full Ray tells in the first of many lines, of which the last ones are advice.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    full = [line for line in lines if re.search(_IS_FULL, line)]
     named = [line for line in lines if re.match(_NAMES_ERROR, line)]
-    return (named or lines or ["unknown error"])[-1][:500]
+    return (full or named or lines or ["unknown error"])[-1][:500]

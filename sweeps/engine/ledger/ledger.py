@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.engine.ledger.failures import change_for
+from sweeps.engine.ledger.failures import Tried, change_for
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
 from sweeps.engine.ledger.study import check_study, open_storage
 from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unseal, validation_images
@@ -28,6 +28,7 @@ from sweeps.engine.space.samplers import propose
 from sweeps.engine.space.spec import Budget, Sweep
 
 _SAME_SETTINGS_TRIES = 50
+_WRITE_HOURS_EVERY = 10 / 3600
 _CHECK_EVERY_S = 1.0
 """The time between two looks at the budgets where no report comes: time is spent without any."""
 
@@ -75,7 +76,7 @@ class Ledger:
         self._rungs = Rungs(sweep, self.records())
         self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
         self._exhausted = False
-        self._hours_before = hours_so_far(self.study)
+        self._hours_before = self._hours_written = hours_so_far(self.study)
         self._started, self._start_ms = time.monotonic(), now_ms()
         self.stored_bytes = stored_bytes
         self.images = validation_images(self.study)
@@ -195,7 +196,7 @@ class Ledger:
         # The driver may have died between asking for the trial and writing its settings down.
         settings = record.settings or domains.suggest(self.sweep.space, trial)
         trial.set_user_attr("settings", seal(settings))
-        return Proposal(number, settings, len(record.reports), record.failures)
+        return Proposal(number, settings, len(record.reports), tuple(each.reason for each in record.tries))
 
     def report(self, number: int, report: TaskReport) -> bool:
         """Write down a task's report; whether the trial should be stopped now.
@@ -246,15 +247,23 @@ class Ledger:
         """The trial has failed; it is proposed again where that can help, else it ends with ``reason``."""
         if number not in self._running or number in self._again:
             return
-        trial = self._running[number].trial
-        failures = [*self.record_of(number).failures, reason]
-        trial.set_user_attr("failures", seal(failures))
-        change = change_for(failures, self.sweep.retries, self.sweep.resources.gpus_per_worker)
+        trial, record = self._running[number].trial, self.record_of(number)
+        tries = [*record.tries, Tried(reason, len(record.reports))]
+        trial.set_user_attr("tries", seal(tries))
+        change = change_for(tries, self.sweep.retries, self.sweep.resources.gpus_per_worker)
         if change is None:
             self._end(number, Outcome.FAILED, reason=reason)
         else:
             trial.set_user_attr("again", seal(change))
             self._again.append(number)
+
+    def take_back(self) -> int:
+        """Propose again all trials that run, through no fault of theirs; the number of tasks reported so far.
+
+        For when what runs them has stopped, and is started anew.
+        """
+        self._again += [number for number in self._running if number not in self._again]
+        return sum(len(record.reports) for record in self.records())
 
     def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
         if reason:
@@ -262,9 +271,13 @@ class Ledger:
         self.study.tell(number, values, state=STATES[outcome])
         del self._running[number]
         self._rungs.end(number, outcome)
-        # With every end, not on leaving: a driver that is killed must not get its hours back.
-        self.study.set_user_attr("hours", seal(self.hours()))
+        self._write_hours()
         self._check_if_over()
+
+    def _write_hours(self) -> None:
+        """Keep the hours as they pass, not on leaving: a driver that is killed must not get them back."""
+        self._hours_written = self.hours()
+        self.study.set_user_attr("hours", seal(self._hours_written))
 
     def _check_budgets(self) -> None:
         """Between ends of trials only a budget can end the sweep: without one the study need not be read."""
@@ -274,6 +287,8 @@ class Ledger:
     def _check_if_over(self) -> None:
         """Ask all that can end the sweep; what has ended it stays, until it is started again."""
         self._last_check = time.monotonic()
+        if self.hours() - self._hours_written >= _WRITE_HOURS_EVERY:
+            self._write_hours()
         records = self.records()  # once: the study is asked on disk, and this comes with every report
         spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
         exhausted = "every setting of the space has been tried" if self._exhausted else ""

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from inflora.config import RunConfig, config_hash
+from sweeps.engine.ledger.failures import Failure, Tried, kind_of, node_of
+
 
 class TaskReport(BaseModel):
     """A trial's report after a task."""
@@ -51,7 +54,7 @@ class TrialRecord(NamedTuple):
     """One trial as the ledger knows it.
 
     ``value`` is its objective, ``values`` all objectives; ``broken`` names the constraints it breaks and by how much;
-    ``failures`` are the reasons of all its failed tries, ``again`` the change with which it was last tried again.
+    ``tries`` are those that failed, ``again`` the change with which it was last tried again.
     """
 
     number: int
@@ -64,8 +67,13 @@ class TrialRecord(NamedTuple):
     end_ms: int | None
     values: tuple[float, ...] = ()
     broken: dict[str, float] = {}
-    failures: tuple[str, ...] = ()
+    tries: tuple[Tried, ...] = ()
     again: str = ""
+
+    @property
+    def failed_on(self) -> set[str]:
+        """The IDs of the nodes on which tries failed through no fault of the trial's."""
+        return {node_id for each in self.tries if (node_id := node_of(each.reason))}
 
 
 def now_ms() -> int:
@@ -73,8 +81,16 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def trial_name(study_name: str, number: int) -> str:
-    """The folder of a trial's state; the same name makes an interrupted trial resume."""
+def trial_name(study_name: str, number: int, config: RunConfig) -> str:
+    """The folder of a trial's state; the same name makes an interrupted trial resume.
+
+    It holds the hash of the trial's settings: a head that has lost its study may give the number to others.
+    """
+    return f"{old_trial_name(study_name, number)}-{config_hash(config)[:8]}"
+
+
+def old_trial_name(study_name: str, number: int) -> str:
+    """The folder in which earlier versions kept a trial's state, whatever its settings were."""
     return f"{study_name}-{number:04d}"
 
 
@@ -92,6 +108,20 @@ def ranking(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Finished trials that keep all constraints, the highest objective first: stopped and failed ones do not count."""
     finished = [r for r in records if r.outcome is Outcome.FINISHED and r.value is not None and not r.broken]
     return sorted(finished, key=lambda record: (-(record.value or 0.0), record.number))
+
+
+def sick_nodes(records: Sequence[TrialRecord]) -> dict[str, str]:
+    """The IDs of nodes on which trials failed by the nodes' own fault, and why.
+
+    Where a trial has failed for good, on one node after another, the fault was its own.
+    """
+    return {
+        node_id: each.reason
+        for record in records
+        if record.outcome is not Outcome.FAILED or len(record.failed_on) == 1
+        for each in record.tries
+        if kind_of(each.reason) is Failure.NODE and (node_id := node_of(each.reason))
+    }
 
 
 def describe(settings: dict[str, Any]) -> str:

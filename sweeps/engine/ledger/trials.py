@@ -8,6 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict
 
+from sweeps.engine.ledger.failures import Tried
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord
 from sweeps.engine.space import domains
 
@@ -27,6 +28,8 @@ class _Attributes(BaseModel):
     settings: dict[str, domains.Scalar] = {}
     same_as: int | None = None
     failures: tuple[str, ...] = ()
+    """Reasons alone, as older versions kept them."""
+    tries: tuple[Tried, ...] = ()
     again: str = ""
     reason: str = ""
 
@@ -125,7 +128,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         end_ms=_milliseconds(trial.datetime_complete),
         values=values,
         broken={bound: excess for bound, excess in trial.constraints.items() if excess > 0},
-        failures=told.failures,
+        tries=told.tries or tuple(Tried(reason, 0) for reason in told.failures),
         again=told.again,
     )
 

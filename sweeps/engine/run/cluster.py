@@ -147,14 +147,18 @@ def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
     Raises:
         ConfigError: Nothing is declared and there is no room for a single trial.
     """
-    declared = int(ray.cluster_resources().get(DRIVER, 0))
-    if not declared:
+    if not may_grow():
         return slots(resources)
     try:
         slots(resources)
     except ConfigError as error:
         say(f"waiting for nodes: {error}")
-    return declared
+    return int(ray.cluster_resources()[DRIVER])
+
+
+def may_grow() -> bool:
+    """True of a cluster that declares how many trials it drives: machines come as they are wanted."""
+    return bool(ray.cluster_resources().get(DRIVER, 0))
 
 
 def slots(resources: Resources) -> int:

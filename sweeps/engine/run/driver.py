@@ -16,38 +16,51 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger.records import trial_name
+from sweeps.engine.run.nodes import elsewhere
 from sweeps.engine.space.spec import Resources
 
 
-def train_driver(resources: Resources, backend: str, storage: str, study_name: str) -> Callable[[dict[str, Any]], None]:
+def train_driver(resources: Resources, device: str, storage: str) -> Callable[[dict[str, Any]], None]:
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
 
-    def trial(settings: dict[str, Any]) -> None:
-        name = trial_name(study_name, settings["number"])
-        notice = forget_if_torn(SharedFolder(storage), name)
-        DataParallelTrainer(
+    def train(settings: dict[str, Any], trials: SharedFolder) -> None:
+        notice = forget_if_torn(trials, settings["name"])
+        own = {"threads": resources.cpus_per_worker, "notice": notice, "trials": storage}
+        trainer = DataParallelTrainer(
             _train_worker,
-            train_loop_config={**settings, "threads": resources.cpus_per_worker, "notice": notice},
-            backend_config=worker_backend(resources, backend),
-            scaling_config=ray.train.ScalingConfig(
+            train_loop_config=settings | own,
+            backend_config=worker_backend(resources, device),
+            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
+            scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
                 resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
+                label_selector=elsewhere(settings["avoid"]) or None,
             ),
-            # The types that ray.train shows are those of Train V1; V2, which runs, has these.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=name,
+                name=settings["name"],
                 storage_path=storage,
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
                 failure_config=ray.train.FailureConfig(max_failures=1),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except ControllerError as error:
+            # The controller writes the list of checkpoints; what it cannot write now it can when the place is back.
+            if isinstance(error.controller_failure, OSError):
+                raise error.controller_failure from error
+            raise
+
+    def trial(settings: dict[str, Any]) -> None:
+        trials = SharedFolder(storage)
+        trials.when_there(lambda: train(settings, trials))
 
     return trial
 
@@ -78,23 +91,6 @@ def forget_if_torn(trials: SharedFolder, name: str) -> str:
     return f"the list of its checkpoints {problem}"
 
 
-def pick_backend(resources: Resources) -> str:
-    """The workers' backend, found out where they will be: a GPU of the cluster's may be one in name only.
-
-    It must be right at once: a backend that fails to start leaks its workers. Waits until there is such a GPU.
-    """
-    if not resources.gpus_per_worker:
-        return "gloo"
-    probe = ray.remote(_sees_gpu).options(num_cpus=0, num_gpus=resources.gpus_per_worker)
-    return "nccl" if ray.get(probe.remote()) else "gloo"
-
-
-def _sees_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 class SingleWorkerBackend(Backend):
     """A single worker has nobody to find; its GPU is shown to it as Train's own backend for torch would."""
 
@@ -109,13 +105,13 @@ class SingleWorkerConfig(BackendConfig):
         return SingleWorkerBackend
 
 
-def worker_backend(resources: Resources, backend: str) -> BackendConfig:
-    """The backend through which a trial's workers find each other."""
+def worker_backend(resources: Resources, device: str) -> BackendConfig:
+    """The backend through which a trial's workers find each other: NCCL where they are to train on GPUs of theirs."""
     if resources.workers == 1:
         return SingleWorkerConfig()
     from ray.train.torch import TorchConfig
 
-    return TorchConfig(backend=backend)
+    return TorchConfig(backend="nccl" if resources.gpus_per_worker and device != "cpu" else "gloo")
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

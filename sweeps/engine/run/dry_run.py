@@ -17,7 +17,7 @@ from inflora.setup import check
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.preflight import check_folder, trials_place
-from sweeps.engine.run.reach import reachable_ray, reachable_store
+from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
 from sweeps.engine.space.spec import Sweep
 
 _EPOCHS = 2
@@ -56,7 +56,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     check_folder(sweep, folder)
     say(f"storage: {folder} can be written, a database works there")
     reachable_store(uri, folder)
-    say(f"tracking: {uri} answers")
+    say(f"tracking: {without_password(uri)} answers")
     reachable_ray(cluster.address)
     connect(cluster.address, say)
     try:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from inflora.config import ConfigError
+from inflora.errors import one_line
 from inflora.files import nearest
 from inflora.patience import NoAnswerError, within
 from inflora.setup import check, identity, search_stream
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.lease import refuse_if_driven
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
@@ -20,7 +22,7 @@ from sweeps.engine.run.reach import PATIENCE_S, reachable_ray, reachable_store
 from sweeps.engine.show.inputs import DataInput, data_inputs
 from sweeps.engine.show.mlflow_store import source_tags
 from sweeps.engine.show.output import check_can_write
-from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
+from sweeps.engine.space.spec import SPEC_FILE, Sweep, parse_sweep, read_sweep
 
 TRIALS = "trials"
 """The folder of the trials' states in a sweep's shared place, one below it for each."""
@@ -96,12 +98,24 @@ def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
     place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
     if sweep.executor == "inline" and not place.is_local:
         raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
-    if not place.is_local:
-        try:
-            within(2 * PATIENCE_S, lambda: place.read(STUDY_FILE))
-        except NoAnswerError as error:
-            raise ConfigError(f"--shared {place.address} {error}") from None
+    if cluster.shared:
+        _check_copy(sweep, place)
     return place
+
+
+def _check_copy(sweep: Sweep, place: SharedFolder) -> None:
+    """Raise ConfigError if the place does not answer, is another driver's, or has the copy of another sweep."""
+    try:
+        content = within(2 * PATIENCE_S, lambda: place.read(SPEC_FILE))
+        refuse_if_driven(place)
+    except NoAnswerError as error:
+        raise ConfigError(f"--shared {place.address} {error}") from None
+    except OSError as error:
+        raise ConfigError(f"--shared {place.address} does not answer: {one_line(str(error), 300)}") from None
+    if content and parse_sweep(content, f"{place.address}/{SPEC_FILE}").study_name != sweep.study_name:
+        raise ConfigError(
+            f"{place.address} holds a sweep with another base or space; choose another --shared, or remove it"
+        )
 
 
 def check_folder(sweep: Sweep, folder: Path) -> None:

@@ -5,6 +5,7 @@ Ray and MLflow try for minutes, with many lines of their own, to reach what is n
 
 import json
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Callable
@@ -97,9 +98,10 @@ def _within(seconds: float, what: str, ask: Callable[[], object]) -> None:
     except ConfigError:
         raise
     except (NoAnswerError, Unreachable) as error:
-        raise ConfigError(f"{what} {one_line(str(error), 300)}") from None
+        raise ConfigError(f"{what} {one_line(without_password(str(error)), 300)}") from None
     except Exception as error:  # whatever a driver raises, it is why there is no answer
-        raise ConfigError(f"{what} {one_line(f'does not answer: {error or type(error).__name__}', 300)}") from None
+        reason = without_password(f"does not answer: {error or type(error).__name__}")
+        raise ConfigError(f"{what} {one_line(reason, 300)}") from None
 
 
 def _ask_server(uri: str) -> None:
@@ -210,9 +212,6 @@ def _ask_head(address: str) -> None:
             raise Unreachable(f"cannot be joined: {error}") from None
 
 
-def without_password(uri: str) -> str:
-    """The URI as it may be shown."""
-    try:
-        return make_url(uri).render_as_string(hide_password=True) if "@" in uri else uri
-    except (ArgumentError, ValueError):
-        return uri.rpartition("@")[2]
+def without_password(text: str) -> str:
+    """A URI, or a text that names some, as it may be shown."""
+    return re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)

@@ -4,7 +4,7 @@ import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -13,18 +13,26 @@ from ray import tune
 
 from inflora.config import ConfigError
 from inflora.files import write_atomically
-from inflora.storage import SharedFolder
+from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
-from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database, keep_database
+from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
-from sweeps.engine.run.driver import pick_backend, train_driver
-from sweeps.engine.run.nodes import check_nodes
+from sweeps.engine.run.driver import train_driver
+from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
 from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, preflight
-from sweeps.engine.run.storage import CheckpointCleanup, StudyBackup, mlflow_kept
+from sweeps.engine.run.storage import (
+    Housekeeping,
+    begun_anew,
+    copy_study,
+    copy_study_at_last,
+    mlflow_kept,
+    require_newest,
+)
 from sweeps.engine.run.trial import inline_trial
 from sweeps.engine.run.tune import run_trials
+from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show.tracking import Tracker
 from sweeps.engine.space.spec import SPEC_FILE, Sweep
 
@@ -64,7 +72,9 @@ def run_sweep(
     folder = folder.absolute()
     try:
         ready = preflight(sweep, folder, tracking_uri, cluster, say)
-        with locked(sweep, folder), mlflow_kept(tracking_uri, folder, ready.place, say):
+        # The lock is seen on this machine alone: a place of others needs a lease.
+        lease = nullcontext() if ready.place.address == str(folder) else leased(ready.place, say)
+        with locked(sweep, folder), lease, mlflow_kept(tracking_uri, folder, ready.place, say):
             ledger = _open_ledger(sweep, folder, ready, warm_start, say)
             result = _run_what_is_left(ledger, folder, ready, tracking_uri, say)
     finally:
@@ -80,8 +90,10 @@ def _open_ledger(
     """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
     if fetch_database(folder / STUDY_FILE, ready.place):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
+    require_newest(sweep, folder, ready.place)
     ledger = Ledger(sweep, folder, ready.stored_bytes)
     ledger.note_images(ready.images)
+    ready.place.when_there(lambda: copy_study(folder, ready.place))  # `sweeps status` reads it there
     if warm_start is not None:
         found = ledger.warm_start(*warm_start)
         say(f"warm start: {found} settings of {warm_start[1]} lie in this space and are tried first")
@@ -102,38 +114,40 @@ def _run_what_is_left(
     tracker.start()
     try:
         if remaining:
-            _start_trials(ledger, folder, ready.place, min(ready.at_a_time, remaining), say)
+            _start_trials(ledger, folder, ready, min(ready.at_a_time, remaining), say)
     finally:
         over = ledger.why_over()
         complete = ledger.remaining() == 0 or bool(over)
         # Before the last delivery, which may take minutes: the machines are needed no more.
         ray.shutdown()
-        if ready.place.address != str(folder):
-            keep_database(folder / STUDY_FILE, ready.place)
-        delivered = tracker.close(complete=complete, over=over)
+        try:
+            copy_study_at_last(folder, ready.place, say)
+        finally:
+            delivered = tracker.close(complete=complete, over=over)
     return SweepResult(ledger.records(), complete, delivered, over, ready.images)
 
 
-def _start_trials(
-    ledger: Ledger, folder: Path, place: SharedFolder, at_a_time: int, say: Callable[[str], None]
-) -> None:
+def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, say: Callable[[str], None]) -> None:
     """Run trials as the sweep's executor does: in workers of Ray Train, or inside the Tune trial itself."""
-    resources, trials = ledger.sweep.resources, f"{place.address}/{TRIALS}"
-    cleanup = CheckpointCleanup(ledger, place)
-    callbacks: list[tune.Callback] = [cleanup]
-    callbacks += [] if place.address == str(folder) else [StudyBackup(folder, place)]
+    base, place, resources = ledger.sweep.base, ready.place, ledger.sweep.resources
+    for number in begun_anew(ledger.sweep, ledger.records(), place):
+        say(f"trial {number} begins anew: an earlier version kept its state without a word on its settings")
+    place.make(TRIALS)
+    trials = f"{place.address}/{TRIALS}"
+    nodes = NodeWatch(ledger, place, likeness(base.data), say)
+    housekeeping = Housekeeping(ledger, folder, place)
     if ledger.sweep.executor == "inline":
-        folder = Path(place.address)  # Train's drivers stay on the head, inline trials do not
-        trainable = inline_trial(resources, Path(trials), ledger.sweep.study_name)
+        trainable = inline_trial(resources, trials)
         needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
-            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}]
+            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}],
+            bundle_label_selector=[elsewhere(settings["avoid"])],
         )
     else:
-        trainable = train_driver(resources, pick_backend(resources), trials, ledger.sweep.study_name)
+        trainable = train_driver(resources, base.device, trials)
         # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
         needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
-    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, callbacks)
-    cleanup.tidy()  # a worker that was being stopped may have written once more
+    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, nodes, [housekeeping])
+    housekeeping.tidy()  # a worker that was being stopped may have written once more
 
 
 @contextmanager

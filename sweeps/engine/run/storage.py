@@ -1,31 +1,46 @@
-"""The storage of a sweep's trials: checkpoints of ended ones are deleted as it goes, the study has a backup there."""
+"""The place of a sweep's trials, as its driver keeps it: the study has a copy there, what nobody needs is deleted."""
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+import optuna
 
+from inflora.config import ConfigError
 from inflora.errors import one_line
+from inflora.patience import patiently
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.lease import ReplacedError, require_ours
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.records import Outcome, best_record, trial_name
+from sweeps.engine.ledger.reading import read_kept
+from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record, old_trial_name, trial_name
 from sweeps.engine.ledger.snapshot import fetch_database, keep_database
-from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.ledger.study import STUDY_FILE, check_study
+from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.show.mlflow_store import own_database
+from sweeps.engine.show.progress import Callback
+from sweeps.engine.space.spec import SPEC_FILE, Sweep
 
 logger = logging.getLogger(__name__)
 
+LAST_COPY_PATIENCE_S = 300.0
+"""The time for which the last copy of a study is tried."""
 
-class CheckpointCleanup(tune.Callback):
-    """Deletes what no trial will go on from, when a trial ends, and tells the ledger how much room the rest takes."""
 
-    def __init__(self, ledger: Ledger, place: SharedFolder) -> None:
-        self.ledger, self.place = ledger, place
+class Housekeeping(Callback):
+    """Looks after the place when a trial ends, and tells the ledger how much room it takes.
+
+    The study is copied first, then states are deleted: to a head that has only the copy, a trial that is not known to
+    have ended goes on from its state. What fails while the place is away is done at the next trial's end.
+    """
+
+    def __init__(self, ledger: Ledger, folder: Path, place: SharedFolder) -> None:
+        self.ledger, self.folder, self.place = ledger, folder, place
+        self._was_away = False
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.tidy()
@@ -34,30 +49,98 @@ class CheckpointCleanup(tune.Callback):
         self.tidy()
 
     def tidy(self) -> None:
-        """Delete the states of ended trials but of the one that has scored highest.
+        """Copy, delete, measure; only the ledger's own failure is raised, as Tune ends with a callback that raises."""
+        try:
+            self.place.require()
+            copy_study(self.folder, self.place)
+            self._delete(self.place.folders(TRIALS))
+            # Measured here and not at every report: a bucket is asked for each of its files.
+            stored_bytes = self.place.bytes_in(TRIALS)
+        except (OSError, sqlite3.Error, ReplacedError) as error:
+            if not self._was_away:
+                logger.warning("%s cannot be looked after now: %s", self.place.address, one_line(str(error), 300))
+            self._was_away = True
+            return
+        self._was_away = False
+        self.ledger.measure_storage(stored_bytes)
+
+    def _delete(self, there: set[str]) -> None:
+        """Delete the states of the study's trials but of those that run and of the one that has scored highest.
 
         Its own score, which later trials do not change: what is deleted cannot become the one to keep.
         """
-        records, study_name = self.ledger.records(), self.ledger.sweep.study_name
+        sweep, records = self.ledger.sweep, self.ledger.records()
+        kept = {state_of(sweep, record) for record in records if record.outcome is Outcome.RUNNING}
         best = best_record(records)
-        ended = {r.number for r in records if r.outcome is not Outcome.RUNNING and r is not best}
-        for name in self.place.folders(TRIALS) & {trial_name(study_name, number) for number in ended}:
-            self.place.discard(f"{TRIALS}/{name}")
-        # Measured here and not at every report: a bucket is asked for each of its files.
-        self.ledger.measure_storage(self.place.bytes_in(TRIALS))
+        if best is not None:
+            kept |= {state_of(sweep, best), old_trial_name(sweep.study_name, best.number)}
+        for name in there - kept:
+            if name.startswith(f"{sweep.study_name}-"):
+                self.place.discard(f"{TRIALS}/{name}")
 
 
-class StudyBackup(tune.Callback):
-    """Keeps a copy of the study where the trials are: a head that is lost takes only its running trials along."""
+def state_of(sweep: Sweep, record: TrialRecord) -> str:
+    """The name of the folder of a trial's state."""
+    return trial_name(sweep.study_name, record.number, sweep.config(record.settings))
 
-    def __init__(self, folder: Path, place: SharedFolder) -> None:
-        self.folder, self.place = folder, place
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        try:
-            keep_database(self.folder / STUDY_FILE, self.place)
-        except OSError as error:  # the next trial's end is the next try
-            logger.warning("the study could not be kept in %s: %s", self.place.address, error)
+def begun_anew(sweep: Sweep, records: Sequence[TrialRecord], place: SharedFolder) -> list[int]:
+    """The interrupted trials whose states are kept as earlier versions did, so that nobody knows of which settings."""
+    running = {old_trial_name(sweep.study_name, r.number): r.number for r in records if r.outcome is Outcome.RUNNING}
+    return sorted(running[name] for name in place.folders(TRIALS) & set(running))
+
+
+def require_newest(sweep: Sweep, folder: Path, place: SharedFolder) -> None:
+    """Check that the study in ``folder`` knows of all the ends of trials that its copy in the place knows of.
+
+    Raises:
+        ConfigError: Another head has gone on with the copy, and this one would write over that.
+    """
+    study = check_study(sweep, folder)
+    if study is None or place.address == str(folder):
+        return
+    try:
+        copy = read_kept(place.address).study
+    except ConfigError:
+        return  # there is none yet, or a damaged one, which is written anew
+    if elsewhere := _ended(copy) - _ended(study):
+        raise ConfigError(
+            f"another head has gone on with the study in {place.address}: of trials {sorted(elsewhere)} {folder} does "
+            "not know the end; remove that folder to go on with the study in the shared place"
+        )
+
+
+def _ended(study: optuna.Study) -> set[int]:
+    return {record.number for record in read_records(study) if record.outcome is not Outcome.RUNNING}
+
+
+def copy_study(folder: Path, place: SharedFolder) -> None:
+    """Copy the sweep and its study to the trials' place, unless that is its own folder.
+
+    Raises:
+        OSError: The place is away.
+        ReplacedError: Another driver holds it by now, whose study must not be written over.
+    """
+    if place.address == str(folder):
+        return
+    require_ours(place)
+    place.write(SPEC_FILE, (folder / SPEC_FILE).read_bytes())
+    keep_database(folder / STUDY_FILE, place)
+
+
+def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], None]) -> None:
+    """Copy the study as it is at the end; what cannot be is said, as the trials are all in ``folder``."""
+    try:
+        patiently(
+            LAST_COPY_PATIENCE_S,
+            lambda: copy_study(folder, place),
+            lambda why: say(f"the study cannot be copied to {place.address}: {one_line(why, 300)} (Ctrl-C: no longer)"),
+        )
+    except (OSError, sqlite3.Error, ReplacedError) as error:
+        say(
+            f"the study in {place.address} is not as this sweep has ended ({one_line(str(error), 200)}); {folder} has "
+            "all of it, and the same command copies it"
+        )
 
 
 @contextmanager
@@ -77,6 +160,7 @@ def mlflow_kept(uri: str, folder: Path, place: SharedFolder, say: Callable[[str]
     finally:
         try:
             if own.exists():
+                require_ours(place)
                 keep_database(own, place)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ReplacedError) as error:
             say(f"MLflow's database could not be copied to {place.address}: {one_line(str(error), 200)}")

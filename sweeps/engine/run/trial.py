@@ -20,12 +20,15 @@ from ray.train import Checkpoint
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
 from inflora.continual import run
+from inflora.cuda import require_cuda
 from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
 from inflora.state import RunState, StateError, has_state, load_state, save_state
-from sweeps.engine.ledger.records import TaskReport, now_ms, trial_name
-from sweeps.engine.run.nodes import require_code
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.failures import NodeFault
+from sweeps.engine.ledger.records import TaskReport, now_ms
+from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
 from sweeps.engine.space.spec import Resources
 
 
@@ -44,6 +47,25 @@ class Session(Protocol):
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         """Keep ``state`` and pass ``metrics`` on."""
+
+
+def run_trial(settings: dict[str, Any], session: Session) -> None:
+    """Learn, on a machine that must be as the driver's is; what is wrong with it is reported as its own fault."""
+    try:
+        with faults_named():
+            require_like_driver(Likeness(**settings["likeness"]))
+            require_gpus_given(settings)
+            learn(settings, session)
+    except NodeFault as fault:
+        if distributed.world_size() > 1:
+            raise  # the other workers wait for this one: only Train can end them all
+        session.report({"acc/seen": 0.0, "failure": f"{type(fault).__name__} {fault}"}, None)
+
+
+def require_gpus_given(settings: dict[str, Any]) -> None:
+    """Raise ConfigError where a trial has been given GPUs, may train on them, and PyTorch finds none."""
+    if settings["gpus"] and settings["config"]["device"] != "cpu":
+        require_cuda()
 
 
 def learn(settings: dict[str, Any], session: Session) -> None:
@@ -105,19 +127,29 @@ def _metrics(state: RunState, tasks_done: int, tasks: int | None, seconds: float
 class TrainSession:
     """Inside a Ray Train worker: Train keeps the checkpoints, rank 0 writes them."""
 
+    def __init__(self, trials: SharedFolder) -> None:
+        self.trials = trials
+
     def restore(self) -> RunState | None:
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return load_state(Path(folder))
+        return None if checkpoint is None else self.trials.when_there(lambda: _load(checkpoint))
 
     def forget(self) -> None:
         """Nothing: Train gives every checkpoint a folder of its own."""
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         with _checkpoint(state if distributed.rank() == 0 else None) as checkpoint:
-            ray.train.report(metrics, checkpoint=checkpoint)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=self._upload)
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Upload as Train does, but wait for a place that is away: Train would end the worker."""
+        upload = ray.train.get_context().get_storage().persist_current_checkpoint
+        return self.trials.when_there(lambda: upload(checkpoint, name))
+
+
+def _load(checkpoint: Checkpoint) -> RunState:
+    with checkpoint.as_directory() as folder:
+        return load_state(Path(folder))
 
 
 @contextmanager
@@ -131,39 +163,37 @@ def _checkpoint(state: RunState | None) -> Iterator[Checkpoint | None]:
 
 
 class InlineSession:
-    """Inside a Tune trial, with one worker: the state is kept in a folder of the trial's own."""
+    """Inside a Tune trial, with one worker: the state is kept in a folder of the trial's own among all trials'."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, trials: SharedFolder, name: str) -> None:
+        self.trials, self.folder = trials, Path(trials.address) / name
 
     def restore(self) -> RunState | None:
-        return load_state(self.folder) if has_state(self.folder) else None
+        return self.trials.when_there(lambda: load_state(self.folder) if has_state(self.folder) else None)
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         if state is not None:
-            save_state(state, self.folder)
+            self.trials.when_there(lambda: save_state(state, self.folder))
         ray.tune.report({**metrics, "checkpoint_path": str(self.folder)})
 
 
-def inline_trial(resources: Resources, storage: Path, study_name: str) -> Callable[[dict[str, Any]], None]:
+def inline_trial(resources: Resources, trials: str) -> Callable[[dict[str, Any]], None]:
     """The trainable that learns inside the Tune trial: no processes of its own, so a trial starts at once."""
 
     def trial(settings: dict[str, Any]) -> None:
-        require_code(settings["code"])
         torch.set_num_threads(resources.cpus_per_worker)
-        learn(settings, InlineSession(storage / trial_name(study_name, settings["number"])))
+        run_trial(settings, InlineSession(SharedFolder(trials), settings["name"]))
 
     return trial
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Run a trial in a worker of Ray Train."""
-    require_code(settings["code"])
     torch.set_num_threads(settings["threads"])
     if torch.cuda.is_available():
         # Train shows all of a node's GPUs to each of its workers; "cuda" must mean this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
-    learn(settings, TrainSession())
+    run_trial(settings, TrainSession(SharedFolder(settings["trials"])))

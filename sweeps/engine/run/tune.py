@@ -1,5 +1,6 @@
 """The ledger behind Ray Tune's interfaces: it proposes (searcher), stops a trial (scheduler), ends all (stopper)."""
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,25 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
+from inflora.errors import one_line
 from sweeps.engine.ledger.failures import Failure, headline, kind_of
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.records import TaskReport
-from sweeps.engine.run.nodes import code_version
+from sweeps.engine.ledger.records import TaskReport, trial_name
+from sweeps.engine.run.actors import forgiving
+from sweeps.engine.run.watch import NodeWatch, Watchdog
 from sweeps.engine.show.progress import progress_on
 from sweeps.engine.space.spec import Resources
+
+STOPS_IN_VAIN = 4
+"""So often Tune may stop with an error, without a task reported in between, before the sweep does."""
 
 
 class StudySearcher(Searcher):
     """Tune's way to the ledger: asks for trials, says when they have ended."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, nodes: NodeWatch) -> None:
         super().__init__(metric=ledger.sweep.rung_metric, mode="max")
-        self.ledger = ledger
+        self.ledger, self.nodes = ledger, nodes
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -33,13 +39,16 @@ class StudySearcher(Searcher):
             # None makes Tune ask again: a trial that runs may fail and be proposed once more.
             return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
+        config = self.ledger.sweep.config(proposal.settings)
         return {
             "number": proposal.number,
+            "name": trial_name(self.ledger.sweep.study_name, proposal.number, config),
             "tasks_done": proposal.tasks_done,
-            "code": code_version(),  # a node that joins later is held to it
+            "likeness": self.nodes.likeness._asdict(),  # a node that joins later is held to it
+            "avoid": sorted(self.nodes.to_avoid(self.ledger.record_of(proposal.number))),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
-            "config": self.ledger.sweep.config(proposal.settings).model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
@@ -87,7 +96,7 @@ def last_error(trial: Any) -> str:
 
 def gpus_for_retry(resources: Resources, failed: Sequence[str]) -> float:
     """GPUs per worker: all of one where a share of it was too little memory."""
-    was_full = any(kind_of(reason) is Failure.MEMORY for reason in failed)
+    was_full = any(kind_of(reason) is Failure.GPU_MEMORY for reason in failed)
     return max(1.0, resources.gpus_per_worker) if was_full and resources.gpus_per_worker else resources.gpus_per_worker
 
 
@@ -97,15 +106,44 @@ def run_trials(
     trainable: Any,
     at_a_time: int,
     say: Callable[[str], None],
+    nodes: NodeWatch,
     callbacks: Sequence[tune.Callback] = (),
 ) -> None:
-    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side."""
+    """Let Tune run ``trainable`` for every trial that the ledger proposes, ``at_a_time`` of them side by side.
+
+    Where Tune itself stops with an error, trials go on from their last finished tasks under another; not without end.
+    """
+    stopped, done = 0, ledger.take_back()
+    while True:
+        try:
+            _run_trials(ledger, folder, trainable, at_a_time, say, nodes, callbacks)
+        except Exception as error:
+            known = ledger.take_back()
+            stopped, done = (1 if known > done else stopped + 1), known
+            if stopped > STOPS_IN_VAIN:
+                raise
+            wait_s = 5 * 2**stopped
+            say(f"Tune has stopped ({one_line(str(error), 300)}); its trials go on in {wait_s} seconds")
+            time.sleep(wait_s)
+        else:
+            return
+
+
+def _run_trials(
+    ledger: Ledger,
+    folder: Path,
+    trainable: Any,
+    at_a_time: int,
+    say: Callable[[str], None],
+    nodes: NodeWatch,
+    callbacks: Sequence[tune.Callback],
+) -> None:
     console = Console()
     progress = progress_on(console, ledger, say)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(ledger),
+            search_alg=StudySearcher(ledger, nodes),
             scheduler=StudyScheduler(ledger),
             num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
             max_concurrent_trials=at_a_time,
@@ -115,12 +153,12 @@ def run_trials(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
-            callbacks=[progress, *callbacks],
+            callbacks=[progress, nodes, Watchdog(ledger, say), *callbacks],
             stop=StopWhenOver(ledger),
             verbose=0,
         ),
     )
-    with warnings.catch_warnings(), progress.shown(console):
+    with warnings.catch_warnings(), forgiving(), progress.shown(console):
         warnings.simplefilter("ignore")  # Tune's and Train's, about arguments that only they can change
         tuner.fit()
 

@@ -20,7 +20,6 @@ from inflora.config import RunConfig, config_hash, dump_config
 from sweeps.engine.ledger.records import Outcome, TrialRecord, now_ms
 from sweeps.engine.ledger.study import follow_study
 from sweeps.engine.ledger.trials import Reader, validation_images
-from sweeps.engine.run.reach import without_password
 from sweeps.engine.show import report as sweep_report
 from sweeps.engine.show.description import NOTE, description, plain, trial_note
 from sweeps.engine.show.inputs import DataInput
@@ -54,7 +53,7 @@ class Mirror:
     ) -> None:
         self.sweep, self.tags = sweep, dict(tags)
         self._inputs = [each.entity() for each in inputs]
-        self._export = how_to_export(folder, uri).replace(uri, without_password(uri))
+        self._export = how_to_export(folder, uri)
         self.client = make_client(uri)
         self.study = follow_study(sweep, folder)
         self._reader = Reader(self.study)
@@ -178,7 +177,7 @@ class Mirror:
         if record.outcome in _STATUS:
             tags = {_OUTCOME_TAG: record.outcome.value, NOTE: trial_note(self.sweep, record)}
         tags |= {"inflora.reason": record.reason} if record.reason else {}
-        tags |= {"inflora.failures": json.dumps(record.failures)} if record.failures else {}
+        tags |= {"inflora.failures": json.dumps([each.reason for each in record.tries])} if record.tries else {}
         params = params_of(config) if reports_sent is None and not run.data.params else []
         log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
         if record.outcome in _STATUS:

@@ -74,9 +74,10 @@ def make_client(uri: str) -> MlflowClient:
     try:
         return MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, CommandError) as error:
+        shown, reason = (one_line(without_password(text), 400) for text in (uri, str(error)))
         raise ConfigError(
-            f"MLflow cannot use {one_line(without_password(uri), 300)}: {one_line(str(error), 400)}; where `mlflow db "
-            "upgrade` does not help, move it away or choose another --tracking-uri: the study has everything"
+            f"MLflow cannot use {shown}: {reason}; where `mlflow db upgrade` does not help, move it away or choose "
+            "another --tracking-uri: the study has everything"
         ) from None
 
 
@@ -124,9 +125,8 @@ def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str 
         with _to_read(uri) as store:
             return None if store is None else _find_trial_run(make_client(store), dataset, study_name, number)
     except Exception as error:  # foreign bytes and a foreign server: what they raise is why there is no answer
-        raise ConfigError(
-            f"the tracking store {one_line(uri, 300)} does not answer: {one_line(str(error), 200)}"
-        ) from None
+        reason = without_password(f"{one_line(uri, 300)} does not answer: {one_line(str(error), 200)}")
+        raise ConfigError(f"the tracking store {reason}") from None
 
 
 def _find_trial_run(client: MlflowClient, dataset: str, study_name: str, number: int) -> str | None:
@@ -157,14 +157,15 @@ def _to_read(uri: str) -> Iterator[str | None]:
 
 
 def how_to_look(uri: str, dataset: str) -> list[str]:
-    """The command to type, if any, and the page to open to see a dataset's runs.
+    """The command to type, if any, and the page to open to see a dataset's runs; a password is left to be typed.
 
     MLflow 3.17 shows of an experiment what its address or else the browser's last choice says, tools for language
     models at first, whatever the experiment's tags say.
     """
     is_server = uri.startswith("http")
-    command = [] if is_server else [f"mlflow ui --backend-store-uri {shlex.quote(uri)}"]
-    server = uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    shown = without_password(uri)
+    command = [] if is_server else [f"mlflow ui --backend-store-uri {shlex.quote(shown)}"]
+    server = shown.rstrip("/") if is_server else "http://127.0.0.1:5000"
     known = _find_experiment(uri, experiment_name(dataset))
     page = f"{server}/#/experiments/{known}?workflowType=machine_learning" if known else server
     return [*command, page]
@@ -187,8 +188,11 @@ def _find_experiment(uri: str, name: str) -> str | None:
 
 
 def how_to_export(folder: Path, uri: str, shown: str = "") -> str:
-    """The command to type that writes the config of a sweep's best trial; ``shown`` is a shorter name of its folder."""
-    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(uri)}"
+    """The command to type that writes the config of a sweep's best trial; ``shown`` is a shorter name of its folder.
+
+    A password is left to be typed.
+    """
+    elsewhere = "" if uri == default_tracking_uri(folder) else f" --tracking-uri {shlex.quote(without_password(uri))}"
     return f"sweeps export {shlex.quote(shown or str(folder))} -o best.yaml{elsewhere}"
 
 

@@ -16,8 +16,18 @@ from sweeps.engine.ledger.records import Outcome, TrialRecord, describe
 from sweeps.engine.show.status import status_lines
 from sweeps.engine.space.estimate import estimate
 
+_FRAME = 7
+"""Lines of a table that are no rows: title, header, borders, caption."""
 
-class ProgressLines(tune.Callback):
+
+class Callback(tune.Callback):
+    """A callback of which Tune keeps nothing, though it pickles all of them: the study is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class ProgressLines(Callback):
     """A line when a trial starts, has learnt a task, or ends."""
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
@@ -50,7 +60,7 @@ class ProgressLines(tune.Callback):
     def _say_outcome(self, record: TrialRecord) -> None:
         if record.outcome is Outcome.RUNNING:
             if record.again:
-                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.failures[-1]}")
+                self.say(f"trial {record.number:3d} failed, is tried again {record.again}: {record.tries[-1].reason}")
             return
         ended = [r for r in self.ledger.records() if r.outcome is not Outcome.RUNNING]
         value = f"  {self.ledger.sweep.objective} {100 * record.value:.1f} %" if record.value is not None else ""
@@ -59,20 +69,17 @@ class ProgressLines(tune.Callback):
 
 
 class LiveTable(ProgressLines):
-    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands.
-
-    Tune pickles its callbacks, which a terminal cannot be: it is only lent while the table is shown.
-    """
+    """On a terminal: what runs and what ended last in one table that is drawn again, and where the sweep stands."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger, lambda line: None)
 
     def shown(self, console: Console) -> AbstractContextManager[Any]:
         """The table, until this is left."""
-        return Live(console=console, get_renderable=self.draw, refresh_per_second=2)
+        return Live(console=console, get_renderable=lambda: self.draw(console.height), refresh_per_second=2)
 
-    def draw(self) -> Group:
-        """The table as it stands."""
+    def draw(self, height: int) -> Group:
+        """The table as it stands, in so many lines that the last ones, where the sweep stands, are seen too."""
         records, sweep = self.ledger.records(), self.ledger.sweep
         running = [record for record in records if record.outcome is Outcome.RUNNING]
         ended = sorted((r for r in records if r.outcome is not Outcome.RUNNING), key=lambda r: r.end_ms or 0)
@@ -82,14 +89,20 @@ class LiveTable(ProgressLines):
         for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "estimate", "settings"):
             justify: Any = "left" if column in ("outcome", "settings") else "right"
             table.add_column(column, justify=justify, no_wrap=column == "estimate")
-        for record in [*ended[-5:], *running]:
+        lines = status_lines(sweep, records, known, self.ledger.hours(), self.ledger.stored_bytes)
+        shown = [*ended[-5:], *running]
+        room = max(1, height - len(lines) - _FRAME)
+        left = max(0, len(shown) - room)
+        for record in shown[:room]:
             last = record.reports[-1] if record.reports else None
             seen = f"{100 * last.metrics['acc/seen']:.1f}" if last else ""
             tasks = f"{last.tasks_done}/{last.tasks}" if last else ""
             value = f"{record.value:.4f}" if record.value is not None else ""
+            settings = Text(describe(record.settings), no_wrap=True, overflow="ellipsis")  # a line for each trial
             told = str(estimates.get(record.number, ""))
-            table.add_row(str(record.number), record.outcome, tasks, seen, value, told, describe(record.settings))
-        lines = status_lines(sweep, records, known, self.ledger.hours(), self.ledger.stored_bytes)
+            table.add_row(str(record.number), record.outcome, tasks, seen, value, told, settings)
+        if left:
+            table.caption = f"and {left} more that run"
         return Group(table, Text("\n".join(lines)))
 
 

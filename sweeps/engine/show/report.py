@@ -263,7 +263,7 @@ def _trial_table(
 
 def _endings(records: Sequence[TrialRecord]) -> str:
     rows = [
-        f"<tr><td>{record.number}</td><td class='text'>{record.outcome}</td><td>{max(1, len(record.failures))}</td>"
+        f"<tr><td>{record.number}</td><td class='text'>{record.outcome}</td><td>{max(1, len(record.tries))}</td>"
         f"<td class='text'>{html.escape(record.reason)}</td></tr>"
         for record in records
         if record.outcome in (Outcome.PRUNED, Outcome.FAILED)

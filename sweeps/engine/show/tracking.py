@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from sweeps.engine.run.reach import without_password
 from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.space.spec import Sweep
 
@@ -107,7 +108,7 @@ class Tracker(threading.Thread):
                 self._tell(self._closing)
         assert process.stdout is not None
         for line in process.stdout:
-            logger.warning("%s", line.rstrip())
+            logger.warning("%s", without_password(line.rstrip()))
         return process.wait()
 
     def _tell(self, what: StartMessage | CloseMessage) -> None:

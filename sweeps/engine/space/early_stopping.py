@@ -26,6 +26,7 @@ class Rungs:
             pruner=_make_pruner(sweep),
         )
         self._trials: dict[int, optuna.Trial] = {}
+        self._asked: list[optuna.Trial] = []
         for record in records:
             for report in record.reports:
                 self.falls_behind(record.number, report.tasks_done, report.metrics[self.metric])
@@ -33,17 +34,22 @@ class Rungs:
 
     def falls_behind(self, number: int, tasks_done: int, value: float) -> bool:
         """Take down what a trial has reported; whether it should be stopped."""
-        trial = self._trials.get(number) or self._study.ask()
-        self._trials[number] = trial
+        trial = self._trials[number] = self._numbered(number)
         trial.report(value, step=tasks_done)
         return trial.should_prune()
+
+    def _numbered(self, number: int) -> optuna.Trial:
+        """The trial of this number: the bracket that Hyperband puts it into hangs on it, and must be the same later."""
+        while len(self._asked) <= number:
+            self._asked.append(self._study.ask())
+        return self._asked[number]
 
     def end(self, number: int, outcome: Outcome) -> None:
         """The trial reports no more: some rules only compare with finished ones."""
         trial = self._trials.get(number)
         if trial is None or outcome is Outcome.RUNNING:
             return
-        last = self._study.get_trials(deepcopy=False)[trial.number]
+        last = self._study.get_trials(deepcopy=False)[number]
         finished = outcome is Outcome.FINISHED
         self._study.tell(
             trial,

@@ -285,8 +285,18 @@ def read_sweep(folder: Path) -> Sweep:
     if not path.is_file():
         raise ConfigError(f"{path} is no file")
     try:
-        return Sweep.model_validate_json(path.read_bytes())
+        return parse_sweep(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_sweep(content: bytes, shown: str) -> Sweep:
+    """The sweep that a file holds; ``shown`` is its name.
+
+    Raises:
+        ConfigError: One of another version, or none.
+    """
+    try:
+        return Sweep.model_validate_json(content)
     except ValidationError as error:
-        raise ConfigError(f"{path} is of another version or damaged: {one_line(explain(error), 300)}") from None
+        raise ConfigError(f"{shown} is of another version or damaged: {one_line(explain(error), 300)}") from None

@@ -1,0 +1,77 @@
+"""Tune and Train, told what they do not know of actors that are gone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.air.execution._internal import RayActorManager
+from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.tune.execution import tune_controller
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+_ANSWER_S = 10.0
+_State: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
+
+
+class ForgivingActorManager(RayActorManager):
+    """Tune's actor manager, to which whatever Ray says of an actor is that actor's failure.
+
+    Tune's own knows dead actors and failed tasks. Of anything else, as of an actor that Ray has killed because its
+    machine ran out of memory, it makes the end of all trials.
+    """
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            # The kind of error that it takes for an actor's death; the words are kept.
+            exception = RayActorError(error_msg=f"ray.exceptions.{type(exception).__name__}: {exception}")
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """Let Tune take its actor manager from here: it has no way to be told."""
+    with mock.patch.object(tune_controller, "RayActorManager", ForgivingActorManager):
+        yield
+
+
+def remove_groups_of_dead_actors() -> int:
+    """Remove the placement groups of creators that have died, and say how many: Ray keeps them while the driver lives.
+
+    A trial's controller makes a group and waits for room. When it dies, its group waits on, and takes the room when it
+    comes: Train's cleaner learns of a group only when its workers have started.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    orphans = [
+        group
+        for group in _groups()
+        # The driver's own groups have no actor as a creator: of them Ray says that it is dead.
+        if group.creator_actor_dead and group.creator_actor_id.strip(b"\xff") and group.creator_job_id.hex() == job
+    ]
+    for group in orphans:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return len(orphans)
+
+
+def some_group_waits() -> bool:
+    """True while a placement group of this driver's job waits for room."""
+    job = ray.get_runtime_context().get_job_id()
+    return any(
+        group.state in (_State.PENDING, _State.RESCHEDULING) and group.creator_job_id.hex() == job
+        for group in _groups()
+    )
+
+
+def _groups() -> list[Any]:
+    """The cluster's placement groups that are not removed, with who made them, which no public call tells."""
+    channel: Any = init_grpc_channel(ray.get_runtime_context().gcs_address, [("grpc.enable_http_proxy", 0)])
+    try:
+        stub = gcs_service_pb2_grpc.PlacementGroupInfoGcsServiceStub(channel)
+        request = gcs_service_pb2.GetAllPlacementGroupRequest()  # type: ignore[attr-defined]
+        groups = stub.GetAllPlacementGroup(request, timeout=_ANSWER_S).placement_group_table_data
+    finally:
+        channel.close()
+    return [group for group in groups if group.state != _State.REMOVED]

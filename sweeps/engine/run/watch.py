@@ -1,0 +1,122 @@
+"""Watches over a sweep's machines and trials while Tune runs them, between Tune's steps."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import ray
+
+from inflora.errors import one_line
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.records import TrialRecord, sick_nodes
+from sweeps.engine.run.actors import remove_groups_of_dead_actors, some_group_waits
+from sweeps.engine.run.cluster import may_grow
+from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
+from sweeps.engine.show.progress import Callback
+
+_LOOK_EVERY_S = 5.0
+SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
+"""The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
+
+
+class NodeWatch(Callback):
+    """Asks every machine, also one that comes later, whether it can run trials; knows which are left out."""
+
+    def __init__(self, ledger: Ledger, place: SharedFolder, likeness: Likeness, say: Callable[[str], None]) -> None:
+        self.ledger, self.place, self.likeness, self.say = ledger, place, likeness, say
+        self._refused: dict[str, str] = {}
+        self._known: set[str] = set()
+        self._answers: dict[str, Answer] = {}
+        self._mark = ""
+        self._said: set[str] = set()
+        self._next_look = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look now and then."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            self.look()
+
+    def look(self) -> None:
+        """Ask the machines that are new, and hear those that have answered; none is waited for."""
+        nodes = other_nodes()
+        with contextlib.suppress(OSError):  # the shared place is away: another time
+            self._ask(nodes)
+            self._hear()
+        for node_id, reason in self._left_out().items():
+            if node_id in nodes and node_id not in self._said:
+                self._said.add(node_id)
+                self.say(f"node {nodes[node_id]} is left out: {one_line(reason, 400)}")
+
+    def _hear(self) -> None:
+        for node_id, answer in list(self._answers.items()):
+            if ray.wait([answer], timeout=0)[0]:
+                del self._answers[node_id]
+                if problem := problem_of(node_id, answer, 1.0):
+                    self._refused[node_id] = problem
+        if self._mark and not self._answers:
+            self.place.delete(self._mark)
+            self._mark = ""
+
+    def _ask(self, nodes: Mapping[str, str]) -> None:
+        new = nodes.keys() - self._known
+        if new and not self._mark:
+            self._mark = new_mark(self.place)
+        for node_id in new:
+            self._answers[node_id] = ask(node_id, self.place.address, self._mark, self.likeness)
+        self._known |= new
+
+    def _left_out(self) -> dict[str, str]:
+        return sick_nodes(self.ledger.records()) | self._refused
+
+    def to_avoid(self, record: TrialRecord) -> set[str]:
+        """The IDs of the nodes on which a trial must not be placed; none where nothing else is, or will be, there."""
+        avoided = self._left_out().keys() | record.failed_on
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
+        return set(avoided & alive) if alive - avoided or may_grow() else set()
+
+
+class Watchdog(Callback):
+    """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+        self._heard: dict[str, float] = {}
+        self._next_look = 0.0
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
+        self._heard[trial.trial_id] = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look now and then."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_EVERY_S
+        try:
+            remove_groups_of_dead_actors()
+            self._wake([trial for trial in trials if trial.status == "RUNNING"])
+        except (grpc.RpcError, ray.exceptions.RayError):
+            return  # the cluster's head is busy: another time
+
+    def _wake(self, running: Sequence[Any]) -> None:
+        now = time.monotonic()
+        self._heard = {trial.trial_id: self._heard.get(trial.trial_id, now) for trial in running}
+        patience = longest_silence(self.ledger.records())
+        silent = [trial for trial in running if now - self._heard[trial.trial_id] > patience]
+        if not silent or some_group_waits():
+            return  # one that waits for room has nothing to say
+        for trial in silent:
+            self._heard[trial.trial_id] = now
+            number, minutes = trial.config["number"], patience / 60
+            self.say(f"trial {number:3d} has said nothing for {minutes:.0f} minutes and is started again")
+            if trial.temporary_state.ray_actor is not None:
+                ray.kill(trial.temporary_state.ray_actor)
+
+
+def longest_silence(records: Sequence[TrialRecord]) -> float:
+    """The seconds after which a trial that says nothing has stopped working."""
+    longest = max((report.seconds for record in records for report in record.reports), default=None)
+    return SILENT_FIRST_S if longest is None else max(SILENT_S, SILENT_TASKS * longest)
