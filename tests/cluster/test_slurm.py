@@ -18,14 +18,24 @@ from sweeps.engine.ledger.study import read_records, study_url
 from tests.waiting import until
 
 from .hosts import SHARED
-from .slurm import Slurm, missing
+from .slurm import ENVIRONMENT, Slurm, missing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.hosts, pytest.mark.timeout(900)]
 
-LONG = ("--sweep", "digits-sequential", "--num-trials", "2", "--executor", "inline", "--at-a-time", "1")
-EPOCHS = 5
-SEQUENTIAL = digits.sequential.model_copy(update={"base": digits.sequential.config({"optim.epochs": EPOCHS})})
-LONG += (f"optim.epochs={EPOCHS}",)
+SEQUENTIAL = digits.sequential.model_copy(update={"base": digits.sequential.config({"optim.epochs": 5})})
+LONG = (
+    "--sweep",
+    "digits-sequential",
+    "--num-trials",
+    "2",
+    "--executor",
+    "inline",
+    "--at-a-time",
+    "1",
+    "optim.epochs=5",
+)
+TRIAL = "ray::ImplicitFunc.train"
+"""The process of a trial that runs inline."""
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,11 @@ def in_mlflow(slurm, place, sweep):
     return {name: status for name, status, _ in found}, {uri for *_, uri in found}
 
 
+def signal_trial(node, signal):
+    """Send a signal to a trial that trains on a node; whether there is one."""
+    return node.try_run("pkill", f"--signal={signal}", "--full", TRIAL).returncode == 0
+
+
 def nothing_is_left(slurm):
     for node in slurm.nodes:
         assert node.run("ps", "-eo", "args", "--no-headers").count("ray") == 0
@@ -106,6 +121,8 @@ def test_two_jobs_side_by_side_both_finish_and_leave_nothing(slurm, two_jobs):
         statuses, artifacts = in_mlflow(slurm, job.place, sweep)
         assert statuses == dict.fromkeys((sweep.name, f"{sweep.name}-0000", f"{sweep.name}-0001"), "FINISHED")
         assert all(uri.startswith(f"file://{SHARED}/{job.place}/mlflow-artifacts/") for uri in artifacts)
+        shown = slurm.login.run(ENVIRONMENT / "bin" / "sweeps", "status", SHARED / job.place / sweep.name)
+        assert "2 finished" in shown
     nothing_is_left(slurm)
 
 
@@ -113,8 +130,11 @@ def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undistu
     """Slurm's own warning; the first node is then kept from the job, so that another one is its head."""
     job = slurm.submit("limit", "sweeps/digits.py", *LONG, nodes=1)
     job.wait_for("task 2")
+    # The warning comes within half a minute, which a fast machine would need for the whole sweep: the trial is held up.
+    until(lambda: signal_trial(slurm.nodes[0], "STOP"))
     slurm.control("update", f"JobId={job.number}", "TimeLimit=6")  # the warning is due five minutes before
     job.wait_for("is interrupted")
+    signal_trial(slurm.nodes[0], "CONT")
     slurm.control("update", "NodeName=machine1", "State=DRAIN", "Reason=test")
     try:
         slurm.control("update", f"JobId={job.number}", "TimeLimit=60")
@@ -131,7 +151,7 @@ def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undistu
 def test_a_sweep_outlives_a_node(slurm):
     job = slurm.submit("lost", "sweeps/digits.py", *LONG, "--at-a-time", "2")
     lost = slurm.nodes[1]
-    until(lambda: "ray::ImplicitFunc.train" in lost.run("ps", "-eo", "args"), patience_s=300)
+    until(lambda: TRIAL in lost.run("ps", "-eo", "args"), patience_s=300)
     lost.end()
     assert job.ends() == ("COMPLETED", "0:0"), job.output()
     assert slurm.type("sinfo", "--noheader", "--nodes=machine2", "--format=%T").stdout.strip("*\n") == "down"
