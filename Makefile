@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests wait now and then, for a process or a clock: one more at a time than there are cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
-.PHONY: sweep gpu-check test unit fuzz cluster slow chaos hosts compare bench check format clean
+.PHONY: sweep gpu-check test unit fuzz cluster slow chaos hosts slurm compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -42,8 +42,11 @@ CHAOS := tests/sweeps/test_chaos.py::test_worker_driver_node_and_server_are_kill
 chaos: $(READY)  ## worker, driver, node and MLflow server killed at random, twenty times (make chaos SEEDS="3 7": these)
 	$(BIN)/python -m pytest -s $(SEEDS:%="$(CHAOS)[%]") tests/sweeps/test_stops.py
 
-hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml, and a Slurm (root, openssh-server, rsync, slurm-wlm)
-	$(BIN)/python -m pytest -m hosts
+hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
+	$(BIN)/python -m pytest -m hosts --ignore tests/cluster/test_slurm.py
+
+slurm: $(READY)  ## a real Slurm with two nodes on this machine (needs root and slurm-wlm); six minutes beyond `test`'s half hour
+	$(BIN)/python -m pytest -m hosts tests/cluster/test_slurm.py
 
 compare: $(READY)  ## every adapter with every classifier, tuned and tested alike: docs/results.md (hours)
 	$(BIN)/python benchmarks/pairs.py

@@ -56,13 +56,14 @@ FLOORS = {
     12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.
     13: ("inflora.runs",),
-    14: ("inflora", "inflora.cli", "inflora.gpu_check"),
+    14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures"),
     15: (
         "sweeps.engine.ledger.records",
-        "sweeps.engine.ledger.failures",
         "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",
+        "sweeps.engine.run.actors",
         "sweeps.engine.run.nodes",
+        "sweeps.engine.run.session",
         "sweeps.engine.show.output",
         "sweeps.engine.show.pieces",
         "sweeps.engine.show.plots",
@@ -111,16 +112,17 @@ FLOORS = {
         "sweeps.engine.run.preflight",
         "sweeps.engine.show.report",
     ),
-    23: ("sweeps.engine.run.storage", "sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
-    24: ("sweeps.engine.run.tune",),
-    25: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
-    26: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
-    27: ("sweeps.cli",),
-    28: ("sweeps.recipe",),
+    23: ("sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
+    24: ("sweeps.engine.run.storage", "sweeps.engine.run.watch"),
+    25: ("sweeps.engine.run.tune",),
+    26: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
+    27: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
+    28: ("sweeps.cli",),
+    29: ("sweeps.recipe",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-RECIPES_FLOOR = 29
+RECIPES_FLOOR = 30
 
 
 def modules() -> dict[str, Path]:

@@ -20,7 +20,7 @@ from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, TrialRecord
 from sweeps.engine.ledger.study import read_records, study_url
-from sweeps.engine.run.nodes import likeness
+from sweeps.engine.run.nodes import Likeness, likeness
 from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show import mlflow_database
 from sweeps.engine.space.domains import Integer, NearOne, Real
@@ -90,6 +90,15 @@ def learn_all(ledger, number: int, accuracies: list[float], after: int = 0) -> b
             return True
     ledger.close(number)
     return False
+
+
+class Anywhere:
+    """Machines of which any will do."""
+
+    likeness = Likeness("1", "digits", None, "abc")
+
+    def to_avoid(self, record):
+        return set()
 
 
 def any_node(ledger: Ledger, folder: Path) -> NodeWatch:

@@ -103,7 +103,10 @@ def away_sweep(tiny_sweep) -> Sweep:
     return tiny_sweep.model_copy(update=changes)
 
 
-@pytest.mark.parametrize(("kind", "executor"), [("folder", "inline"), ("folder", "train"), ("bucket", "train")])
+@pytest.mark.parametrize(
+    ("kind", "executor"),
+    [("folder", "inline"), *(pytest.param(kind, "train", marks=pytest.mark.slow) for kind in ("folder", "bucket"))],
+)
 def test_a_place_that_is_away_while_trials_learn_costs_nothing_but_time(
     kind, executor, away_sweep, tmp_path, data_root, request
 ):

@@ -5,11 +5,10 @@ import pytest
 from sweeps.engine.ledger.failures import Failure, NodeFault, Tried, alike, change_for, headline, kind_of, node_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, sick_nodes
-from sweeps.engine.run.nodes import Likeness
 from sweeps.engine.run.tune import StudySearcher, gpus_for_retry
 from sweeps.engine.space.spec import Resources
 
-from .conftest import learn_all, report
+from .conftest import Anywhere, learn_all, report
 
 LOST = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
 FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -25,15 +24,6 @@ KILLED = (
 
 def at_fault(node_id):
     return f"NodeFault {NodeFault('10.0.0.3', node_id, 'DataError: digits has 3 of 4 files')}"
-
-
-class Anywhere:
-    """Machines of which any will do."""
-
-    likeness = Likeness("1", "digits", None, "abc")
-
-    def to_avoid(self, record):
-        return set()
 
 
 @pytest.fixture

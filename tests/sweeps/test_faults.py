@@ -55,7 +55,8 @@ def outcomes(records):
     return [record.outcome for record in records]
 
 
-@pytest.mark.parametrize("executor", ["inline", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["inline", "train"])
 def test_a_machine_without_memory_costs_a_try_and_not_the_sweep(nodes, tiny_sweep, tmp_path, executor, monkeypatch):
     """Ray kills whatever starts on a machine that is fuller than it may be; this one fills up after it was asked."""
     monkeypatch.setattr("sweeps.engine.run.runner.check_nodes", lambda place: None)
@@ -72,7 +73,8 @@ def test_a_machine_without_memory_costs_a_try_and_not_the_sweep(nodes, tiny_swee
     assert {kind_of(reason) for reason in failed} == {Failure.HOST_MEMORY}, failed
 
 
-@pytest.mark.parametrize("executor", ["inline", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["inline", "train"])
 @pytest.mark.parametrize("damage", ["incomplete", "other data"])
 def test_a_machine_with_bad_data_is_left_out_and_its_trials_run_elsewhere(
     nodes, tiny_sweep, digits, tmp_path, executor, damage

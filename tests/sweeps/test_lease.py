@@ -176,6 +176,7 @@ def test_a_file_that_no_driver_has_written_holds_nothing(tmp_path, content):
         assert holder(place).pid == os.getpid()
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_second_head_on_the_same_place_is_refused_in_a_line_and_a_killed_one_is_replaced(
     tiny_sweep, tmp_path, data_root

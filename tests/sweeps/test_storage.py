@@ -16,13 +16,13 @@ from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.nodes import likeness, require_like_driver
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.run.runner import locked
+from sweeps.engine.run.session import InlineSession
 from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, require_newest, state_of
-from sweeps.engine.run.trial import InlineSession
 from sweeps.engine.run.tune import StudySearcher
 from sweeps.engine.space.spec import Sweep
 from tests.conftest import same_state
 
-from .conftest import any_node, learn_all
+from .conftest import Anywhere, learn_all
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -151,7 +151,7 @@ def test_a_damaged_copy_does_not_keep_a_sweep_from_going_on(shared, tiny_sweep, 
 
 def names_of(sweep, folder):
     ledger = begin(sweep, folder)
-    return {StudySearcher(ledger, any_node(ledger, folder)).suggest(str(number))["name"] for number in range(2)}
+    return {StudySearcher(ledger, Anywhere()).suggest(str(number))["name"] for number in range(2)}
 
 
 def test_a_number_that_another_head_gives_to_other_settings_finds_no_state(tiny_sweep, tmp_path):

@@ -10,7 +10,8 @@ from inflora.state import load_state, save_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import TaskReport
 from sweeps.engine.run.driver import forget_if_torn
-from sweeps.engine.run.trial import InlineSession, learn
+from sweeps.engine.run.session import InlineSession
+from sweeps.engine.run.trial import learn
 from tests.conftest import same_state
 
 

@@ -4,18 +4,12 @@ In a worker of Ray Train (``train_worker``) or inside the Tune trial itself (``i
 what differs is the ``Session``, where a state comes from and where results go.
 """
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray.train.torch
-import ray.tune
 import torch
-from ray.train import Checkpoint
 
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
@@ -24,29 +18,13 @@ from inflora.cuda import require_cuda
 from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
-from inflora.state import RunState, StateError, has_state, load_state, save_state
+from inflora.state import RunState, StateError
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.ledger.records import TaskReport, now_ms
 from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
+from sweeps.engine.run.session import InlineSession, Session, TrainSession
 from sweeps.engine.space.spec import Resources
-
-
-class Session(Protocol):
-    """Where a trial's state is kept and who hears of its results."""
-
-    def restore(self) -> RunState | None:
-        """The state after the last finished task, if the trial was interrupted.
-
-        Raises:
-            StateError, OSError: What was kept of it is damaged.
-        """
-
-    def forget(self) -> None:
-        """Make room for a trial that begins again."""
-
-    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
-        """Keep ``state`` and pass ``metrics`` on."""
 
 
 def run_trial(settings: dict[str, Any], session: Session) -> None:
@@ -54,18 +32,13 @@ def run_trial(settings: dict[str, Any], session: Session) -> None:
     try:
         with faults_named():
             require_like_driver(Likeness(**settings["likeness"]))
-            require_gpus_given(settings)
+            if settings["gpus"] and settings["config"]["device"] != "cpu":
+                require_cuda()
             learn(settings, session)
     except NodeFault as fault:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(fault).__name__} {fault}"}, None)
-
-
-def require_gpus_given(settings: dict[str, Any]) -> None:
-    """Raise ConfigError where a trial has been given GPUs, may train on them, and PyTorch finds none."""
-    if settings["gpus"] and settings["config"]["device"] != "cpu":
-        require_cuda()
 
 
 def learn(settings: dict[str, Any], session: Session) -> None:
@@ -122,62 +95,6 @@ def _metrics(state: RunState, tasks_done: int, tasks: int | None, seconds: float
         time_ms=now_ms(),
     )
     return {**report.metrics, "tasks_done": tasks_done, "report": report.model_dump_json()}
-
-
-class TrainSession:
-    """Inside a Ray Train worker: Train keeps the checkpoints, rank 0 writes them."""
-
-    def __init__(self, trials: SharedFolder) -> None:
-        self.trials = trials
-
-    def restore(self) -> RunState | None:
-        checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else self.trials.when_there(lambda: _load(checkpoint))
-
-    def forget(self) -> None:
-        """Nothing: Train gives every checkpoint a folder of its own."""
-
-    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
-        with _checkpoint(state if distributed.rank() == 0 else None) as checkpoint:
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=self._upload)
-
-    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        """Upload as Train does, but wait for a place that is away: Train would end the worker."""
-        upload = ray.train.get_context().get_storage().persist_current_checkpoint
-        return self.trials.when_there(lambda: upload(checkpoint, name))
-
-
-def _load(checkpoint: Checkpoint) -> RunState:
-    with checkpoint.as_directory() as folder:
-        return load_state(Path(folder))
-
-
-@contextmanager
-def _checkpoint(state: RunState | None) -> Iterator[Checkpoint | None]:
-    if state is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_state(state, Path(folder))
-        yield Checkpoint.from_directory(folder)
-
-
-class InlineSession:
-    """Inside a Tune trial, with one worker: the state is kept in a folder of the trial's own among all trials'."""
-
-    def __init__(self, trials: SharedFolder, name: str) -> None:
-        self.trials, self.folder = trials, Path(trials.address) / name
-
-    def restore(self) -> RunState | None:
-        return self.trials.when_there(lambda: load_state(self.folder) if has_state(self.folder) else None)
-
-    def forget(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
-        if state is not None:
-            self.trials.when_there(lambda: save_state(state, self.folder))
-        ray.tune.report({**metrics, "checkpoint_path": str(self.folder)})
 
 
 def inline_trial(resources: Resources, trials: str) -> Callable[[dict[str, Any]], None]:
