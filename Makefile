@@ -50,6 +50,7 @@ slurm: $(READY)  ## a real Slurm with two nodes on this machine (needs root and 
 
 compare: $(READY)  ## every adapter with every classifier, tuned and tested alike: docs/results.md (hours)
 	$(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/controls.py
 	$(BIN)/python benchmarks/fifty.py
 
 bench: $(READY)  ## data path, engine, start of a trial and training step, each against its floor; under ten minutes
