@@ -12,7 +12,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+import ray
 import torch
+from ray.cluster_utils import Cluster as Nodes
 
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
@@ -169,3 +171,37 @@ def undisturbed(sweep: Sweep, settings: dict) -> list[list[float]]:
     """The accuracy matrix of these settings, learnt here and now with nothing around it."""
     torch.set_num_threads(1)
     return [result.accuracies for result in run(sweep.config(settings))]
+
+
+def sqlite(folder: Path) -> str:
+    """MLflow's store in a folder."""
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A head that drives so many trials (None: as many as fit) and trains none, and workers, as ``ray start`` is told.
+
+    ``nodes.cluster`` is there to add others.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cluster = Nodes()
+
+    def start(drivers, *workers):
+        cluster.add_node(
+            num_cpus=0,
+            num_gpus=0,
+            resources={} if drivers is None else {"trial_driver": drivers},
+            include_dashboard=True,
+            dashboard_port=None,
+        )
+        for worker in workers:
+            cluster.add_node(**worker)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        cluster.wait_for_nodes()
+        return cluster.address
+
+    start.cluster = cluster
+    yield start
+    ray.shutdown()
+    cluster.shutdown()

@@ -19,7 +19,7 @@ from sweeps.engine.run.tune import run_trials
 from sweeps.engine.space.domains import Real
 from sweeps.engine.space.spec import Resources, read_sweep
 
-from .conftest import PAPER, Recipe, any_node, undisturbed
+from .conftest import PAPER, Recipe, any_node, sqlite, undisturbed
 
 pytestmark = pytest.mark.cluster
 
@@ -34,10 +34,6 @@ def local_cluster(data_root, monkeypatch):
 
     yield start
     ray.shutdown()
-
-
-def sqlite(folder):
-    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def assert_every_finished_trial_is_undisturbed(sweep, records):

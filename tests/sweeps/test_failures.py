@@ -64,6 +64,7 @@ def test_what_kind_of_failure_a_text_tells_of(reason, kind):
         ([FULL], 1, None),
         ([FULL], 0.5, "with a GPU of its own"),
         ([FULL, FULL], 0.5, None),
+        ([FULL], 0, "when there may be more memory"),
         ([KILLED], 1, "when there may be more memory"),
         ([KILLED, KILLED, KILLED], 1, None),
         ([at_fault(HERE)], 1, "elsewhere"),

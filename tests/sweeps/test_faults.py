@@ -12,8 +12,9 @@ import psutil
 import pytest
 import ray
 from ray import tune
-from ray.cluster_utils import Cluster as Nodes
 
+from inflora.data import DATASETS, prepare_store
+from inflora.data.source import Arrays, Dataset, Options
 from sweeps.engine.ledger.failures import Failure, kind_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome
@@ -22,33 +23,16 @@ from sweeps.engine.run.runner import run_sweep
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.space.spec import Resources
 
-from .conftest import any_node, report
+from .conftest import any_node, report, sqlite
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture
-def nodes(monkeypatch):
-    """A head that trains nothing, and workers that are added to it, each with an environment of its own."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cluster = Nodes()
-
-    def start(**resources):
-        cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=None, resources=resources)
-        return cluster
-
-    yield start
-    ray.shutdown()
-    cluster.shutdown()
-
-
-def sqlite(folder):
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def join(cluster):
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    cluster.wait_for_nodes()
+def without_the_last_image(source, options, scratch):
+    """The digits as another version may have cut them."""
+    whole = DATASETS["digits"].read(source, options, scratch)
+    pixels, labels = whole.splits["train"]
+    return whole._replace(splits=whole.splits | {"train": Arrays(pixels[:-1], labels[:-1])})
 
 
 def outcomes(records):
@@ -60,11 +44,8 @@ def outcomes(records):
 def test_a_machine_without_memory_costs_a_try_and_not_the_sweep(nodes, tiny_sweep, tmp_path, executor, monkeypatch):
     """Ray kills whatever starts on a machine that is fuller than it may be; this one fills up after it was asked."""
     monkeypatch.setattr("sweeps.engine.run.runner.check_nodes", lambda place: None)
-    monkeypatch.setattr(watch.NodeWatch, "look", lambda self: None)
-    cluster = nodes()
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1, env_vars={"RAY_memory_usage_threshold": "0.0001"})
-    join(cluster)
+    monkeypatch.setattr(watch.NodeWatch, "look", lambda self, trials: None)
+    nodes(None, {"num_cpus": 1}, {"num_cpus": 1, "env_vars": {"RAY_memory_usage_threshold": "0.0001"}})
     sweep = tiny_sweep.model_copy(update={"trials": 3, "executor": executor, "early_stopping": "none"})
     records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
     assert outcomes(records) == [Outcome.FINISHED] * 3
@@ -80,21 +61,18 @@ def test_a_machine_with_bad_data_is_left_out_and_its_trials_run_elsewhere(
     nodes, tiny_sweep, digits, tmp_path, executor, damage
 ):
     theirs = tmp_path / "data"
-    shutil.copytree(digits, theirs / "digits")
     if damage == "incomplete":
+        shutil.copytree(digits, theirs / "digits")
         next((theirs / "digits").glob("train-*.arrow")).unlink()
     else:
-        manifest = theirs / "digits" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"zero"', '"nought"').replace('"0"', '"nought"'))
-    cluster = nodes(trial_driver=2)
-    cluster.add_node(num_cpus=1, env_vars={"INFLORA_DATA": str(theirs)})
-    join(cluster)
+        prepare_store("digits", Dataset(without_the_last_image, needs=None), Path(), Options(), str(theirs))
+    nodes(2, {"num_cpus": 1, "env_vars": {"INFLORA_DATA": str(theirs)}})
     said = []
 
     def bring_another(line):
         said.append(line)
         if "is left out: " in line:
-            cluster.add_node(num_cpus=1)
+            nodes.cluster.add_node(num_cpus=1)
 
     sweep = tiny_sweep.model_copy(update={"trials": 3, "executor": executor, "early_stopping": "none"})
     records = run_sweep(sweep, tmp_path / "sweep", sqlite(tmp_path), say=bring_another).records
@@ -107,9 +85,7 @@ def test_a_machine_with_bad_data_is_left_out_and_its_trials_run_elsewhere(
 def test_no_cuda_where_gpus_are_asked_for_is_the_machines_fault_and_says_which_versions_there_are(
     nodes, tiny_sweep, tmp_path
 ):
-    cluster = nodes()
-    cluster.add_node(num_cpus=1, num_gpus=1)  # in name only
-    join(cluster)
+    nodes(None, {"num_cpus": 1, "num_gpus": 1})  # in name only
     asks = {"device": "auto"}
     sweep = tiny_sweep.model_copy(
         update={
@@ -128,8 +104,7 @@ def test_no_cuda_where_gpus_are_asked_for_is_the_machines_fault_and_says_which_v
 
 @pytest.mark.slow
 def test_what_a_dead_trial_has_asked_for_does_not_take_the_room_of_the_next(nodes, tiny_sweep, tmp_path):
-    cluster = nodes(trial_driver=1)
-    join(cluster)
+    address = nodes(1)
     sweep = tiny_sweep.model_copy(update={"trials": 1})
     result = []
     sweeping = threading.Thread(
@@ -140,7 +115,7 @@ def test_what_a_dead_trial_has_asked_for_does_not_take_the_room_of_the_next(node
     kill_all("ImplicitFunc")
     wait_until(lambda: Ledger(sweep, tmp_path).record_of(0).tries, 60)
     late = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", f"--address={cluster.address}", "--num-cpus=1", "--block"],
+        [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=1", "--block"],
         stdout=subprocess.DEVNULL,
     )
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster as Nodes
 
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
@@ -22,37 +21,11 @@ from sweeps.engine.run.runner import run_sweep
 from sweeps.engine.space.domains import Real
 from sweeps.engine.space.spec import Resources
 
-from .conftest import PAPER
+from .conftest import PAPER, sqlite
 
 pytestmark = pytest.mark.cluster
 
 SPOT_WATCHER = Path(__file__).parents[2] / "cluster" / "spot_watcher.py"
-
-
-@pytest.fixture
-def nodes(monkeypatch):
-    """A head that drives so many trials and trains none, and workers; each as ``ray start`` would be told."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cluster = Nodes()
-
-    def start(drivers, *workers):
-        cluster.add_node(
-            num_cpus=0, num_gpus=0, resources={"trial_driver": drivers}, include_dashboard=True, dashboard_port=None
-        )
-        for worker in workers:
-            cluster.add_node(**worker)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        cluster.wait_for_nodes()
-        return cluster.address
-
-    start.cluster = cluster
-    yield start
-    ray.shutdown()
-    cluster.shutdown()
-
-
-def sqlite(folder):
-    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def training(record):

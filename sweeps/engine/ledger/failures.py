@@ -74,16 +74,15 @@ def change_for(failed: Sequence[Tried], retries: int, gpus_per_worker: float) ->
     before = kind_of(failed[-2].reason) if tries > 1 else None
     if kind is Failure.HOPELESS or tries > retries:
         return None
-    if kind is Failure.GPU_MEMORY:
-        if gpus_per_worker >= 1 or not gpus_per_worker or before is kind:
-            return None
-        return "with a GPU of its own"
+    if kind is Failure.GPU_MEMORY and gpus_per_worker:
+        return None if gpus_per_worker >= 1 or before is kind else "with a GPU of its own"
     if kind is Failure.NODE:
         # The same node again: there is no other.
         return None if before is kind and node_of(failed[-2].reason) == node_of(failed[-1].reason) else "elsewhere"
     if kind is Failure.UNKNOWN and before is not None:
         return None
-    return "when there may be more memory" if kind is Failure.HOST_MEMORY else "from its last finished task"
+    is_memory = kind in (Failure.GPU_MEMORY, Failure.HOST_MEMORY)
+    return "when there may be more memory" if is_memory else "from its last finished task"
 
 
 def in_vain(failed: Sequence[Tried]) -> int:

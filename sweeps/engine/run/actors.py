@@ -38,35 +38,26 @@ def forgiving() -> Iterator[None]:
         yield
 
 
-def remove_groups_of_dead_actors() -> int:
-    """Remove the placement groups of creators that have died, and say how many: Ray keeps them while the driver lives.
+def remove_groups_of_dead_actors() -> None:
+    """Remove the placement groups of creators that have died: Ray keeps them while the driver lives.
 
     A trial's controller makes a group and waits for room. When it dies, its group waits on, and takes the room when it
     comes: Train's cleaner learns of a group only when its workers have started.
     """
-    job = ray.get_runtime_context().get_job_id()
-    orphans = [
-        group
-        for group in _groups()
+    for group in _groups():
         # The driver's own groups have no actor as a creator: of them Ray says that it is dead.
-        if group.creator_actor_dead and group.creator_actor_id.strip(b"\xff") and group.creator_job_id.hex() == job
-    ]
-    for group in orphans:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-    return len(orphans)
+        if group.creator_actor_dead and group.creator_actor_id.strip(b"\xff"):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def some_group_waits() -> bool:
     """True while a placement group of this driver's job waits for room."""
-    job = ray.get_runtime_context().get_job_id()
-    return any(
-        group.state in (_State.PENDING, _State.RESCHEDULING) and group.creator_job_id.hex() == job
-        for group in _groups()
-    )
+    return any(group.state in (_State.PENDING, _State.RESCHEDULING) for group in _groups())
 
 
 def _groups() -> list[Any]:
-    """The cluster's placement groups that are not removed, with who made them, which no public call tells."""
+    """The placement groups of this job that are not removed, with who made them, which no public call tells."""
+    job = ray.get_runtime_context().get_job_id()
     channel: Any = init_grpc_channel(ray.get_runtime_context().gcs_address, [("grpc.enable_http_proxy", 0)])
     try:
         stub = gcs_service_pb2_grpc.PlacementGroupInfoGcsServiceStub(channel)
@@ -74,4 +65,4 @@ def _groups() -> list[Any]:
         groups = stub.GetAllPlacementGroup(request, timeout=_ANSWER_S).placement_group_table_data
     finally:
         channel.close()
-    return [group for group in groups if group.state != _State.REMOVED]
+    return [group for group in groups if group.state != _State.REMOVED and group.creator_job_id.hex() == job]

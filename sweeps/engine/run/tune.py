@@ -113,10 +113,41 @@ def run_trials(
 
     Where Tune itself stops with an error, trials go on from their last finished tasks under another; not without end.
     """
+    console = Console()
+
+    def fit() -> None:
+        progress = progress_on(console, ledger, say)
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(ledger, nodes),
+                scheduler=StudyScheduler(ledger),
+                num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
+                max_concurrent_trials=at_a_time,
+                # An actor that has imported torch is worth keeping; those that drive Ray Train import little.
+                reuse_actors=ledger.sweep.executor == "inline",
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder),
+                callbacks=[progress, nodes, Watchdog(ledger, say), *callbacks],
+                stop=StopWhenOver(ledger),
+                verbose=0,
+            ),
+        )
+        with warnings.catch_warnings(), forgiving(), progress.shown(console):
+            warnings.simplefilter("ignore")  # Tune's and Train's, about arguments that only they can change
+            tuner.fit()
+
+    _go_on_after_stops(fit, ledger, say)
+
+
+def _go_on_after_stops(fit: Callable[[], None], ledger: Ledger, say: Callable[[str], None]) -> None:
+    """Let ``fit`` run until it ends by itself; one error too many without a task done is raised."""
     stopped, done = 0, ledger.take_back()
     while True:
         try:
-            _run_trials(ledger, folder, trainable, at_a_time, say, nodes, callbacks)
+            return fit()
         except Exception as error:
             known = ledger.take_back()
             stopped, done = (1 if known > done else stopped + 1), known
@@ -125,42 +156,6 @@ def run_trials(
             wait_s = 5 * 2**stopped
             say(f"Tune has stopped ({one_line(str(error), 300)}); its trials go on in {wait_s} seconds")
             time.sleep(wait_s)
-        else:
-            return
-
-
-def _run_trials(
-    ledger: Ledger,
-    folder: Path,
-    trainable: Any,
-    at_a_time: int,
-    say: Callable[[str], None],
-    nodes: NodeWatch,
-    callbacks: Sequence[tune.Callback],
-) -> None:
-    console = Console()
-    progress = progress_on(console, ledger, say)
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(ledger, nodes),
-            scheduler=StudyScheduler(ledger),
-            num_samples=-1,  # the searcher says when there is no more: trials that fail may come again
-            max_concurrent_trials=at_a_time,
-            # An actor that has imported torch is worth keeping; those that drive Ray Train import little.
-            reuse_actors=ledger.sweep.executor == "inline",
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(folder),
-            callbacks=[progress, nodes, Watchdog(ledger, say), *callbacks],
-            stop=StopWhenOver(ledger),
-            verbose=0,
-        ),
-    )
-    with warnings.catch_warnings(), forgiving(), progress.shown(console):
-        warnings.simplefilter("ignore")  # Tune's and Train's, about arguments that only they can change
-        tuner.fit()
 
 
 class StopWhenOver(tune.Stopper):

@@ -22,7 +22,22 @@ SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
 
-class NodeWatch(Callback):
+class Watch(Callback):
+    """Looks now and then, however often Tune steps."""
+
+    _next_look = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            self.look(trials)
+
+    def look(self, trials: Sequence[Any]) -> None:
+        """Look at Tune's ``trials``, or at what they run on; wait for nothing."""
+        raise NotImplementedError
+
+
+class NodeWatch(Watch):
     """Asks every machine, also one that comes later, whether it can run trials; knows which are left out."""
 
     def __init__(self, ledger: Ledger, place: SharedFolder, likeness: Likeness, say: Callable[[str], None]) -> None:
@@ -32,15 +47,8 @@ class NodeWatch(Callback):
         self._answers: dict[str, Answer] = {}
         self._mark = ""
         self._said: set[str] = set()
-        self._next_look = 0.0
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look now and then."""
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK_EVERY_S
-            self.look()
-
-    def look(self) -> None:
+    def look(self, trials: Sequence[Any]) -> None:
         """Ask the machines that are new, and hear those that have answered; none is waited for."""
         nodes = other_nodes()
         with contextlib.suppress(OSError):  # the shared place is away: another time
@@ -79,27 +87,21 @@ class NodeWatch(Callback):
         return set(avoided & alive) if alive - avoided or may_grow() else set()
 
 
-class Watchdog(Callback):
+class Watchdog(Watch):
     """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
         self.ledger, self.say = ledger, say
         self._heard: dict[str, float] = {}
-        self._next_look = 0.0
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
         self._heard[trial.trial_id] = time.monotonic()
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look now and then."""
-        if time.monotonic() < self._next_look:
-            return
-        self._next_look = time.monotonic() + _LOOK_EVERY_S
-        try:
+    def look(self, trials: Sequence[Any]) -> None:
+        """Remove what dead trials have asked for, and wake those that are silent."""
+        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
             remove_groups_of_dead_actors()
             self._wake([trial for trial in trials if trial.status == "RUNNING"])
-        except (grpc.RpcError, ray.exceptions.RayError):
-            return  # the cluster's head is busy: another time
 
     def _wake(self, running: Sequence[Any]) -> None:
         now = time.monotonic()

@@ -25,8 +25,7 @@ class Rungs:
             sampler=RandomSampler(0),
             pruner=_make_pruner(sweep),
         )
-        self._trials: dict[int, optuna.Trial] = {}
-        self._asked: list[optuna.Trial] = []
+        self._trials: list[optuna.Trial] = []
         for record in records:
             for report in record.reports:
                 self.falls_behind(record.number, report.tasks_done, report.metrics[self.metric])
@@ -34,29 +33,27 @@ class Rungs:
 
     def falls_behind(self, number: int, tasks_done: int, value: float) -> bool:
         """Take down what a trial has reported; whether it should be stopped."""
-        trial = self._trials[number] = self._numbered(number)
+        trial = self._numbered(number)
         trial.report(value, step=tasks_done)
         return trial.should_prune()
 
     def _numbered(self, number: int) -> optuna.Trial:
         """The trial of this number: the bracket that Hyperband puts it into hangs on it, and must be the same later."""
-        while len(self._asked) <= number:
-            self._asked.append(self._study.ask())
-        return self._asked[number]
+        while len(self._trials) <= number:
+            self._trials.append(self._study.ask())
+        return self._trials[number]
 
     def end(self, number: int, outcome: Outcome) -> None:
         """The trial reports no more: some rules only compare with finished ones."""
-        trial = self._trials.get(number)
-        if trial is None or outcome is Outcome.RUNNING:
+        if outcome is Outcome.RUNNING or number >= len(self._trials):
             return
         last = self._study.get_trials(deepcopy=False)[number]
-        finished = outcome is Outcome.FINISHED
-        self._study.tell(
-            trial,
-            last.intermediate_values[last.last_step] if finished and last.last_step is not None else None,
-            state=TrialState.COMPLETE if finished else TrialState.FAIL,
-        )
-        del self._trials[number]
+        if last.last_step is None:
+            return  # it has reported nothing
+        if outcome is Outcome.FINISHED:
+            self._study.tell(number, last.intermediate_values[last.last_step])
+        else:
+            self._study.tell(number, state=TrialState.FAIL)
 
 
 class BehindMedian(optuna.pruners.BasePruner):
