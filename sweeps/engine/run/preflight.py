@@ -112,10 +112,9 @@ def _check_copy(sweep: Sweep, place: SharedFolder) -> None:
         raise ConfigError(f"--shared {place.address} {error}") from None
     except OSError as error:
         raise ConfigError(f"--shared {place.address} does not answer: {one_line(str(error), 300)}") from None
-    if content and parse_sweep(content, f"{place.address}/{SPEC_FILE}").study_name != sweep.study_name:
-        raise ConfigError(
-            f"{place.address} holds a sweep with another base or space; choose another --shared, or remove it"
-        )
+    if content:
+        found = parse_sweep(content, f"{place.address}/{SPEC_FILE}")
+        _require_same(sweep, found, place.address, "choose another --shared, or remove it")
 
 
 def check_folder(sweep: Sweep, folder: Path) -> None:
@@ -143,7 +142,11 @@ def check_databases_work(folder: Path) -> None:
 
 def check_spec(sweep: Sweep, folder: Path) -> None:
     """Raise ConfigError if ``folder`` holds another sweep."""
-    if (folder / SPEC_FILE).exists() and read_sweep(folder).study_name != sweep.study_name:
-        raise ConfigError(
-            f"{folder} holds a sweep with another base or space; choose another --storage, or remove the folder"
-        )
+    if (folder / SPEC_FILE).exists():
+        _require_same(sweep, read_sweep(folder), str(folder), "choose another --storage, or remove the folder")
+
+
+def _require_same(sweep: Sweep, found: Sweep, where: str, advice: str) -> None:
+    """Raise ConfigError if another sweep was found in a place."""
+    if found.study_name != sweep.study_name:
+        raise ConfigError(f"{where} holds a sweep with another base or space; {advice}")
