@@ -32,7 +32,6 @@ def make_whole(uri: str) -> None:
     file = named.resolve()  # a link stays one
     try:
         if not (file.exists() and _is_known_whole(file)):
-            file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(file.parent), _draft_of(file) as draft:
                 if not file.exists() or _is_unfinished(file, draft):
                     _remove(file)  # also a journal alone: it would be played back into the new file
