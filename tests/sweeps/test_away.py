@@ -122,6 +122,6 @@ def test_a_place_that_is_away_while_trials_learn_costs_nothing_but_time(
     assert [record.outcome for record in records] == [Outcome.FINISHED] * 2
     for record in records:
         assert [report.accuracies for report in record.reports] == undisturbed(away_sweep, record.settings)
-        assert record.failures == ()
+        assert record.tries == ()
         learnt = recipe.learnt(record.number)
         assert len(learnt) == len(set(learnt)), "no task is learnt twice"

@@ -76,6 +76,7 @@ def test_a_second_driver_is_refused_at_once_where_the_firsts_process_is_seen(pla
 
 def test_a_killed_driver_is_replaced_at_once_on_its_own_machine(place, other):
     other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # dead, and left a zombie
     assert not seems_driven(place.read(LEASE_FILE)), "a zombie drives nothing"
     said: list[str] = []
     start = time.monotonic()
