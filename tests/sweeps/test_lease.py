@@ -116,18 +116,20 @@ def test_a_lease_that_nobody_renews_is_taken_over_whatever_its_clock_says(place,
     assert "is gone: its lease of" in said[-1]
 
 
+@pytest.mark.parametrize("started", ["exec", "trap '' INT; exec"], ids=["by hand", "in a script's background"])
 def test_a_driver_that_was_taken_for_dead_hears_that_it_was_replaced_and_does_not_write_over_the_others_study(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, started
 ):
     place, head = SharedFolder(str(tmp_path / "shared")), tmp_path / "head"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, place.address], stdout=subprocess.PIPE, text=True)
+    command = ["sh", "-c", f'{started} "$@"', "sh", sys.executable, "-c", HOLD, place.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until_held(process)
     process.send_signal(signal.SIGSTOP)  # a machine that sleeps
     from_elsewhere(place)
     with leased(place, print, stale_s=1, renew_s=0.2):
         process.send_signal(signal.SIGCONT)
         said = process.stdout.read()
-        assert process.wait(timeout=20) in (1, -signal.SIGINT), "as by Ctrl-C"
+        assert process.wait(timeout=20) in (1, -signal.SIGINT, -signal.SIGTERM), "as by Ctrl-C"
         assert f"process {os.getpid()} on " in said and "this driver ends" in said
         require_ours(place)  # it has not given back what is not its own
         monkeypatch.setattr("sweeps.engine.ledger.lease._OWNER", "the first driver's")

@@ -211,6 +211,11 @@ def _give_back(place: "SharedFolder") -> None:
         place.delete(LEASE_FILE)
 
 
+def _heard_signal() -> signal.Signals:
+    """The signal that ends this process in order: Ctrl-C, which one in a script's background was told to ignore."""
+    return signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+
+
 class _Renewal(threading.Thread):
     """Writes the lease anew until it is stopped; a place that is away keeps it waiting, and nobody else."""
 
@@ -228,7 +233,7 @@ class _Renewal(threading.Thread):
                 self._place.write(LEASE_FILE, this_process().model_dump_json().encode())
             except ReplacedError as error:
                 self._say(f"{error}: this driver ends")
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), _heard_signal())
                 return
             except OSError as error:
                 if not was_away:
