@@ -1,5 +1,7 @@
 """The study is the ledger: what is proposed, reported, stopped and finished, and what a second start finds."""
 
+import random
+
 import optuna
 import pytest
 from sqlalchemy import event
@@ -196,6 +198,31 @@ def test_a_small_space_is_tried_once_and_then_ends(tiny_sweep, tmp_path):
     settings = [tuple(p.settings.values()) for p in proposals]
     assert len(settings) == len(set(settings)) == 4
     assert len(ledger.records()) == 4, "proposals that repeat a trial are not trials"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_ledger_has_in_mind_is_what_its_study_holds(tiny_sweep, tmp_path, seed):
+    """Reports, ends of all kinds, failures and tries again in any order, and a second start amid them."""
+    sweep = tiny_sweep.model_copy(update={"trials": 10, "retries": 0, "give_up_after": 99})
+    chance, ledger, running = random.Random(seed), Ledger(sweep, tmp_path), {}
+    for step in range(60):
+        if len(running) < 3 and (proposal := ledger.propose()) is not None:
+            running[proposal.number] = proposal.tasks_done
+        if running:
+            number = chance.choice(sorted(running))
+            if chance.random() < 0.3:
+                ledger.fail(number, chance.choice(["the node died", "SIGKILL"]))
+                del running[number]
+            else:
+                running[number] += 1
+                stopped = ledger.report(number, report(running[number], chance.random()))
+                if stopped or running[number] == 5:
+                    ledger.close(number)
+                    del running[number]
+        if step == 30:
+            ledger, running = Ledger(sweep, tmp_path), {}
+        assert ledger.records() == read_records(load_study(sweep, tmp_path))
+    assert len({record.outcome for record in ledger.records()}) > 1
 
 
 def test_the_study_can_be_read_without_the_ledger(ledger, tmp_path):

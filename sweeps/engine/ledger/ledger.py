@@ -20,7 +20,16 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.engine.ledger.failures import Tried, change_for
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
 from sweeps.engine.ledger.study import check_study, open_storage
-from sweeps.engine.ledger.trials import STATES, Reader, hours_so_far, seal, unseal, validation_images
+from sweeps.engine.ledger.trials import (
+    STATES,
+    hours_so_far,
+    new_record,
+    read_records,
+    record_of,
+    seal,
+    unseal,
+    validation_images,
+)
 from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
 from sweeps.engine.space.objectives import Metric, direction, measure
@@ -69,7 +78,8 @@ class Ledger:
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        self._reader = Reader(self.study)
+        # What is written down is kept in mind as well: to read it again would cost more with every trial that runs.
+        self._records = {record.number: record for record in read_records(self.study)}
         self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
         self._running: dict[int, _RunningTrial] = {}
         # Early stopping compares with every trial there has been, also those of earlier starts.
@@ -160,6 +170,7 @@ class Ledger:
             if twin is None:
                 trial.set_user_attr("settings", seal(settings))
                 self._running[trial.number] = _RunningTrial(trial, set())
+                self._records[trial.number] = new_record(trial.number, settings, trial.datetime_start)
                 return Proposal(trial.number, settings, 0)
             trial.set_user_attr("same_as", twin)
             self.study.tell(trial, state=TrialState.FAIL)
@@ -190,12 +201,13 @@ class Ledger:
     def _propose_again(self, number: int) -> Proposal:
         record = self.record_of(number)
         if number not in self._running:
-            trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+            trial = optuna.Trial(self.study, self._trials()[number]._trial_id)
             self._running[number] = _RunningTrial(trial, {report.tasks_done for report in record.reports})
         trial = self._running[number].trial
         # The driver may have died between asking for the trial and writing its settings down.
         settings = record.settings or domains.suggest(self.sweep.space, trial)
         trial.set_user_attr("settings", seal(settings))
+        self._note(number, settings=settings)
         return Proposal(number, settings, len(record.reports), tuple(each.reason for each in record.tries))
 
     def report(self, number: int, report: TaskReport) -> bool:
@@ -211,6 +223,8 @@ class Ledger:
         if not self.sweep.tradeoffs:  # Optuna refuses reports of several objectives
             trial.report(value, step=report.tasks_done)
         trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
+        reports = sorted([*self._records[number].reports, report], key=lambda each: each.tasks_done)
+        self._note(number, reports=reports)
         stop = self._rungs.falls_behind(number, report.tasks_done, value)
         if report.tasks_done == report.tasks:
             return False  # it ends by itself, and what it has spent is judged with its result
@@ -250,11 +264,13 @@ class Ledger:
         trial, record = self._running[number].trial, self.record_of(number)
         tries = [*record.tries, Tried(reason, len(record.reports))]
         trial.set_user_attr("tries", seal(tries))
+        self._note(number, tries=tuple(tries))
         change = change_for(tries, self.sweep.retries, self.sweep.resources.gpus_per_worker)
         if change is None:
             self._end(number, Outcome.FAILED, reason=reason)
         else:
             trial.set_user_attr("again", seal(change))
+            self._note(number, again=change)
             self._again.append(number)
 
     def take_back(self) -> int:
@@ -268,7 +284,7 @@ class Ledger:
     def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
         if reason:
             self._running[number].trial.set_user_attr("reason", seal(reason))
-        self.study.tell(number, values, state=STATES[outcome])
+        self._records[number] = record_of(self.study.tell(number, values, state=STATES[outcome]))
         del self._running[number]
         self._rungs.end(number, outcome)
         self._write_hours()
@@ -280,7 +296,7 @@ class Ledger:
         self.study.set_user_attr("hours", seal(self._hours_written))
 
     def _check_budgets(self) -> None:
-        """Between ends of trials only a budget can end the sweep: without one the study need not be read."""
+        """Between ends of trials only a budget can end the sweep."""
         if not self._over and self.sweep.budget != Budget():
             self._check_if_over()
 
@@ -289,18 +305,21 @@ class Ledger:
         self._last_check = time.monotonic()
         if self.hours() - self._hours_written >= _WRITE_HOURS_EVERY:
             self._write_hours()
-        records = self.records()  # once: the study is asked on disk, and this comes with every report
+        records = self.records()
         spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
         exhausted = "every setting of the space has been tried" if self._exhausted else ""
         self._over = self._over or self._why_hopeless(records) or spent or exhausted
 
     def records(self) -> list[TrialRecord]:
         """All trials, oldest first; proposals dropped for repeating another trial are not among them."""
-        return self._reader.records()
+        return list(self._records.values())
 
     def record_of(self, number: int) -> TrialRecord:
         """One trial."""
-        return self._reader.record_of(self.study.get_trials(deepcopy=False)[number])
+        return self._records[number]
+
+    def _note(self, number: int, **news: Any) -> None:
+        self._records[number] = self._records[number]._replace(**news)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)

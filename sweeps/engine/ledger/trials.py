@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -71,7 +72,7 @@ class Reader:
 
     def record_of(self, trial: FrozenTrial) -> TrialRecord:
         """One trial's record."""
-        record = self._ended.get(trial.number) or _record(trial)
+        record = self._ended.get(trial.number) or record_of(trial)
         if record.outcome is not Outcome.RUNNING:
             self._ended[trial.number] = record
         return record
@@ -104,7 +105,12 @@ def hours_so_far(study: optuna.Study) -> float:
     return float(unseal(study.user_attrs.get("hours", 0.0)))
 
 
-def _record(trial: FrozenTrial) -> TrialRecord:
+def new_record(number: int, settings: dict[str, Any], start: datetime | None) -> TrialRecord:
+    """The record of a trial that has just begun."""
+    return TrialRecord(number, settings, Outcome.RUNNING, [], None, "", _milliseconds(start) or 0, None)
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord:
     """The record that a trial's attributes make.
 
     Raises:
@@ -133,5 +139,5 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     )
 
 
-def _milliseconds(moment: Any) -> int | None:
+def _milliseconds(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp() * 1000)
