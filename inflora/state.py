@@ -18,7 +18,8 @@ from inflora.errors import UserError
 from inflora.files import read_regular, write_atomically
 from inflora.metrics import Evaluation, metrics_after
 
-_MANIFEST = "state.json"
+MANIFEST = "state.json"
+"""The file that says which of those beside it make a state, written last."""
 
 
 class StateError(UserError):
@@ -153,7 +154,7 @@ def save_state(state: RunState, folder: Path) -> None:
         if tensors[-1] not in there:
             write_atomically(_tensors_file(folder, tensors[-1]), content)
     manifest = _Manifest(facts=facts, tensors=tuple(tensors), sha256=_sealed(facts, tensors))
-    write_atomically(folder / _MANIFEST, manifest.model_dump_json(indent=2, exclude_unset=True).encode())
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2, exclude_unset=True).encode())
     for old in set(folder.glob("tensors-*.safetensors")) - {_tensors_file(folder, sha256) for sha256 in tensors}:
         old.unlink(missing_ok=True)
 
@@ -219,7 +220,7 @@ def _parts(state: RunState) -> Iterator[dict[str, Tensor]]:
 
 def _read_manifest(folder: Path) -> _Manifest:
     """Raises StateError where there is none, or none that is whole."""
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     if not has_state(folder):
         raise StateError(f"no saved state in {folder}")
     try:
@@ -267,7 +268,7 @@ def of_folder(folder: Path) -> Iterator[None]:
 
 def has_state(folder: Path) -> bool:
     """True when a state has been saved in ``folder``."""
-    return os.path.lexists(folder / _MANIFEST)
+    return os.path.lexists(folder / MANIFEST)
 
 
 def _read_regular(path: Path) -> bytes:

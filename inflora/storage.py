@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,6 +96,22 @@ class SharedFolder:
     def folders(self, name: str) -> set[str]:
         """The names of the folders in a folder."""
         return {found.base_name for found in self._below(name) if found.type is FileType.Directory}
+
+    def files(self, name: str) -> set[str]:
+        """The names of the files in a folder."""
+        return {found.base_name for found in self._below(name) if found.type is FileType.File}
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """A folder of it as one of this machine, to be read; empty, or not there, where there is none."""
+        if self.is_local:
+            yield Path(self._path) / name
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            for file in self.files(name):
+                if (content := self.read(f"{name}/{file}")) is not None:
+                    (Path(temporary) / file).write_bytes(content)
+            yield Path(temporary)
 
     def bytes_in(self, name: str) -> int:
         """The bytes of all files below a folder."""

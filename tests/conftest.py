@@ -1,6 +1,7 @@
 """What the core's tests share: a tiny run, tasks of noise, and a folder for data that is not the home folder."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from inflora.model import ContinualModel
 from inflora.state import RunState
 from inflora.task_data import TaskData
 from inflora.training import train_task
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a script's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the commands under test are begun by hand
 
 # No deadline, and none of hypothesis's own: a loaded machine is no failure.
 hypothesis.settings.register_profile(

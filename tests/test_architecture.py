@@ -202,7 +202,7 @@ import sys
 from sweeps.engine.run import driver
 from sweeps.engine.show import mirror
 from sweeps.engine.space.spec import Resources
-driver.train_driver(Resources(), "cpu", "somewhere")
+driver.train_driver(Resources(), "cpu", "somewhere", beside=True)
 driver.worker_backend(Resources(), "gloo")
 print("torch" in sys.modules)
 """

@@ -180,18 +180,20 @@ def sqlite(folder: Path) -> str:
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A head that drives so many trials (None: as many as fit) and trains none, and workers, as ``ray start`` is told.
+    """A head that trains nothing, and workers, as ``ray start`` is told.
 
-    ``nodes.cluster`` is there to add others.
+    The head says how many trials the cluster has room for when it has grown (None: it does not grow), and may drive
+    some itself. ``nodes.cluster`` is there to add others.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cluster = Nodes()
 
-    def start(drivers, *workers):
+    def start(at_a_time, *workers, head_drives=0):
+        declared = {"trials_at_a_time": at_a_time, "trial_driver": head_drives}
         cluster.add_node(
             num_cpus=0,
             num_gpus=0,
-            resources={} if drivers is None else {"trial_driver": drivers},
+            resources={name: count for name, count in declared.items() if count},
             include_dashboard=True,
             dashboard_port=None,
         )

@@ -105,7 +105,12 @@ def away_sweep(tiny_sweep) -> Sweep:
 
 @pytest.mark.parametrize(
     ("kind", "executor"),
-    [("folder", "inline"), *(pytest.param(kind, "train", marks=pytest.mark.slow) for kind in ("folder", "bucket"))],
+    [
+        ("folder", "inline"),
+        pytest.param("bucket", "inline", marks=pytest.mark.slow),
+        pytest.param("folder", "train", marks=pytest.mark.slow),
+        pytest.param("bucket", "train", marks=pytest.mark.slow),
+    ],
 )
 def test_a_place_that_is_away_while_trials_learn_costs_nothing_but_time(
     kind, executor, away_sweep, tmp_path, data_root, request

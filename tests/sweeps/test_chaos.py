@@ -1,16 +1,19 @@
 """Whatever a sweep lives on is killed while it runs, and what it leaves is what an undisturbed sweep leaves.
 
-A head and a node that both train, a real MLflow server, and the driver as a user starts it. Each seed draws at which
-moments a worker, the driver, the node's raylet and the server are killed; the driver and the server are started again,
-the node is replaced or not. Ray Train runs the trials where the seed is even, Tune alone where it is odd.
+A head and a node that both train, a shared place, a real MLflow server, and the driver as a user starts it. Each seed
+draws at which moments a worker, the driver, the node's raylet and the server are killed, the machine's memory fills up
+so that Ray kills what learns, the place is away, and a node comes that has no data. The driver, the server and the
+place come back, the node is replaced or not. Ray Train runs the trials where the seed is even, Tune alone where odd.
 """
 
 import contextlib
 import heapq
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
@@ -27,6 +30,7 @@ from sweeps.engine.space.spec import Sweep
 
 from .conftest import Recipe
 from .server import Server, free_port
+from .test_away import folder_place
 
 pytestmark = pytest.mark.cluster
 
@@ -35,10 +39,18 @@ QUICK = 19
 """The one that is not slow."""
 
 KILLED_WITHIN_S = {"train": 40.0, "inline": 20.0}
-"""The first moments of a sweep, in which all four kills fall; it lasts longer."""
+"""The first moments of a sweep, in which all of it falls; it lasts longer."""
 
 AWAY_S = 10.0
-"""How long a server, or a node that is replaced, is away at most."""
+"""How long a server, the place, or a node that is replaced is away at most."""
+
+DRIVES = {"trial_driver": 1}
+"""What a node offers that drives the trial that it trains."""
+
+SPARE_GB, HOG_GB = 4, 5.5
+"""The memory that may still be filled before Ray kills what learns, and what is filled to have it do so."""
+
+HOG = "import sys, time; hog = b'x' * int(float(sys.argv[1]) * 2**30); time.sleep(60)"
 
 LEARNING = ("RayTrainWorker", "TrainController", "ImplicitFunc")
 """The processes that a trial consists of, by what Ray calls them."""
@@ -65,7 +77,7 @@ class Left(NamedTuple):
     states: list[str]
 
 
-def what_is_left(recipe: Recipe, uri: str) -> Left:
+def what_is_left(recipe: Recipe, uri: str, place: Path) -> Left:
     study = optuna.load_study(study_name=recipe.sweep.study_name, storage=study_url(recipe.results))
     states = [trial.state.name for trial in study.get_trials()]
     client = MlflowClient(uri)
@@ -73,7 +85,7 @@ def what_is_left(recipe: Recipe, uri: str) -> Left:
     return Left(
         [without_times(record) | {"state": state} for record, state in zip(recipe.records(), states, strict=True)],
         sorted((shown(client, run) for run in runs), key=lambda run: run["trial"]),
-        sorted(folder.name for folder in (recipe.results / TRIALS).iterdir()),
+        sorted(folder.name for folder in (place / TRIALS).iterdir()),
     )
 
 
@@ -104,7 +116,7 @@ def undisturbed(sweep, data_root, tmp_path_factory) -> Left:
     """The same sweep on its own Ray, with nothing in its way."""
     recipe = Recipe(tmp_path_factory.mktemp("undisturbed"), sweep, data_root)
     recipe.run("--executor", "inline")
-    left = what_is_left(recipe, f"sqlite:///{recipe.results / 'mlflow.db'}")
+    left = what_is_left(recipe, f"sqlite:///{recipe.results / 'mlflow.db'}", recipe.results)
     assert [run["status"] for run in left.runs] == ["FINISHED"] * (1 + sweep.trials)
     assert [trial["outcome"] for trial in left.trials] == [Outcome.FINISHED] * sweep.trials
     return left
@@ -115,14 +127,25 @@ class World:
 
     def __init__(self, recipe: Recipe, executor: str) -> None:
         self.recipe, self.folder, self.port = recipe, recipe.folder, free_port()
+        self.place = folder_place(self.folder)
         self.server = Server(self.folder, self.port)
         self.nodes = Nodes()
-        self.nodes.add_node(num_cpus=1, resources={"trial_driver": 2}, include_dashboard=True, dashboard_port=None)
-        self.node = self.nodes.add_node(num_cpus=1)
+        memory = psutil.virtual_memory()
+        self.full = {"RAY_memory_usage_threshold": f"{memory.percent / 100 + SPARE_GB * 2**30 / memory.total:.3f}"}
+        self.nodes.add_node(
+            num_cpus=1, resources=DRIVES, env_vars=self.full, include_dashboard=True, dashboard_port=None
+        )
+        self.node = self.add_node()
         self.server.ready()
-        self.arguments = ("--executor", executor, "--address", self.nodes.address, "--tracking-uri", self.server.uri)
+        self.arguments = (
+            *("--executor", executor, "--address", self.nodes.address),
+            *("--tracking-uri", self.server.uri, "--shared", self.place.address),
+        )
         self.orphans: list[psutil.Process] = []
         self.driver = self.start_driver()
+
+    def add_node(self, **env_vars: str) -> Any:
+        return self.nodes.add_node(num_cpus=1, resources=DRIVES, env_vars=self.full | env_vars)
 
     def start_driver(self) -> subprocess.Popen:
         return self.recipe.start(*self.arguments)
@@ -144,7 +167,23 @@ class World:
         raylet.wait()
 
     def replace_node(self) -> None:
-        self.node = self.nodes.add_node(num_cpus=1)
+        self.node = self.add_node()
+
+    def add_node_without_data(self) -> None:
+        (self.folder / "no-data").mkdir()
+        self.add_node(INFLORA_DATA=str(self.folder / "no-data"))
+
+    def fill_memory(self) -> None:
+        """Until Ray has killed something, or for so long that it would have."""
+        before = self.learning()
+        hog = subprocess.Popen([sys.executable, "-c", HOG, str(HOG_GB)])
+        try:
+            deadline = time.monotonic() + 10
+            while all(process.is_running() for process in before) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:
+            hog.kill()
+            hog.wait()
 
     def restart_server(self) -> None:
         self.server = Server(self.folder, self.port)
@@ -176,10 +215,14 @@ def plan(world: World, within_s: float, rng: random.Random) -> list[tuple[float,
         "kill driver": world.kill_driver,
         "kill node": world.kill_node,
         "kill server": lambda: world.server.kill(),
+        "fill memory": world.fill_memory,
+        "take place away": world.place.take_away,
+        "add a node without data": world.add_node_without_data,
     }
     events = [(rng.uniform(0, within_s), name, act) for name, act in kills.items()]
     moments = {name: moment for moment, name, _ in events}
     events.append((moments["kill server"] + rng.uniform(0, AWAY_S), "start server", world.restart_server))
+    events.append((moments["take place away"] + rng.uniform(0, AWAY_S), "bring place back", world.place.bring_back))
     if rng.random() < 0.5:
         events.append((moments["kill node"] + rng.uniform(0, AWAY_S), "add a node", world.replace_node))
     return sorted(events, key=lambda event: event[0])
@@ -200,7 +243,7 @@ def world(sweep, data_root, tmp_path, monkeypatch) -> Iterator[Callable[[str], W
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [s if s == QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SEEDS])
-def test_worker_driver_node_and_server_are_killed_and_the_sweep_ends_as_if_undisturbed(world, undisturbed, seed):
+def test_whatever_a_sweep_lives_on_fails_and_it_ends_as_if_undisturbed(world, undisturbed, seed):
     executor = ("train", "inline")[seed % 2]
     here, rng = world(executor), random.Random(seed)
     recipe, start = here.recipe, time.monotonic()
@@ -209,7 +252,7 @@ def test_worker_driver_node_and_server_are_killed_and_the_sweep_ends_as_if_undis
         moment, name, act = heapq.heappop(events)
         time.sleep(max(0.0, start + moment - time.monotonic()))
         assert here.driver.poll() is None, f"ended before all was killed: {recipe.log.read_text()}"
-        if name == "kill worker" and not here.learning():
+        if name in ("kill worker", "fill memory") and not here.learning():
             heapq.heappush(events, (moment + 0.5, name, act))  # there is none yet
             continue
         act()
@@ -218,13 +261,14 @@ def test_worker_driver_node_and_server_are_killed_and_the_sweep_ends_as_if_undis
     here.server.ready()
     print(f"seed {seed} {executor}: {', '.join(happened)}, over {time.monotonic() - start:.1f} s")
 
-    assert what_is_left(recipe, here.server.uri) == undisturbed
+    place = Path(here.place.address) / recipe.sweep.name
+    assert what_is_left(recipe, here.server.uri, place) == undisturbed
     for number in range(recipe.sweep.trials):
         tasks = recipe.learnt(number)
         assert len(tasks) == len(set(tasks)), "no task is learnt twice"
 
     recipe.run(*here.arguments)
     assert "0 trials to run" in recipe.log.read_text()
-    assert what_is_left(recipe, here.server.uri) == undisturbed, "another start finds nothing to do"
+    assert what_is_left(recipe, here.server.uri, place) == undisturbed, "another start finds nothing to do"
     psutil.wait_procs(here.learning(), timeout=30)
     assert not here.learning(), "nothing learns on"

@@ -66,13 +66,13 @@ def test_a_machine_with_bad_data_is_left_out_and_its_trials_run_elsewhere(
         next((theirs / "digits").glob("train-*.arrow")).unlink()
     else:
         prepare_store("digits", Dataset(without_the_last_image, needs=None), Path(), Options(), str(theirs))
-    nodes(2, {"num_cpus": 1, "env_vars": {"INFLORA_DATA": str(theirs)}})
+    nodes(2, {"num_cpus": 1, "resources": {"trial_driver": 1}, "env_vars": {"INFLORA_DATA": str(theirs)}})
     said = []
 
     def bring_another(line):
         said.append(line)
         if "is left out: " in line:
-            nodes.cluster.add_node(num_cpus=1)
+            nodes.cluster.add_node(num_cpus=1, resources={"trial_driver": 1})
 
     sweep = tiny_sweep.model_copy(update={"trials": 3, "executor": executor, "early_stopping": "none"})
     records = run_sweep(sweep, tmp_path / "sweep", sqlite(tmp_path), say=bring_another).records
@@ -104,7 +104,7 @@ def test_no_cuda_where_gpus_are_asked_for_is_the_machines_fault_and_says_which_v
 
 @pytest.mark.slow
 def test_what_a_dead_trial_has_asked_for_does_not_take_the_room_of_the_next(nodes, tiny_sweep, tmp_path):
-    address = nodes(1)
+    address = nodes(1, head_drives=1)
     sweep = tiny_sweep.model_copy(update={"trials": 1})
     result = []
     sweeping = threading.Thread(

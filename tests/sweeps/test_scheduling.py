@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util.state import list_actors
 
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
@@ -35,7 +36,7 @@ def training(record):
 
 
 def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gpu_on(nodes, tiny_sweep, tmp_path):
-    nodes(3, {"num_cpus": 1, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1})
+    nodes(3, {"num_cpus": 1, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1}, head_drives=3)
     learns, cannot_learn = PAPER | {"optim.lr": 5e-3}, PAPER | {"optim.lr": 1e-12}
     sweep = tiny_sweep.model_copy(
         update={
@@ -56,7 +57,7 @@ def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gp
 
 
 def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp_path):
-    nodes(8, {"num_cpus": 4, "num_gpus": 1}, {"num_cpus": 4, "num_gpus": 1})
+    nodes(4, {"num_cpus": 4, "num_gpus": 1}, {"num_cpus": 4, "num_gpus": 1})
     sweep = tiny_sweep.model_copy(
         update={
             "base": tiny_sweep.config({"optim.epochs": 3}),
@@ -76,7 +77,8 @@ def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp
 @pytest.mark.slow
 def test_a_sweep_waits_for_a_node_that_is_still_to_come(nodes, tiny_sweep, tmp_path, capsys):
     address = nodes(1)
-    start = f"sleep 15; exec {Path(sys.executable).with_name('ray')} start --address={address} --num-cpus=1 --block"
+    ray_start = f"{Path(sys.executable).with_name('ray')} start --address={address} --num-cpus=1 --block"
+    start = f"sleep 15; exec {ray_start} --resources='{{\"trial_driver\": 1}}'"
     late = subprocess.Popen(["bash", "-c", start], stdout=subprocess.DEVNULL)
     try:
         (record,) = run_sweep(
@@ -87,6 +89,34 @@ def test_a_sweep_waits_for_a_node_that_is_still_to_come(nodes, tiny_sweep, tmp_p
         late.wait()
     assert record.outcome is Outcome.FINISHED
     assert "waiting for nodes: a trial needs 1 workers of 1 CPUs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_machine_that_trains_also_drives_so_that_the_head_holds_nothing_of_a_trial(nodes, tiny_sweep, tmp_path):
+    """Two machines for two trials: each has one trial's driver, controller and worker; the head has none of them."""
+    nodes(2, *[{"num_cpus": 1, "resources": {"trial_driver": 1}}] * 2)
+    head = ray.get_runtime_context().get_node_id()
+    sweep = tiny_sweep.model_copy(update={"trials": 4, "early_stopping": "none"})
+    seen: list[dict[str, str]] = []
+
+    def look(ended: threading.Event) -> None:
+        while not ended.wait(1.0):
+            actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+            seen.append({actor.actor_id: f"{actor.class_name} {actor.node_id}" for actor in actors})
+
+    ended = threading.Event()
+    looking = threading.Thread(target=look, args=(ended,))
+    looking.start()
+    records = run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records
+    ended.set()
+    looking.join()
+    assert [record.outcome for record in records] == [Outcome.FINISHED] * 4
+    where = {line for actors in seen for line in actors.values()}
+    kinds = {line.partition(" ")[0] for line in where}
+    assert {"ImplicitFunc", "TrainController"} <= kinds and len(kinds) > 2, kinds
+    assert not [line for line in where if line.endswith(head)]
+    machines = [sorted(line.rpartition(" ")[2] for line in actors.values()) for actors in seen]
+    assert any(len(set(each)) == 2 for each in machines), "both at a time"
 
 
 @pytest.mark.slow
@@ -101,16 +131,17 @@ def test_a_node_that_has_just_died_does_not_keep_a_sweep_from_starting(nodes, tm
     assert not all(node["Alive"] for node in ray.nodes())
 
 
-@pytest.mark.slow
-def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path):
-    nodes(1, {"num_cpus": 1})
-    sweep, cluster = tiny_sweep.model_copy(update={"trials": 2, "grace_tasks": 5}), Cluster(shared=f"{bucket}/sweeps")
+@pytest.mark.parametrize("executor", ["inline", pytest.param("train", marks=pytest.mark.slow)])
+def test_a_sweep_whose_shared_place_is_a_bucket_goes_on_from_it(nodes, bucket, tiny_sweep, tmp_path, executor):
+    nodes(1, {"num_cpus": 1, "resources": {"trial_driver": 1}})
+    sweep = tiny_sweep.model_copy(update={"trials": 2, "grace_tasks": 5, "executor": executor})
+    cluster = Cluster(shared=f"{bucket}/sweeps-{executor}")
     before = run_sweep(sweep, tmp_path / "head", sqlite(tmp_path), cluster=cluster, say=print).records
     assert [record.outcome for record in before] == [Outcome.FINISHED] * 2
     assert not (tmp_path / "head" / "trials").exists(), "checkpoints are in the bucket"
     best = best_record(before)
     name = trial_name(sweep.study_name, best.number, sweep.config(best.settings))
-    assert SharedFolder(f"{bucket}/sweeps/tiny").folders("trials") == {name}, "the other's are deleted"
+    assert SharedFolder(f"{bucket}/sweeps-{executor}/tiny").folders("trials") == {name}, "the other's are deleted"
 
     after = run_sweep(sweep, tmp_path / "new-head", sqlite(tmp_path), cluster=cluster, say=print)
     assert (after.records, after.complete) == (before, True)

@@ -1,6 +1,9 @@
 """The place that all nodes see, a folder or a bucket: the study's copy, and what of the trials stays in it."""
 
+import contextlib
+import pkgutil
 import threading
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -281,3 +284,38 @@ def test_a_place_that_stays_away_ends_what_waits_for_it(folder):
     take_away(folder)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         folder.when_there(lambda: None, patience_s=0.5)
+
+
+class StoppedError(Exception):
+    """What ends a machine, here only a call."""
+
+
+@pytest.mark.parametrize("written", range(2))
+def test_a_trial_whose_machine_goes_while_a_state_is_kept_goes_on_from_the_state_before(
+    shared, tiny_sweep, monkeypatch, written
+):
+    shared.make("trial")
+    before, after = (result.state for result in islice(run(tiny_sweep.base), 2))
+    monkeypatch.setattr("ray.tune.report", lambda metrics: None)
+    session = InlineSession(shared, "trial")
+    assert session.restore() is None
+    session.report({"acc/seen": 1.0}, before)
+    left = iter(range(written))
+
+    def stop(*_):
+        if next(left, None) is None:
+            raise StoppedError
+
+    for place in ("inflora.state.write_atomically", "inflora.storage.SharedFolder.write"):
+        original = pkgutil.resolve_name(place)
+        monkeypatch.setattr(place, lambda *given, do=original: (stop(), do(*given)))
+    with contextlib.suppress(StoppedError):
+        session.report({"acc/seen": 1.0}, after)
+    monkeypatch.undo()
+    monkeypatch.setattr("ray.tune.report", lambda metrics: None)
+    kept = InlineSession(shared, "trial").restore()
+    assert same_state(kept, before)
+    InlineSession(shared, "trial").report({"acc/seen": 1.0}, after)
+    assert same_state(InlineSession(shared, "trial").restore(), after)
+    session.forget()
+    assert InlineSession(shared, "trial").restore() is None

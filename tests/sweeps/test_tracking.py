@@ -280,6 +280,7 @@ def test_a_password_is_in_nothing_that_is_said_of_a_server_that_does_not_answer(
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_finished_sweep_with_a_store_that_cannot_be_says_so_and_does_not_end_well(recipe):
     recipe.run("--executor", "inline", "--num-trials", "1")
     elsewhere = ("--executor", "inline", "--num-trials", "1", "--tracking-uri", "sqlite:////nonexistent/mlflow.db")

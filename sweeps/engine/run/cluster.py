@@ -1,6 +1,7 @@
 """Where a sweep runs: the Ray cluster it connects to, and how many trials find room there."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,14 @@ STATE_API_PATIENCE_S = 30
 """The time within which the state API must answer at all."""
 
 DRIVER = "trial_driver"
-"""The custom resource by which a cluster's head says how many trials it drives at a time."""
+"""The custom resource by which a machine says how many trials' drivers it takes: as many as it trains at a time.
+
+A trial through Ray Train costs its driver's machine six processes. Where a machine trains what it drives, those of a
+hundred trials are on a hundred machines, and a machine that is lost takes one trial's with it.
+"""
+AT_A_TIME = "trials_at_a_time"
+"""The custom resource, asked for by nobody, with which the head of a cluster that grows says how far it does."""
+_HEAD, _DRIVER_GB = "node:__internal_head__", 0.65
 
 
 class Cluster(NamedTuple):
@@ -140,9 +148,9 @@ def _in_environment(name: str, value: str) -> Iterator[None]:
 
 
 def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
-    """As many as the cluster declares drivers for, else as many as its nodes have room for.
+    """As many as the cluster declares, else as many as its nodes have room for.
 
-    A cluster that declares them may grow: a trial then waits for its nodes, however long they take.
+    A cluster that declares a number may grow: a trial then waits for its nodes, however long they take.
 
     Raises:
         ConfigError: Nothing is declared and there is no room for a single trial.
@@ -153,12 +161,29 @@ def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
         slots(resources)
     except ConfigError as error:
         say(f"waiting for nodes: {error}")
-    return int(ray.cluster_resources()[DRIVER])
+    return int(ray.cluster_resources()[AT_A_TIME])
 
 
 def may_grow() -> bool:
-    """True of a cluster that declares how many trials it drives: machines come as they are wanted."""
-    return bool(ray.cluster_resources().get(DRIVER, 0))
+    """True of a cluster that declares how many trials it trains at a time: machines come as they are wanted."""
+    return bool(ray.cluster_resources().get(AT_A_TIME, 0))
+
+
+def has_drivers() -> bool:
+    """True where machines that train also drive, and a trial's driver need not be on the head."""
+    return may_grow() or bool(ray.cluster_resources().get(DRIVER, 0))
+
+
+def why_too_many_to_drive(at_a_time: int) -> str:
+    """Why the head cannot drive so many trials of Ray Train; empty if it can, or need not."""
+    head: dict[str, float] = next((n["Resources"] for n in ray.nodes() if _HEAD in n["Resources"]), {})
+    needs_gb, has_gb = at_a_time * _DRIVER_GB, head.get("memory", math.inf) / 2**30
+    if has_drivers() or needs_gb <= has_gb:
+        return ""
+    return (
+        f"{at_a_time} trials at a time need {needs_gb:.0f} GB of the head, which has {has_gb:.0f}: machines that train "
+        f"can drive (ray start --resources='{{\"{DRIVER}\": 1}}', as many as they train at a time)"
+    )
 
 
 def slots(resources: Resources) -> int:

@@ -20,15 +20,20 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from inflora.storage import SharedFolder
-from sweeps.engine.run.nodes import elsewhere
+from sweeps.engine.run.nodes import elsewhere, here
 from sweeps.engine.space.spec import Resources
 
 
-def train_driver(resources: Resources, device: str, storage: str) -> Callable[[dict[str, Any]], None]:
-    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself."""
+def train_driver(resources: Resources, device: str, storage: str, *, beside: bool) -> Callable[[dict[str, Any]], None]:
+    """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself.
+
+    ``beside``: a single worker is placed on its driver's own machine, if that is large enough.
+    """
 
     def train(settings: dict[str, Any], trials: SharedFolder) -> None:
         notice = forget_if_torn(trials, settings["name"])
+        needs = {"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}
+        beside_it = here(needs) if beside and resources.workers == 1 else {}
         own = {"threads": resources.cpus_per_worker, "notice": notice, "trials": storage}
         trainer = DataParallelTrainer(
             _train_worker,
@@ -38,8 +43,8 @@ def train_driver(resources: Resources, device: str, storage: str) -> Callable[[d
             scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]},
-                label_selector=elsewhere(settings["avoid"]) or None,
+                resources_per_worker=needs,
+                label_selector=beside_it or elsewhere(settings["avoid"]) or None,
             ),
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
                 name=settings["name"],

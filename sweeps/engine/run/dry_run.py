@@ -16,7 +16,7 @@ from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
 from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes
-from sweeps.engine.run.preflight import check_folder, trials_place
+from sweeps.engine.run.preflight import check_folder, doubts, trials_place
 from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
 from sweeps.engine.space.spec import Sweep
 
@@ -65,6 +65,8 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         if sweep.executor == "train":
             check_state_api()
         say(f"cluster: room for {at_a_time} trials at a time")
+        for doubt in doubts(sweep, min(at_a_time, sweep.trials)):
+            say(f"cluster: {doubt}")
         options = {"num_cpus": sweep.resources.cpus_per_worker, "num_gpus": sweep.resources.gpus_per_worker}
         if sweep.resources.gpus and sweep.base.device != "cpu":
             check_gpu_node(options, "cuda", say)

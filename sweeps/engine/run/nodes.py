@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -84,6 +84,13 @@ def elsewhere(left_out: Iterable[str]) -> dict[str, str]:
     """The label selector by which Ray places nothing on these nodes."""
     nodes = sorted(left_out)
     return {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
+
+
+def here(needs: Mapping[str, float]) -> dict[str, str]:
+    """The label selector by which Ray places something on this very node; none where the node is too small for it."""
+    here = ray.get_runtime_context().get_node_id()
+    has = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return {"ray.io/node-id": here} if all(has.get(name, 0) >= need for name, need in needs.items()) else {}
 
 
 def check_nodes(shared: SharedFolder) -> None:

@@ -17,11 +17,19 @@ from inflora.storage import SharedFolder
 from sweeps.engine.ledger.lease import refuse_if_driven
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
-from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
+from sweeps.engine.run.cluster import (
+    Cluster,
+    check_state_api,
+    connect,
+    require_gpus,
+    trials_at_a_time,
+    why_too_many_to_drive,
+)
 from sweeps.engine.run.reach import PATIENCE_S, reachable_ray, reachable_store
 from sweeps.engine.show.inputs import DataInput, data_inputs
 from sweeps.engine.show.mlflow_store import source_tags
 from sweeps.engine.show.output import check_can_write
+from sweeps.engine.space.samplers import why_blind
 from sweeps.engine.space.spec import SPEC_FILE, Sweep, parse_sweep, read_sweep
 
 TRIALS = "trials"
@@ -89,6 +97,12 @@ def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int
     return cluster.at_a_time or at_a_time
 
 
+def doubts(sweep: Sweep, at_a_time: int) -> list[str]:
+    """What speaks against running so many trials at a time, if anything."""
+    found = [why_blind(sweep, at_a_time), why_too_many_to_drive(at_a_time) if sweep.executor == "train" else ""]
+    return [doubt for doubt in found if doubt]
+
+
 def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
     """Where the trials of a sweep in ``folder`` are kept.
 
@@ -96,8 +110,6 @@ def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
         ConfigError: Not a place that the sweep's executor can keep them in, or one that does not answer.
     """
     place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
-    if sweep.executor == "inline" and not place.is_local:
-        raise ConfigError(f"executor inline keeps its trials in a folder, --shared must be one, got {place.address}")
     if cluster.shared:
         _check_copy(sweep, place)
     return place

@@ -18,10 +18,10 @@ from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database
 from sweeps.engine.ledger.study import STUDY_FILE
-from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster
+from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster, has_drivers
 from sweeps.engine.run.driver import train_driver
 from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
-from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, preflight
+from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, doubts, preflight
 from sweeps.engine.run.storage import (
     Housekeeping,
     begun_anew,
@@ -109,6 +109,8 @@ def _run_what_is_left(
     if remaining and ledger.sweep.sampler == "gp" and ledger.sweep.gp_falls_back:
         say("sampler gp proposes as tpe does: some settings hang on others, or there are constraints or tradeoffs")
     if remaining:
+        for doubt in doubts(ledger.sweep, min(ready.at_a_time, remaining)):
+            say(doubt)
         check_nodes(ready.place)
     tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags, ready.inputs)
     tracker.start()
@@ -143,9 +145,12 @@ def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, sa
             bundle_label_selector=[elsewhere(settings["avoid"])],
         )
     else:
-        trainable = train_driver(resources, base.device, trials)
-        # Drivers that ask for CPUs would starve their own workers: they only take a place on the head.
-        needs = {DRIVER: 1} if DRIVER in ray.cluster_resources() else {"node:__internal_head__": 0.001}
+        trainable = train_driver(resources, base.device, trials, beside=has_drivers())
+        # Drivers that ask for CPUs would starve their own workers.
+        place_of_one: dict[str, float] = {DRIVER: 1} if has_drivers() else {"node:__internal_head__": 0.001}
+        needs = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
+            [place_of_one], bundle_label_selector=[elsewhere(settings["avoid"]) if has_drivers() else {}]
+        )
     run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, nodes, [housekeeping])
     housekeeping.tidy()  # a worker that was being stopped may have written once more
 

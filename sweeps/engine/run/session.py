@@ -1,6 +1,5 @@
 """Where a trial's state is kept and who hears of its results: Ray Train, or Tune itself."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import ray.tune
 from ray.train import Checkpoint
 
 from inflora import distributed
-from inflora.state import RunState, has_state, load_state, save_state
+from inflora.state import MANIFEST, RunState, has_state, load_state, save_state
 from inflora.storage import SharedFolder
 
 
@@ -75,15 +74,36 @@ class InlineSession:
     """Inside a Tune trial, with one worker: the state is kept in a folder of the trial's own among all trials'."""
 
     def __init__(self, trials: SharedFolder, name: str) -> None:
-        self.trials, self.folder = trials, Path(trials.address) / name
+        self.trials, self.name = trials, name
 
     def restore(self) -> RunState | None:
-        return self.trials.when_there(lambda: load_state(self.folder) if has_state(self.folder) else None)
+        return self.trials.when_there(lambda: _restore(self.trials, self.name))
 
     def forget(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.trials.discard(self.name)
 
     def report(self, metrics: dict[str, Any], state: RunState | None) -> None:
         if state is not None:
-            self.trials.when_there(lambda: save_state(state, self.folder))
-        ray.tune.report({**metrics, "checkpoint_path": str(self.folder)})
+            self.trials.when_there(lambda: _keep(state, self.trials, self.name))
+        ray.tune.report({**metrics, "checkpoint_path": f"{self.trials.address}/{self.name}"})
+
+
+def _restore(trials: SharedFolder, name: str) -> RunState | None:
+    with trials.fetched(name) as folder:
+        return load_state(folder) if has_state(folder) else None
+
+
+def _keep(state: RunState, trials: SharedFolder, name: str) -> None:
+    """Save a state; in a bucket its files come before the manifest that names them, and old ones go after it."""
+    if trials.is_local:
+        save_state(state, Path(trials.address) / name)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_state(state, folder)
+        there, files = trials.files(name), {file.name for file in folder.iterdir()}
+        for file in sorted(files - there - {MANIFEST}):
+            trials.write(f"{name}/{file}", (folder / file).read_bytes())
+        trials.write(f"{name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+        for file in there - files:
+            trials.delete(f"{name}/{file}")

@@ -38,12 +38,21 @@ class Looks(NamedTuple):
 
 def next_settings(space: Space, looks: Looks) -> dict[str, Scalar]:
     """The settings to try next, a function of what is known."""
-    start = float(np.random.default_rng(looks.seed).random())
+    start = _start(looks.seed)
     if len(looks.finished) < FIRST_LOOKS:
-        return settings_at(space, spread_points(looks.number + 1, len(space), start)[-1])
+        return spread_settings(space, looks.number, looks.seed)
     several = candidates(space, [settings for settings, _ in looks.finished], start + looks.number * 0.618)
     with threadpool_limits(1):  # the matrices are small: threads of a busy machine would wait for each other
         return several[most_promising(space, looks, several)]
+
+
+def spread_settings(space: Space, number: int, seed: int) -> dict[str, Scalar]:
+    """The settings of trial ``number`` where nothing is known yet: all such trials lie evenly over the space."""
+    return settings_at(space, spread_points(number + 1, len(space), _start(seed))[-1])
+
+
+def _start(seed: int) -> float:
+    return float(np.random.default_rng(seed).random())
 
 
 def most_promising(space: Space, looks: Looks, several: Sequence[Mapping[str, Any]]) -> int:

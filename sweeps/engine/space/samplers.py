@@ -14,9 +14,20 @@ from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from sweeps.engine.space import domains
-from sweeps.engine.space.acquisition import Looks, next_settings
+from sweeps.engine.space.acquisition import Looks, next_settings, spread_settings
 from sweeps.engine.space.objectives import direction
 from sweeps.engine.space.spec import Sweep
+
+# Stopped trials have no value: with early stopping only the finished ones teach CMA-ES.
+_TEACHING = {
+    "tpe": (TrialState.COMPLETE, TrialState.PRUNED),
+    "gp": (TrialState.COMPLETE, TrialState.PRUNED),  # where it falls back on TPE
+    "cmaes": (TrialState.COMPLETE,),
+}
+
+
+_BATCHES = 4
+"""The least number of batches of trials in which there is something to learn from those before."""
 
 
 class Proposed(NamedTuple):
@@ -30,10 +41,16 @@ class Proposed(NamedTuple):
 
 
 def propose(sweep: Sweep, trials: Sequence[FrozenTrial], sampler: str) -> Proposed:
-    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has."""
+    """The settings that ``sampler`` proposes for a sweep's next trial: a function of those it has.
+
+    Before there is anything to learn from, samplers that learn spread their trials over the space: those of a large
+    batch, chosen one by one at random, would leave holes in it.
+    """
     known = [trial for trial in trials if trial.state is not TrialState.WAITING]
     if sampler == "gp" and not sweep.gp_falls_back:
         return Proposed(next_settings(sweep.space, _looks(known, sweep.sampler_seed)), {})
+    if sampler in _TEACHING and sum(trial.state in _TEACHING[sampler] for trial in known) < startup(sweep):
+        return Proposed(spread_settings(sweep.space, len(known), sweep.sampler_seed), {})
     # Chance needs to know nothing.
     return ask(sweep, [] if sampler == "random" else known, make_sampler(sweep, sampler, len(trials)))
 
@@ -80,22 +97,34 @@ def make_sampler(sweep: Sweep, name: str, number: int) -> BaseSampler:
     were drawn before nor others than it would have drawn without the stop.
     """
     (seed,) = np.random.SeedSequence((sweep.sampler_seed, number)).generate_state(1).tolist()
-    # Optuna's 10 random trials would be most of a small sweep.
-    startup = min(10, sweep.trials // 3)
     match name:
         case "tpe" | "gp":
             return TPESampler(
                 seed=seed,
-                n_startup_trials=startup,
+                n_startup_trials=0,
                 multivariate=True,  # rank and learning rate depend on each other
                 group=domains.is_conditional(sweep.space),
                 constant_liar=True,  # trials that run side by side keep their distance
             )
         case "cmaes":
-            # Stopped trials have no value: with early stopping only the finished ones teach it.
-            return ReplayedCmaEs(seed=seed, n_startup_trials=max(1, startup), warn_independent_sampling=False)
+            return ReplayedCmaEs(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
         case _:  # random; what the grid proposes is enqueued
             return RandomSampler(seed=seed)
+
+
+def startup(sweep: Sweep) -> int:
+    """The trials that must have ended before a sampler is asked; Optuna's 10 would be most of a small sweep."""
+    return max(1, min(10, sweep.trials // 3))
+
+
+def why_blind(sweep: Sweep, at_a_time: int) -> str:
+    """Why a search with so many trials at a time learns little; empty if it learns enough."""
+    if sweep.sampler not in _TEACHING or at_a_time * _BATCHES <= sweep.trials:
+        return ""
+    return (
+        f"{at_a_time} of {sweep.trials} trials at a time: the first are chosen blind, evenly spread over the space; to "
+        f"learn from results a search has {_BATCHES * at_a_time} trials (--num-trials), or fewer at a time"
+    )
 
 
 class ReplayedCmaEs(CmaEsSampler):
