@@ -2,11 +2,16 @@
 
 python benchmarks/engine.py                    1,000 trials x 10 tasks, the ledger alone, then with MLflow beside it
 python benchmarks/engine.py --ray --trials 200 the same through Ray Tune, in actors that are used again
+python benchmarks/engine.py --at-a-time 256    so many trials side by side that sleep, on GPUs in name only
 
 Prints a table and writes it as JSON. Both kinds of sweep take turns, each time in a fresh process; each figure is a
 median over the rounds, and the ratio is the median of the rounds' ratios. Driver time is wall time from the first
 proposal to the last trial's end; ``mlflow_after_s`` is what the tracker needs after that until all is delivered,
 ``mlflow_cpu_s`` its process's own time, start included, ``mlflow_mb`` what it holds.
+
+Trials at a time: ``driver_share`` is the part of one core that the driver takes while all of them run, with MLflow
+beside it; a trial that reports is held up until Tune has answered, and ``answer_s`` is how long. ``head_mb`` is what
+the driver and Ray's own processes hold for each trial, those of the trials themselves left out.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from typing import Any
 
 import optuna
 import psutil
+import ray
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +40,10 @@ from sweeps.engine.run.cluster import connect
 from sweeps.engine.run.nodes import likeness
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.run.watch import NodeWatch
+from sweeps.engine.show.progress import Callback
 from sweeps.engine.show.tracking import Tracker
 from sweeps.engine.space.domains import Integer, NearOne, Real
-from sweeps.engine.space.spec import Sweep
+from sweeps.engine.space.spec import Resources, Sweep
 
 
 def make_sweep(trials: int, tasks: int, sampler: str) -> Sweep:
@@ -129,10 +136,107 @@ def measure(sweep: Sweep, with_mlflow: bool, with_ray: bool) -> dict[str, float]
         }
 
 
+def sleeper(tasks: int, seconds: float) -> Callable[[dict[str, Any]], None]:
+    """A trial that sleeps through its tasks, and says after each how long its last report had waited for an answer."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        from ray import tune
+
+        answer_s = 0.0
+        for done in range(1, tasks + 1):
+            time.sleep(seconds)
+            report = make_report(done, tasks, settings["config"]["optim"]["lr"])
+            report = report.model_copy(update={"seconds": seconds, "metrics": report.metrics | {"answer_s": answer_s}})
+            start = time.perf_counter()
+            tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
+            answer_s = time.perf_counter() - start
+
+    return trial
+
+
+class Steady(Callback):
+    """The driver's processor time, and the head's memory, from when all trials run until the first ends."""
+
+    def __init__(self, at_a_time: int) -> None:
+        self.at_a_time, self.process = at_a_time, psutil.Process()
+        self.begun: tuple[float, float] | None = None
+        self.last = (0.0, 0.0)
+        self.head_mb = 0.0
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
+        if sum(each.status == "RUNNING" for each in trials) < self.at_a_time:
+            return
+        times = self.process.cpu_times()
+        self.last = (time.perf_counter(), times.user + times.system)
+        if self.begun is None:
+            self.begun, self.head_mb = self.last, head_memory_mb(self.process)
+
+    @property
+    def share(self) -> float:
+        """The part of one core."""
+        assert self.begun is not None, "never did all of them run"
+        return (self.last[1] - self.begun[1]) / (self.last[0] - self.begun[0])
+
+
+def head_memory_mb(driver: psutil.Process) -> float:
+    """What the driver and Ray's own processes hold, but for the processes of trials and those kept for them."""
+    ray_s = [p for p in driver.children(recursive=True) if not any("ray::" in part for part in p.cmdline()[:1])]
+    return sum(process.memory_info().rss for process in [driver, *ray_s]) / 2**20
+
+
+def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float]:
+    """A sweep of so many trials at a time, in a process that has done nothing else."""
+    from ray import tune
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ray.init(num_cpus=at_a_time, num_gpus=at_a_time, include_dashboard=False, log_to_driver=False)
+    sweep = make_sweep(at_a_time, tasks, "random").model_copy(
+        update={"resources": Resources(gpus_per_worker=1), "early_stopping": "none"}
+    )
+    before_mb, steady = head_memory_mb(psutil.Process()), Steady(at_a_time)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ledger = Ledger(sweep, folder)
+        tracker = Tracker(sweep, folder, f"sqlite:///{folder / 'mlflow.db'}", {})
+        tracker.start()
+        nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(sweep.base.data), print)
+        trainable = tune.with_resources(sleeper(tasks, seconds), {"CPU": 1, "GPU": 1})
+        start = time.perf_counter()
+        run_trials(ledger, folder, trainable, at_a_time, lambda line: None, nodes, [steady])
+        wall_s = time.perf_counter() - start
+        tracker.close(patience_s=3600)
+        records = ledger.records()
+    answers = sorted(report.metrics["answer_s"] for record in records for report in record.reports[1:])
+    assert len(answers) == at_a_time * (tasks - 1), "a trial has not finished"
+    return {
+        "trials": at_a_time,
+        "reports_per_s": at_a_time / seconds,
+        "wall_s": wall_s,
+        "all_run_after_s": steady.begun[0] - start if steady.begun else 0.0,
+        "driver_share": steady.share,
+        "answer_s": median(answers),
+        "answer_p99_s": answers[int(0.99 * len(answers))],
+        "answer_max_s": answers[-1],
+        "head_mb": (steady.head_mb - before_mb) / at_a_time,
+    }
+
+
 def in_a_process_of_its_own(measured: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
     """What ``measured`` says there."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
         return processes.submit(measured, *given).result()
+
+
+def show_crowd(arguments: argparse.Namespace) -> None:
+    """Measure many trials at a time, and say it."""
+    row = in_a_process_of_its_own(measure_crowd, arguments.at_a_time, arguments.tasks, arguments.seconds)
+    table = Table(title=f"{arguments.at_a_time} trials at a time, {arguments.tasks} tasks of {arguments.seconds:g} s")
+    for column in row:
+        table.add_column(column, justify="right")
+    table.add_row(*(f"{value:.3g}" for value in row.values()))
+    Console(width=140).print(table)
+    facts = {"arguments": {**vars(arguments), "out": str(arguments.out)}, **row}
+    arguments.out.with_stem("engine_at_a_time").write_text(json.dumps(facts, indent=2))
 
 
 def main() -> None:
@@ -144,7 +248,12 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="through Ray Tune")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/engine.json"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--at-a-time", type=int, help="trials that sleep side by side, instead of the rest")
+    parser.add_argument("--seconds", type=float, default=20.0, help="that a sleeping trial's task takes")
     arguments = parser.parse_args()
+    if arguments.at_a_time:
+        show_crowd(arguments)
+        return
     sweep = make_sweep(arguments.trials, arguments.tasks, arguments.sampler)
     kinds = {"without MLflow": False, "with MLflow": True}
     rounds = []
