@@ -189,7 +189,7 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
     from ray import tune
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    ray.init(num_cpus=at_a_time, num_gpus=at_a_time, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=at_a_time, num_gpus=at_a_time, include_dashboard=False, log_to_driver=False)
     sweep = make_sweep(at_a_time, tasks, "random").model_copy(
         update={"resources": Resources(gpus_per_worker=1), "early_stopping": "none"}
     )

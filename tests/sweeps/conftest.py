@@ -194,8 +194,6 @@ def nodes(monkeypatch):
             num_cpus=0,
             num_gpus=0,
             resources={name: count for name, count in declared.items() if count},
-            include_dashboard=True,
-            dashboard_port=None,
         )
         for worker in workers:
             cluster.add_node(**worker)

@@ -132,9 +132,7 @@ class World:
         self.nodes = Nodes()
         memory = psutil.virtual_memory()
         self.full = {"RAY_memory_usage_threshold": f"{memory.percent / 100 + SPARE_GB * 2**30 / memory.total:.3f}"}
-        self.nodes.add_node(
-            num_cpus=1, resources=DRIVES, env_vars=self.full, include_dashboard=True, dashboard_port=None
-        )
+        self.add_node()
         self.node = self.add_node()
         self.server.ready()
         self.arguments = (

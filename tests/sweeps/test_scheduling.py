@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.util.state import list_actors
 
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
@@ -101,8 +100,9 @@ def test_a_machine_that_trains_also_drives_so_that_the_head_holds_nothing_of_a_t
 
     def look(ended: threading.Event) -> None:
         while not ended.wait(1.0):
-            actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-            seen.append({actor.actor_id: f"{actor.class_name} {actor.node_id}" for actor in actors})
+            actors = ray._private.state.actors().values()
+            alive = [actor for actor in actors if actor["State"] == "ALIVE"]
+            seen.append({each["ActorID"]: f"{each['ActorClassName']} {each['Address']['NodeID']}" for each in alive})
 
     ended = threading.Event()
     looking = threading.Thread(target=look, args=(ended,))
@@ -113,7 +113,7 @@ def test_a_machine_that_trains_also_drives_so_that_the_head_holds_nothing_of_a_t
     assert [record.outcome for record in records] == [Outcome.FINISHED] * 4
     where = {line for actors in seen for line in actors.values()}
     kinds = {line.partition(" ")[0] for line in where}
-    assert {"ImplicitFunc", "TrainController"} <= kinds and len(kinds) > 2, kinds
+    assert {"ImplicitFunc", "TrainController"} < kinds, kinds
     assert not [line for line in where if line.endswith(head)]
     machines = [sorted(line.rpartition(" ")[2] for line in actors.values()) for actors in seen]
     assert any(len(set(each)) == 2 for each in machines), "both at a time"

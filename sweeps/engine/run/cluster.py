@@ -3,15 +3,12 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ray
-from ray.util.state import list_actors
 
 from inflora.config import ConfigError
-from inflora.errors import one_line
 from sweeps.engine.space.spec import Resources
 
 # Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
@@ -31,9 +28,6 @@ _QUIET = {
 
 _ADDRESS, _OWN = "RAY_ADDRESS", "local"
 """Where Ray and everything that belongs to it look for an address, and the one that means a new Ray."""
-
-STATE_API_PATIENCE_S = 30
-"""The time within which the state API must answer at all."""
 
 DRIVER = "trial_driver"
 """The custom resource by which a machine says how many trials' drivers it takes: as many as it trains at a time.
@@ -64,8 +58,7 @@ THIS_MACHINE = Cluster()
 def connect(address: str | None, say: Callable[[str], None]) -> None:
     """Join the Ray at ``address``, or at ``RAY_ADDRESS``; where neither is given, start one of its own on this machine.
 
-    Another Ray that happens to run here may be anybody's. The dashboard stays on (loopback): without its state API a
-    stopped trial's workers are never released.
+    Another Ray that happens to run here may be anybody's.
     """
     if ray.is_initialized():
         return
@@ -78,7 +71,7 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
     try:
         ray.init(
             address=chosen,
-            runtime_env={"env_vars": environment, "worker_process_setup_hook": _know_the_address()},
+            runtime_env={"env_vars": environment},
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
@@ -99,18 +92,6 @@ def require_gpus(resources: Resources, address: str | None) -> None:
         )
 
 
-def _know_the_address() -> Callable[[], None]:
-    """Says in each worker process to which Ray it belongs: Train asks the state API for it without naming one.
-
-    A function made here travels as a whole: a worker imports nothing for it.
-    """
-
-    def hook() -> None:
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-
-    return hook
-
-
 def _address() -> str:
     """Of the Ray that is connected to."""
     return str(ray.get_runtime_context().gcs_address)
@@ -120,31 +101,6 @@ def _room() -> str:
     has, machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
     counts = {"machine": machines if machines > 1 else 0, "CPU": has.get("CPU", 0), "GPU": has.get("GPU", 0)}
     return ", ".join(f"{count:g} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
-
-
-def check_state_api() -> None:
-    """Raise ConfigError unless the cluster's state API answers: Train needs it to release a stopped trial's workers."""
-    try:
-        with _in_environment(_ADDRESS, _address()):  # an argument would not do: what stands there goes before it
-            list_actors(limit=1, timeout=STATE_API_PATIENCE_S)
-    except Exception as error:
-        reason = one_line(str(error), 200)
-        raise ConfigError(
-            f"Ray's state API does not answer ({reason}); start Ray with its dashboard, or use --executor inline"
-        ) from None
-
-
-@contextmanager
-def _in_environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:

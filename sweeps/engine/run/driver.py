@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -22,6 +23,17 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from inflora.storage import SharedFolder
 from sweeps.engine.run.nodes import elsewhere, here
 from sweeps.engine.space.spec import Resources
+
+
+class Trainer(DataParallelTrainer):
+    """Train's own, without its cleaner of placement groups: a process on the head for every trial.
+
+    What a dead trial has asked for is removed by the sweep's own watch, which asks no dashboard for it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
 
 def train_driver(resources: Resources, device: str, storage: str, *, beside: bool) -> Callable[[dict[str, Any]], None]:
@@ -35,7 +47,7 @@ def train_driver(resources: Resources, device: str, storage: str, *, beside: boo
         needs = {"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}
         beside_it = here(needs) if beside and resources.workers == 1 else {}
         own = {"threads": resources.cpus_per_worker, "notice": notice, "trials": storage}
-        trainer = DataParallelTrainer(
+        trainer = Trainer(
             _train_worker,
             train_loop_config=settings | own,
             backend_config=worker_backend(resources, device),

@@ -14,7 +14,7 @@ from inflora.continual import run
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
-from sweeps.engine.run.cluster import Cluster, check_state_api, connect, require_gpus, trials_at_a_time
+from sweeps.engine.run.cluster import Cluster, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.preflight import check_folder, doubts, trials_place
 from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
@@ -62,8 +62,6 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     try:
         check_nodes(place)
         at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
-        if sweep.executor == "train":
-            check_state_api()
         say(f"cluster: room for {at_a_time} trials at a time")
         for doubt in doubts(sweep, min(at_a_time, sweep.trials)):
             say(f"cluster: {doubt}")

@@ -19,7 +19,6 @@ from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.run.cluster import (
     Cluster,
-    check_state_api,
     connect,
     require_gpus,
     trials_at_a_time,
@@ -92,8 +91,6 @@ def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int
     reachable_ray(cluster.address)
     connect(cluster.address, say)
     at_a_time = trials_at_a_time(sweep.resources, say)
-    if sweep.executor == "train":
-        check_state_api()
     return cluster.at_a_time or at_a_time
 
 

@@ -17,7 +17,6 @@ from sweeps.engine.run.cluster import may_grow
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
 from sweeps.engine.show.progress import Callback
 
-_LOOK_EVERY_S = 5.0
 SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
@@ -25,11 +24,12 @@ SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 class Watch(Callback):
     """Looks now and then, however often Tune steps."""
 
+    every_s = 5.0
     _next_look = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            self._next_look = time.monotonic() + self.every_s
             self.look(trials)
 
     def look(self, trials: Sequence[Any]) -> None:
@@ -89,6 +89,8 @@ class NodeWatch(Watch):
 
 class Watchdog(Watch):
     """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
+
+    every_s = 1.0  # what a stopped trial holds, the next one waits for
 
     def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
         self.ledger, self.say = ledger, say
