@@ -12,12 +12,14 @@ from inflora.config import ConfigError, DataSettings
 from inflora.continual import run
 from inflora.state import save_state
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.lease import leased, require_ours
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import old_trial_name
 from sweeps.engine.ledger.snapshot import fetch_database, keep_database
 from sweeps.engine.ledger.study import STUDY_FILE
+from sweeps.engine.run.cluster import Cluster
 from sweeps.engine.run.nodes import likeness, require_like_driver
-from sweeps.engine.run.preflight import TRIALS
+from sweeps.engine.run.preflight import TRIALS, trials_place
 from sweeps.engine.run.runner import locked
 from sweeps.engine.run.session import InlineSession
 from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, require_newest, state_of
@@ -284,6 +286,27 @@ def test_a_place_that_stays_away_ends_what_waits_for_it(folder):
     take_away(folder)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         folder.when_there(lambda: None, patience_s=0.5)
+
+
+def test_a_sweep_that_has_begun_waits_for_its_place_and_one_that_has_not_is_refused(tiny_sweep, tmp_path):
+    """A driver that is started again, on another machine perhaps, where the place is not mounted yet."""
+    cluster = Cluster(shared=str(tmp_path / "shared"))
+    folder = SharedFolder(f"{cluster.shared}/{tiny_sweep.name}")
+    folder.make(TRIALS)
+    Ledger(tiny_sweep, tmp_path / "begun").note_place(folder.address)
+    take_away(folder)
+    with pytest.raises(ConfigError, match=f"cannot write into {folder.address}"), leased(folder, print):
+        pass
+    said: list[str] = []
+    back = threading.Timer(2, lambda: bring_back(folder))
+    back.start()
+    place, _ = trials_place(tiny_sweep, tmp_path / "begun", cluster)
+    assert back.finished.is_set() and place.address == folder.address
+    take_away(folder)
+    threading.Timer(1, lambda: bring_back(folder)).start()
+    with leased(place, said.append, patience_s=20):
+        require_ours(place)
+    assert said[0].startswith(f"waiting for {place.address}: ")
 
 
 class StoppedError(Exception):

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
-from inflora.patience import NoAnswerError, within
+from inflora.patience import NoAnswerError, patiently, within
 
 if TYPE_CHECKING:
     from inflora.storage import SharedFolder  # brings pyarrow along, for which `sweeps status` must not wait
@@ -154,15 +154,24 @@ def _is_alive(held: Holder) -> bool | None:
 
 @contextmanager
 def leased(
-    place: "SharedFolder", say: Callable[[str], None], renew_s: float = RENEW_S, stale_s: float = STALE_S
+    place: "SharedFolder",
+    say: Callable[[str], None],
+    *,
+    patience_s: float = 0.0,
+    renew_s: float = RENEW_S,
+    stale_s: float = STALE_S,
 ) -> Iterator[None]:
     """Hold a shared place; a driver that another has taken for dead and replaced hears of it as of Ctrl-C.
+
+    ``patience_s``: for so long a place that is away is waited for.
 
     Raises:
         ConfigError: Another driver holds it and is alive.
     """
     try:
-        _take(place, say, stale_s)
+        patiently(
+            patience_s, lambda: _take(place, say, stale_s), lambda why: say(f"waiting for {place.address}: {why}")
+        )
     except OSError as error:
         raise ConfigError(f"cannot write into {place.address}: {one_line(str(error), 300)}") from None
     renewal = _Renewal(place, say, renew_s)

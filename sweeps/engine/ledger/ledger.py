@@ -24,6 +24,7 @@ from sweeps.engine.ledger.trials import (
     STATES,
     hours_so_far,
     new_record,
+    place_of,
     read_records,
     record_of,
     seal,
@@ -108,6 +109,11 @@ class Ledger:
         if self.images != images:
             self.study.set_user_attr("images", seal(images))
             self.images = images
+
+    def note_place(self, address: str) -> None:
+        """Note where the trials are kept: a later start waits for that place if it is away."""
+        if place_of(self.study) != address:
+            self.study.set_user_attr("place", seal(address))
 
     def remaining(self) -> int:
         """The number of trials still to be started or finished."""

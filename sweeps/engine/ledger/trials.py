@@ -100,6 +100,11 @@ def validation_images(study: optuna.Study) -> int | None:
     return images
 
 
+def place_of(study: optuna.Study) -> str:
+    """The address of the place where the trials are kept; empty where an older version began the study."""
+    return str(unseal(study.user_attrs.get("place", "")))
+
+
 def hours_so_far(study: optuna.Study) -> float:
     """The hours that the sweep had run, over all its starts, when a trial last ended."""
     return float(unseal(study.user_attrs.get("hours", 0.0)))

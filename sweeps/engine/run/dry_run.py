@@ -52,8 +52,8 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         check(config)
     data, backbone = sweep.base.data, sweep.base.backbone
     say(f"settings: {len(configs)} configs at the ends of the space fit {data.dataset} and {backbone.name}")
-    place = trials_place(sweep, folder, cluster)
     check_folder(sweep, folder)
+    place, _ = trials_place(sweep, folder, cluster)
     say(f"storage: {folder} can be written, a database works there")
     reachable_store(uri, folder)
     say(f"tracking: {without_password(uri)} answers")

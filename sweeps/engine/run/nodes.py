@@ -1,5 +1,6 @@
 """Checks of every node before a sweep uses it: this very code, the shared folder, the same data."""
 
+import contextlib
 import hashlib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -102,7 +103,7 @@ def check_nodes(shared: SharedFolder) -> None:
     nodes = other_nodes()
     if not nodes:
         return
-    mark = new_mark(shared)
+    mark = shared.when_there(lambda: new_mark(shared))
     try:
         # All at once; a node that cannot answer must not keep the others waiting.
         answers = {node_id: ask(node_id, shared.address, mark) for node_id in nodes}
@@ -110,7 +111,8 @@ def check_nodes(shared: SharedFolder) -> None:
             if problem := problem_of(node_id, answer, _PATIENCE_S):
                 raise ConfigError(f"node {nodes[node_id]} {problem}")
     finally:
-        shared.delete(mark)
+        with contextlib.suppress(OSError):  # an empty file, if the place is away just now
+            shared.delete(mark)
 
 
 def other_nodes() -> dict[str, str]:

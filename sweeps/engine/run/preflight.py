@@ -17,6 +17,7 @@ from inflora.storage import SharedFolder
 from sweeps.engine.ledger.lease import refuse_if_driven
 from sweeps.engine.ledger.snapshot import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
+from sweeps.engine.ledger.trials import place_of
 from sweeps.engine.run.cluster import (
     Cluster,
     connect,
@@ -59,14 +60,13 @@ def preflight(sweep: Sweep, folder: Path, tracking_uri: str, cluster: Cluster, s
     require_gpus(sweep.resources, cluster.address)
     for config in sweep.extreme_configs():
         check(config)
-    place = trials_place(sweep, folder, cluster)
     check_folder(sweep, folder)
+    place, stored_bytes = trials_place(sweep, folder, cluster)
     check_tracking(tracking_uri, folder, say)
     # Reads the weights, which may have to be fetched: after all that is quick, before the cluster is asked.
     stream = search_stream(sweep.base)
     tags = identity(sweep.base, stream) | source_tags(sys.argv[0])
     inputs = data_inputs(stream, sweep.base, "validation")
-    stored_bytes = place.bytes_in(TRIALS)
     at_a_time = 0 if is_over(sweep, folder, stored_bytes) else find_room(sweep, cluster, say)
     images = sum(len(task.eval_rows) for task in stream.tasks[: sweep.tasks_learnt])
     return Ready(place, stored_bytes, at_a_time, tags, inputs, images)
@@ -100,30 +100,37 @@ def doubts(sweep: Sweep, at_a_time: int) -> list[str]:
     return [doubt for doubt in found if doubt]
 
 
-def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> SharedFolder:
-    """Where the trials of a sweep in ``folder`` are kept.
+def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> tuple[SharedFolder, int]:
+    """Where the trials of a sweep in ``folder`` are kept, and the bytes that they store there.
+
+    A sweep that has begun there waits for a place that is away.
 
     Raises:
-        ConfigError: Not a place that the sweep's executor can keep them in, or one that does not answer.
+        ConfigError: A place that does not answer, is another driver's, or has the copy of another sweep.
     """
-    place = SharedFolder(f"{cluster.shared}/{sweep.name}" if cluster.shared else str(folder))
-    if cluster.shared:
-        _check_copy(sweep, place)
-    return place
-
-
-def _check_copy(sweep: Sweep, place: SharedFolder) -> None:
-    """Raise ConfigError if the place does not answer, is another driver's, or has the copy of another sweep."""
+    if not cluster.shared:
+        place = SharedFolder(str(folder))
+        return place, place.bytes_in(TRIALS)
+    place = SharedFolder(f"{cluster.shared}/{sweep.name}")
+    study = check_study(sweep, folder)
     try:
-        content = within(2 * PATIENCE_S, lambda: place.read(SPEC_FILE))
-        refuse_if_driven(place)
+        if study is not None and place_of(study) == place.address:
+            return place, place.when_there(lambda: _look_at_copy(sweep, place))
+        return place, within(2 * PATIENCE_S, lambda: _look_at_copy(sweep, place))
     except NoAnswerError as error:
         raise ConfigError(f"--shared {place.address} {error}") from None
     except OSError as error:
         raise ConfigError(f"--shared {place.address} does not answer: {one_line(str(error), 300)}") from None
+
+
+def _look_at_copy(sweep: Sweep, place: SharedFolder) -> int:
+    """The bytes that trials store in a place; ConfigError if it is another driver's, or has another sweep's copy."""
+    content = place.read(SPEC_FILE)
+    refuse_if_driven(place)
     if content:
         found = parse_sweep(content, f"{place.address}/{SPEC_FILE}")
         _require_same(sweep, found, place.address, "choose another --shared, or remove it")
+    return place.bytes_in(TRIALS)
 
 
 def check_folder(sweep: Sweep, folder: Path) -> None:

@@ -13,6 +13,7 @@ from ray import tune
 
 from inflora.config import ConfigError
 from inflora.files import write_atomically
+from inflora.storage import PATIENCE_S
 from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
@@ -73,7 +74,8 @@ def run_sweep(
     try:
         ready = preflight(sweep, folder, tracking_uri, cluster, say)
         # The lock is seen on this machine alone: a place of others needs a lease.
-        lease = nullcontext() if ready.place.address == str(folder) else leased(ready.place, say)
+        is_own, has_begun = ready.place.address == str(folder), (folder / STUDY_FILE).exists()
+        lease = nullcontext() if is_own else leased(ready.place, say, patience_s=PATIENCE_S if has_begun else 0.0)
         with locked(sweep, folder), lease, mlflow_kept(tracking_uri, folder, ready.place, say):
             ledger = _open_ledger(sweep, folder, ready, warm_start, say)
             result = _run_what_is_left(ledger, folder, ready, tracking_uri, say)
@@ -88,11 +90,12 @@ def _open_ledger(
     sweep: Sweep, folder: Path, ready: Ready, warm_start: WarmStart | None, say: Callable[[str], None]
 ) -> Ledger:
     """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
-    if fetch_database(folder / STUDY_FILE, ready.place):
+    if ready.place.when_there(lambda: fetch_database(folder / STUDY_FILE, ready.place)):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
-    require_newest(sweep, folder, ready.place)
+    ready.place.when_there(lambda: require_newest(sweep, folder, ready.place))
     ledger = Ledger(sweep, folder, ready.stored_bytes)
     ledger.note_images(ready.images)
+    ledger.note_place(ready.place.address)
     ready.place.when_there(lambda: copy_study(folder, ready.place))  # `sweeps status` reads it there
     if warm_start is not None:
         found = ledger.warm_start(*warm_start)
@@ -132,9 +135,9 @@ def _run_what_is_left(
 def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, say: Callable[[str], None]) -> None:
     """Run trials as the sweep's executor does: in workers of Ray Train, or inside the Tune trial itself."""
     base, place, resources = ledger.sweep.base, ready.place, ledger.sweep.resources
-    for number in begun_anew(ledger.sweep, ledger.records(), place):
+    for number in place.when_there(lambda: begun_anew(ledger.sweep, ledger.records(), place)):
         say(f"trial {number} begins anew: an earlier version kept its state without a word on its settings")
-    place.make(TRIALS)
+    place.when_there(lambda: place.make(TRIALS))
     trials = f"{place.address}/{TRIALS}"
     nodes = NodeWatch(ledger, place, likeness(base.data), say)
     housekeeping = Housekeeping(ledger, folder, place)

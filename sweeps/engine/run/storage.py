@@ -154,7 +154,7 @@ def mlflow_kept(uri: str, folder: Path, place: SharedFolder, say: Callable[[str]
     if own is None or place.address == str(folder):
         yield
         return
-    fetch_database(own, place)
+    place.when_there(lambda: fetch_database(own, place))
     try:
         yield
     finally:
