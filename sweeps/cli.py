@@ -134,7 +134,7 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, and what is left of its budget."""
     from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.ledger.study import pareto_front
-    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
+    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images, waiting
     from sweeps.engine.show.status import status_lines
     from sweeps.engine.show.tables import print_table, trials_table
     from sweeps.engine.space.estimate import estimate
@@ -148,7 +148,8 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
         if record.reason and record.outcome is Outcome.FAILED:
             tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
             print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in status_lines(spec, records, known, hours_so_far(study), stored_bytes(study), driven=driven):
+    used = hours_so_far(study), stored_bytes(study)
+    for line in status_lines(spec, records, known, *used, waiting=waiting(study), driven=driven):
         print(line)
 
 

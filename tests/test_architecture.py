@@ -72,6 +72,7 @@ FLOORS = {
     ),
     16: (
         "sweeps.engine.run.reach",
+        "sweeps.engine.run.waiting",
         "sweeps.engine.show.scales",
         "sweeps.engine.space.cube",
         "sweeps.engine.space.objectives",

@@ -18,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.engine.ledger.failures import Tried, change_for
-from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting, now_ms
 from sweeps.engine.ledger.study import check_study, open_storage
 from sweeps.engine.ledger.trials import (
     STATES,
@@ -29,6 +29,7 @@ from sweeps.engine.ledger.trials import (
     seal,
     unseal,
     validation_images,
+    waiting,
 )
 from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
@@ -91,6 +92,8 @@ class Ledger:
         self.stored_bytes = stored_bytes
         self.images = validation_images(self.study)
         self._over, self._last_check = "", -math.inf
+        self.waiting = waiting(self.study)
+        self.note_waiting(None)  # an earlier start's
         for settings in sweep.first:
             self.study.enqueue_trial(settings, skip_if_exists=True)
 
@@ -108,6 +111,12 @@ class Ledger:
         if self.images != images:
             self.study.set_user_attr("images", seal(images))
             self.images = images
+
+    def note_waiting(self, now: Waiting | None) -> None:
+        """Note which trials wait for room, None: none does."""
+        if now != self.waiting:
+            self.study.set_user_attr("waiting", seal(now))
+            self.waiting = now
 
     def remaining(self) -> int:
         """The number of trials still to be started or finished."""

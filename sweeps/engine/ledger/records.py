@@ -76,6 +76,22 @@ class TrialRecord(NamedTuple):
         return {node_id for each in self.tries if (node_id := node_of(each.reason))}
 
 
+class Waiting(NamedTuple):
+    """Trials that wait for room: how many, for what, since when, and why the autoscaler does not bring it."""
+
+    trials: int
+    needs: str
+    since_ms: int
+    problem: str = ""
+
+    @property
+    def line(self) -> str:
+        """All of it, in the reader's own time."""
+        who = "1 trial waits" if self.trials == 1 else f"{self.trials} trials wait"
+        since = time.strftime("%b %d %H:%M", time.localtime(self.since_ms / 1000))
+        return f"{who} for {self.needs}, since {since}" + (f"; {self.problem}" if self.problem else "")
+
+
 def now_ms() -> int:
     """The time that reports carry."""
     return int(time.time() * 1000)

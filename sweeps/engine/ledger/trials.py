@@ -7,10 +7,10 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sweeps.engine.ledger.failures import Tried
-from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting
 from sweeps.engine.space import domains
 
 STATES = {
@@ -19,6 +19,9 @@ STATES = {
     Outcome.FAILED: TrialState.FAIL,
 }
 _OUTCOMES = {state: outcome for outcome, state in STATES.items()} | {TrialState.RUNNING: Outcome.RUNNING}
+
+
+_WAITING: TypeAdapter[Waiting | None] = TypeAdapter(Waiting | None)
 
 
 class _Attributes(BaseModel):
@@ -98,6 +101,15 @@ def validation_images(study: optuna.Study) -> int | None:
     if images is not None and (type(images) is not int or images < 1):
         raise ValueError(f"its trials were judged on {images!r} images")
     return images
+
+
+def waiting(study: optuna.Study) -> Waiting | None:
+    """The trials that waited for room when the driver last looked; it writes what has changed.
+
+    Raises:
+        ValueError: Not what a driver writes.
+    """
+    return _WAITING.validate_python(unseal(study.user_attrs.get("waiting")))
 
 
 def hours_so_far(study: optuna.Study) -> float:

@@ -16,7 +16,7 @@ from sweeps.engine.ledger.failures import Failure, headline, kind_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, trial_name
 from sweeps.engine.run.actors import forgiving
-from sweeps.engine.run.watch import NodeWatch, Watchdog
+from sweeps.engine.run.watch import NodeWatch, WaitWatch, Watchdog
 from sweeps.engine.show.progress import progress_on
 from sweeps.engine.space.spec import Resources
 
@@ -130,7 +130,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(folder),
-                callbacks=[progress, nodes, Watchdog(ledger, say), *callbacks],
+                callbacks=[progress, nodes, WaitWatch(ledger, progress.say), Watchdog(ledger, say), *callbacks],
                 stop=StopWhenOver(ledger),
                 verbose=0,
             ),

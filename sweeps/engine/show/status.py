@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
-from sweeps.engine.ledger.records import Outcome, TrialRecord
+from inflora.errors import one_line
+from sweeps.engine.ledger.records import Outcome, TrialRecord, Waiting
 from sweeps.engine.space.budget import standings, why_over
 from sweeps.engine.space.estimate import ENOUGH, NEXT, Estimates, winner
 from sweeps.engine.space.spec import Sweep
+
+_LONGEST = 500
+"""Of a line whose words are not this program's own."""
 
 
 def status_lines(
@@ -15,9 +19,10 @@ def status_lines(
     hours: float,
     stored_bytes: int,
     *,
+    waiting: Waiting | None = None,
     driven: bool = True,
 ) -> list[str]:
-    """A line for the trials, one for every budget, one for the setting to train, one for why nothing more comes.
+    """A line for the trials, for those that wait, for every budget, the setting to train, and why nothing more comes.
 
     ``known`` is what the trials say of the scores. ``driven``: a driver is alive; without one what runs was
     interrupted, and nothing goes on by itself.
@@ -26,6 +31,8 @@ def status_lines(
     ended = len(records) - count[Outcome.RUNNING]
     outcomes = ", ".join(f"{number} {outcome_word(each, driven=driven)}" for each, number in count.items() if number)
     lines = [f"{ended} of {sweep.trials} trials ended" + (f": {outcomes}" if outcomes else "")]
+    if driven and waiting is not None:
+        lines.append(one_line(waiting.line, _LONGEST))
     if driven and 0 < ended < sweep.trials:
         lines.append(f"about {hours / ended * (sweep.trials - ended):.2f} hours to go at this pace")
     lines += [each.line for each in standings(sweep, records, hours, stored_bytes) if each.line]
