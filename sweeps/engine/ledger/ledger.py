@@ -243,6 +243,12 @@ class Ledger:
         self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
         return True
 
+    def note_log(self, number: int, log: str) -> None:
+        """Note where a trial that runs writes its log: of several tries the last one counts."""
+        if number in self._running:
+            self._running[number].trial.set_user_attr("log", seal(log))
+            self._note(number, log=log)
+
     def close(self, number: int) -> None:
         """The trial has ended by itself: finished if all it is judged by is there and finite, failed otherwise."""
         if number not in self._running or number in self._again:

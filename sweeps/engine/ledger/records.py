@@ -54,7 +54,8 @@ class TrialRecord(NamedTuple):
     """One trial as the ledger knows it.
 
     ``value`` is its objective, ``values`` all objectives; ``broken`` names the constraints it breaks and by how much;
-    ``tries`` are those that failed, ``again`` the change with which it was last tried again.
+    ``tries`` are those that failed, ``again`` the change with which it was last tried again; ``log`` is where its last
+    worker writes what it prints (``address:path``).
     """
 
     number: int
@@ -69,6 +70,7 @@ class TrialRecord(NamedTuple):
     broken: dict[str, float] = {}
     tries: tuple[Tried, ...] = ()
     again: str = ""
+    log: str = ""
 
     @property
     def failed_on(self) -> set[str]:

@@ -36,6 +36,7 @@ class _Attributes(BaseModel):
     tries: tuple[Tried, ...] = ()
     again: str = ""
     reason: str = ""
+    log: str = ""
 
 
 def seal(value: Any) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         broken={bound: excess for bound, excess in trial.constraints.items() if excess > 0},
         tries=told.tries or tuple(Tried(reason, 0) for reason in told.failures),
         again=told.again,
+        log=told.log,
     )
 
 

@@ -4,12 +4,14 @@ In a worker of Ray Train (``train_worker``) or inside the Tune trial itself (``i
 what differs is the ``Session``, where a state comes from and where results go.
 """
 
+import sys
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import ray.train.torch
 import torch
+from ray._private.worker import global_worker
 
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
@@ -28,7 +30,12 @@ from sweeps.engine.space.spec import Resources
 
 
 def run_trial(settings: dict[str, Any], session: Session) -> None:
-    """Learn, on a machine that must be as the driver's is; what is wrong with it is reported as its own fault."""
+    """Learn, on a machine that must be as the driver's is; what is wrong with it is reported as its own fault.
+
+    First of all the trial says where its log is, and begins it: a worker may have written of other trials before.
+    """
+    print(f"trial {settings['number']} ({settings['name']}) starts here", file=sys.stderr, flush=True)
+    session.report({"acc/seen": 0.0, "log": own_log()}, None)  # Tune refuses reports without its metric
     try:
         with faults_named():
             require_like_driver(Likeness(**settings["likeness"]))
@@ -39,6 +46,11 @@ def run_trial(settings: dict[str, Any], session: Session) -> None:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(fault).__name__} {fault}"}, None)
+
+
+def own_log() -> str:
+    """Where this worker writes its stderr, as ``address:path``; a file beside it, which ends in .out, has its stdout."""
+    return f"{ray.util.get_node_ip_address()}:{global_worker.get_err_file_path() or ' (kept in no file)'}"
 
 
 def learn(settings: dict[str, Any], session: Session) -> None:

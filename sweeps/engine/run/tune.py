@@ -75,6 +75,8 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Write the report down and stop the trial if it is behind."""
         number = trial.config["number"]
+        if "log" in result:
+            self.ledger.note_log(number, result["log"])
         if "failure" in result:
             self.ledger.fail(number, result["failure"])
             return TrialScheduler.STOP

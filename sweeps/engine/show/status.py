@@ -44,6 +44,19 @@ def status_lines(
     return lines
 
 
+def trial_lines(records: Sequence[TrialRecord], *, driven: bool) -> list[str]:
+    """A line for every trial that failed, with why, and for every one that runs; each with the place of its log."""
+    lines = []
+    for record in records:
+        tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
+        log = f"log {record.log}" if record.log else ""
+        if record.outcome is Outcome.FAILED:
+            lines.append(f"trial {record.number} failed{tries}: {'; '.join(filter(None, (record.reason, log)))}")
+        elif record.outcome is Outcome.RUNNING and log:
+            lines.append(f"trial {record.number} {outcome_word(record.outcome, driven=driven)}{tries}: {log}")
+    return [one_line(line, 2 * _LONGEST) for line in lines]
+
+
 def best_line(sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None) -> str:
     """The setting to train, with its estimated score and its own; empty while there is none."""
     best = winner(records, known)
