@@ -62,6 +62,7 @@ FLOORS = {
         "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",
         "sweeps.engine.run.actors",
+        "sweeps.engine.run.gpu_use",
         "sweeps.engine.run.nodes",
         "sweeps.engine.run.session",
         "sweeps.engine.show.output",

@@ -5,8 +5,9 @@ what differs is the ``Session``, where a state comes from and where results go.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import ray.train.torch
@@ -16,7 +17,7 @@ from ray._private.worker import global_worker
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
 from inflora.continual import run
-from inflora.cuda import require_cuda
+from inflora.cuda import pick_device, require_cuda
 from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.metrics import accuracy_row
@@ -24,6 +25,7 @@ from inflora.state import RunState, StateError
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.ledger.records import TaskReport, now_ms
+from sweeps.engine.run.gpu_use import Gpu, GpuMeter, gpu_of
 from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
 from sweeps.engine.run.session import InlineSession, Session, TrainSession
 from sweeps.engine.space.spec import Resources
@@ -41,7 +43,7 @@ def run_trial(settings: dict[str, Any], session: Session) -> None:
             require_like_driver(Likeness(**settings["likeness"]))
             if settings["gpus"] and settings["config"]["device"] != "cpu":
                 require_cuda()
-            learn(settings, session)
+            learn(settings, session, gpu_of(pick_device(settings["config"]["device"])))
     except NodeFault as fault:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
@@ -49,12 +51,14 @@ def run_trial(settings: dict[str, Any], session: Session) -> None:
 
 
 def own_log() -> str:
-    """Where this worker writes its stderr, as ``address:path``; a file beside it, which ends in .out, has its stdout."""
+    """Where this worker writes its stderr, as ``address:path``; what it prints is beside it, in a file named .out."""
     return f"{ray.util.get_node_ip_address()}:{global_worker.get_err_file_path() or ' (kept in no file)'}"
 
 
-def learn(settings: dict[str, Any], session: Session) -> None:
+def learn(settings: dict[str, Any], session: Session, gpu: Gpu | None = None) -> None:
     """Learn the stream, or its first ``tasks`` tasks, on train and validation images: a report per task.
+
+    With a ``gpu`` each report of a task that was learnt here tells how much of it was used.
 
     A trial that went on after the ledger last heard of it reports those tasks first. One whose state is damaged begins
     again, and says so. What no retry can help (a loss that is not a number, no memory left) is reported as the trial's
@@ -69,8 +73,10 @@ def learn(settings: dict[str, Any], session: Session) -> None:
             session.report(_metrics(state, tasks_done, tasks), state)
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
-        for result in islice(run(config, state), left):
-            session.report(_metrics(result.state, result.state.tasks_done, tasks, result.seconds), result.state)
+        with GpuMeter(gpu) as meter:
+            for result in islice(run(config, state), left):
+                told = _metrics(result.state, result.state.tasks_done, tasks, result.seconds, meter.take())
+                session.report(told, result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
@@ -95,13 +101,19 @@ def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]
     return None, damage or "another worker cannot read its state"
 
 
-def _metrics(state: RunState, tasks_done: int, tasks: int | None, seconds: float = 0.0) -> dict[str, Any]:
+def _metrics(
+    state: RunState,
+    tasks_done: int,
+    tasks: int | None,
+    seconds: float = 0.0,
+    more: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, Any]:
     """A task's report to Tune: the metrics, and all of it as one value for the ledger."""
     state = state._replace(tasks=tasks or state.tasks)
     report = TaskReport(
         tasks_done=tasks_done,
         tasks=state.tasks,
-        metrics=state.metrics(tasks_done),
+        metrics={**state.metrics(tasks_done), **more},
         accuracies=accuracy_row(state.evaluations[tasks_done - 1]),
         seconds=seconds,
         time_ms=now_ms(),

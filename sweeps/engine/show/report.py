@@ -48,6 +48,11 @@ _MEMORY = {
     "overlap": "memory: share of the task's energy in it before",
 }
 
+_GPU = {
+    "gpu/utilisation": "GPU: percent of each task's time in which the card worked",
+    "gpu/memory_gb": "GPU: the most memory a task held (GB)",
+}
+
 
 def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
@@ -207,6 +212,11 @@ def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Fi
     axes = {"xaxis_title": "trial", "yaxis_title": "minutes", "xaxis_type": "category"}
     order = [str(record.number) for record in told]
     yield go.Figure(bars, {"title": title, "barmode": "stack", "xaxis_categoryarray": order, **axes})
+    for metric, title in _GPU.items():
+        used = {_name(record): [report.metrics.get(metric) for report in record.reports] for record in told}
+        known = {name: values for name, values in used.items() if any(value is not None for value in values)}
+        if known:
+            yield _curves(title, known)
 
 
 def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ()) -> go.Figure:
