@@ -73,6 +73,7 @@ FLOORS = {
     ),
     16: (
         "sweeps.engine.run.reach",
+        "sweeps.engine.run.reports",
         "sweeps.engine.run.waiting",
         "sweeps.engine.show.scales",
         "sweeps.engine.space.cube",

@@ -77,7 +77,10 @@ def test_the_trials_run_in_mlflow_names_the_log_of_its_last_worker(ledger, tmp_p
 
 
 def test_a_trial_tells_of_its_log_before_anything_of_it_can_fail(tiny_sweep, monkeypatch, capsys):
-    monkeypatch.setattr("sweeps.engine.run.trial.own_log", lambda: HERE)
+    monkeypatch.setattr(
+        "sweeps.engine.run.reports.global_worker.get_err_file_path", lambda: HERE.partition(":")[2], raising=False
+    )
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: HERE.partition(":")[0])
     monkeypatch.setattr("ray.get_runtime_context", lambda: pytest.fail("asked which node this is"))
     session = MemorySession()
     wanted = likeness(tiny_sweep.base.data)._replace(code="another")
