@@ -134,8 +134,11 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, where their logs are, and what is left of its budget."""
     from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.ledger.study import pareto_front
-    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images, waiting
-    from sweeps.engine.show.status import status_lines, trial_lines
+    from sweeps.engine.ledger.trials import (
+        read_records,
+        validation_images,
+    )
+    from sweeps.engine.show.status import study_lines, trial_lines
     from sweeps.engine.show.tables import print_table, trials_table
     from sweeps.engine.space.estimate import estimate
 
@@ -144,8 +147,7 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
     known = estimate(spec, records, validation_images(study))
     front = pareto_front(study) if spec.tradeoffs else set()
     print_table(trials_table(spec, records, known, front, driven=driven))
-    used = hours_so_far(study), stored_bytes(study)
-    lines = status_lines(spec, records, known, *used, waiting=waiting(study), driven=driven)
+    lines = study_lines(spec, study, records, known, driven=driven)
     print("\n".join([*trial_lines(records, driven=driven), *lines]))
 
 

@@ -58,6 +58,7 @@ FLOORS = {
     13: ("inflora.runs",),
     14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures"),
     15: (
+        "sweeps.engine.ledger.bill",
         "sweeps.engine.ledger.records",
         "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",
@@ -74,7 +75,6 @@ FLOORS = {
     16: (
         "sweeps.engine.run.reach",
         "sweeps.engine.run.reports",
-        "sweeps.engine.run.waiting",
         "sweeps.engine.show.scales",
         "sweeps.engine.space.cube",
         "sweeps.engine.space.objectives",
@@ -88,6 +88,7 @@ FLOORS = {
     18: (
         "sweeps.engine.ledger.trials",
         "sweeps.engine.run.cluster",
+        "sweeps.engine.run.machines",
         "sweeps.engine.run.smoke",
         "sweeps.engine.run.trial",
         "sweeps.engine.show.tracking",
@@ -103,6 +104,7 @@ FLOORS = {
     ),
     20: (
         "sweeps.engine.ledger.consistency",
+        "sweeps.engine.run.waiting",
         "sweeps.engine.run.driver",
         "sweeps.engine.show.mlflow_store",
         "sweeps.engine.show.mlflow_estimates",

@@ -10,6 +10,7 @@ from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Waiting
 from sweeps.engine.ledger.trials import waiting
 from sweeps.engine.run import watch
+from sweeps.engine.run.cluster import DRIVER
 from sweeps.engine.run.runner import run_sweep
 from sweeps.engine.run.waiting import needs_of, problem_told
 from sweeps.engine.run.watch import WaitWatch
@@ -40,7 +41,8 @@ ONE_GPU = {"CPU": 8.0, "GPU": 1.0}
         ([group({"CPU": 1.0, "GPU": 0.0})], "1 CPU"),
         ([group(ONE_GPU, ONE_GPU)], "2 times 1 GPU and 8 CPUs"),
         ([group({"CPU": 1.0}), group(ONE_GPU)], "1 CPU or 1 GPU and 8 CPUs each"),
-        ([group({"CPU": 1.0}, selector={"ray.io/node-id": "!in(abc)"})], "1 CPU on a node that is not left out"),
+        ([group({DRIVER: 1.0})], "a machine with room for a trial"),
+        ([group({"CPU": 1.0}, selector={"ray.io/node-id": "!in(abc)"})], "1 CPU on one of some nodes"),
     ],
 )
 def test_what_groups_ask_for_is_told_in_words(groups, told):
@@ -170,7 +172,7 @@ def test_who_reads_the_study_learns_of_it_while_a_driver_is_there(ledger, tiny_s
 @pytest.mark.cluster
 @pytest.mark.parametrize("executor", ["inline", "train"])
 def test_a_trial_without_room_is_told_of_and_what_it_needs(nodes, tiny_sweep, tmp_path, monkeypatch, executor):
-    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(watch.Watch, "every_s", 0.2)
     monkeypatch.setattr(watch, "WAITS_AFTER_S", 0.5)
     nodes(2, {"num_cpus": 1})
     sweep = tiny_sweep.model_copy(

@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from sweeps.engine.ledger.bill import Bill, bill_from
 from sweeps.engine.ledger.failures import Tried
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting
 from sweeps.engine.space import domains
@@ -111,6 +112,15 @@ def waiting(study: optuna.Study) -> Waiting | None:
         ValueError: Not what a driver writes.
     """
     return _WAITING.validate_python(unseal(study.user_attrs.get("waiting")))
+
+
+def bill_so_far(study: optuna.Study) -> Bill:
+    """The cost of the machines, over all starts, when the driver last wrote it.
+
+    Raises:
+        ValueError: Not what a driver writes.
+    """
+    return bill_from(unseal(study.user_attrs.get("bill")))
 
 
 def hours_so_far(study: optuna.Study) -> float:

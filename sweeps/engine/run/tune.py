@@ -16,7 +16,7 @@ from sweeps.engine.ledger.failures import Failure, headline, kind_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, trial_name
 from sweeps.engine.run.actors import forgiving
-from sweeps.engine.run.watch import NodeWatch, WaitWatch, Watchdog
+from sweeps.engine.run.watch import CostWatch, NodeWatch, WaitWatch, Watchdog
 from sweeps.engine.show.progress import progress_on
 from sweeps.engine.space.spec import Resources
 
@@ -119,6 +119,7 @@ def run_trials(
 
     def fit() -> None:
         progress = progress_on(console, ledger, say)
+        watches = CostWatch(ledger, say), Watchdog(ledger, say)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -132,7 +133,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(folder),
-                callbacks=[progress, nodes, WaitWatch(ledger, progress.say), Watchdog(ledger, say), *callbacks],
+                callbacks=[progress, nodes, *watches, WaitWatch(ledger, progress.say), *callbacks],
                 stop=StopWhenOver(ledger),
                 verbose=0,
             ),

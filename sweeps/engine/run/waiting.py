@@ -11,6 +11,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import _internal_kv_get
 
 from inflora.errors import one_line
+from sweeps.engine.run.cluster import DRIVER
 
 _ANSWER_S = 10
 _LONGEST = 300
@@ -27,11 +28,13 @@ def _of_group(group: Any) -> str:
     distinct = dict.fromkeys(bundles)
     told = " and ".join(f"{count} times {b}" if (count := bundles.count(b)) > 1 else b for b in distinct)
     chosen = any(bundle.label_selector for bundle in group.bundles)
-    return told + (" on a node that is not left out" if chosen else "")
+    return told + (" on one of some nodes" if chosen else "")
 
 
 def _of_bundle(resources: Mapping[str, float]) -> str:
     """One worker's: GPUs first, as they are what is rare."""
+    if resources.get(DRIVER):
+        return "a machine with room for a trial"
     rare_first = sorted((name for name, count in resources.items() if count), key=lambda name: (name != "GPU", name))
     plural = {"GPU", "CPU"}
     return " and ".join(

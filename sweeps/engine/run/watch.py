@@ -8,13 +8,16 @@ from typing import Any
 import grpc
 import ray
 
+from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.bill import Machine
 from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord, Waiting, now_ms, sick_nodes
 from sweeps.engine.run.actors import remove_groups_of_dead_actors, waiting_groups
 from sweeps.engine.run.cluster import may_grow
+from sweeps.engine.run.machines import priced_machines
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
 from sweeps.engine.run.waiting import autoscaler_problem, needs_of
 from sweeps.engine.show.progress import Callback
@@ -151,6 +154,33 @@ class WaitWatch(Watch):
             self.say("no trial waits for room any more")
         elif now is not None and not (before and before.needs == now.needs and alike([before.problem, now.problem])):
             self.say(one_line(now.line, 500))
+
+
+class CostWatch(Watch):
+    """Writes down what the machines cost that declare a price, as long as trials run."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+        self._looked = time.monotonic()
+        self._problem = ""
+
+    def look(self, trials: Sequence[Any]) -> None:
+        """Add what the time since the last look has cost, at the prices of now."""
+        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
+            machines = self._machines()
+            now = time.monotonic()
+            self.ledger.spend((now - self._looked) / 3600, machines)
+            self._looked = now
+
+    def _machines(self) -> list[Machine]:
+        """None where one declares what is no price, which is said once."""
+        try:
+            return priced_machines(self.ledger.sweep.resources)
+        except ConfigError as error:
+            if self._problem != str(error):
+                self._problem = str(error)
+                self.say(f"costs are not counted: {error}")
+            return []
 
 
 def longest_silence(records: Sequence[TrialRecord]) -> float:

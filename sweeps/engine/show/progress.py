@@ -90,7 +90,7 @@ class LiveTable(ProgressLines):
             justify: Any = "left" if column in ("outcome", "settings") else "right"
             table.add_column(column, justify=justify, no_wrap=column == "estimate")
         used = self.ledger.hours(), self.ledger.stored_bytes
-        lines = status_lines(sweep, records, known, *used, waiting=self.ledger.waiting)
+        lines = status_lines(sweep, records, known, *used, waiting=self.ledger.waiting, bill=self.ledger.bill)
         shown = [*ended[-5:], *running]
         room = max(1, height - len(lines) - _FRAME)
         left = max(0, len(shown) - room)

@@ -14,10 +14,13 @@ from plotly.colors import qualitative
 from inflora.metrics import forgetting
 from sweeps.engine.ledger.records import Outcome, TrialRecord, ranking
 from sweeps.engine.ledger.study import pareto_front
-from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images, waiting
+from sweeps.engine.ledger.trials import (
+    read_records,
+    validation_images,
+)
 from sweeps.engine.show.decision import decision
 from sweeps.engine.show.pieces import document, embed, short, small
-from sweeps.engine.show.status import best_line, gain_line, outcome_word, status_lines
+from sweeps.engine.show.status import best_line, gain_line, outcome_word, study_lines
 from sweeps.engine.show.surface import (
     MOST_IN_PAIRS,
     by_importance,
@@ -59,8 +62,7 @@ def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     records = read_records(study)
     known = estimate(sweep, records, validation_images(study))
     best = (known.ranking() if known else ranking(records))[:_SHOWN]
-    used = hours_so_far(study), stored_bytes(study)
-    states = status_lines(sweep, records, known, *used, waiting=waiting(study), driven=driven)
+    states = study_lines(sweep, study, records, known, driven=driven)
     on_cards = (best_line(sweep, records, known), gain_line(known))
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
+import optuna
+
 from inflora.errors import one_line
+from sweeps.engine.ledger import trials as kept
+from sweeps.engine.ledger.bill import Bill
 from sweeps.engine.ledger.records import Outcome, TrialRecord, Waiting
 from sweeps.engine.space.budget import standings, why_over
 from sweeps.engine.space.estimate import ENOUGH, NEXT, Estimates, winner
@@ -20,9 +24,10 @@ def status_lines(
     stored_bytes: int,
     *,
     waiting: Waiting | None = None,
+    bill: Bill | None = None,
     driven: bool = True,
 ) -> list[str]:
-    """A line for the trials, for those that wait, for every budget, the setting to train, and why nothing more comes.
+    """A line each for the trials, those that wait, every budget, cost, the setting to train, why nothing more comes.
 
     ``known`` is what the trials say of the scores. ``driven``: a driver is alive; without one what runs was
     interrupted, and nothing goes on by itself.
@@ -36,12 +41,29 @@ def status_lines(
     if driven and 0 < ended < sweep.trials:
         lines.append(f"about {hours / ended * (sweep.trials - ended):.2f} hours to go at this pace")
     lines += [each.line for each in standings(sweep, records, hours, stored_bytes) if each.line]
+    lines += [bill.line] if bill is not None and bill.line else []
     lines += [line for line in (best_line(sweep, records, known), gain_line(known)) if line]
     if why := why_over(sweep, records, hours, stored_bytes):
         lines.append(why)
     elif not driven and ended < sweep.trials:
         lines.append("stopped: no process runs this sweep; the command that began it goes on with it")
     return lines
+
+
+def study_lines(
+    sweep: Sweep, study: optuna.Study, records: Sequence[TrialRecord], known: Estimates | None, *, driven: bool
+) -> list[str]:
+    """``status_lines`` of a sweep that is read: all that its study keeps beside trials."""
+    return status_lines(
+        sweep,
+        records,
+        known,
+        kept.hours_so_far(study),
+        kept.stored_bytes(study),
+        waiting=kept.waiting(study),
+        bill=kept.bill_so_far(study),
+        driven=driven,
+    )
 
 
 def trial_lines(records: Sequence[TrialRecord], *, driven: bool) -> list[str]:
