@@ -1,10 +1,12 @@
 """A recipe under ``uv run``: Ray's own way with it would build every worker an environment anew."""
 
+import pytest
 import ray
 from ray._private import ray_constants
 from ray._private.runtime_env import uv_runtime_env_hook
 from ray._private.worker import _maybe_modify_runtime_env
 
+from inflora.config import ConfigError
 from sweeps.engine.run.cluster import connect
 
 
@@ -20,8 +22,6 @@ def test_under_uv_run_workers_have_the_drivers_own_environment(monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    try:
+    with pytest.raises(ConfigError, match="as far as this goes"):
         connect("local", print)
-    except ValueError as error:
-        assert "as far as this goes" in str(error)
     assert told.keys() == {"env_vars", "worker_process_setup_hook"}

@@ -170,15 +170,20 @@ def test_who_reads_the_study_learns_of_it_while_a_driver_is_there(ledger, tiny_s
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("executor", ["inline", "train"])
-def test_a_trial_without_room_is_told_of_and_what_it_needs(nodes, tiny_sweep, tmp_path, monkeypatch, executor):
+@pytest.mark.parametrize(
+    ("executor", "head_drives", "needs"),
+    [("inline", 0, "1 CPU"), ("train", 2, "1 CPU"), ("train", 0, "a machine with room for a trial")],
+)
+def test_a_trial_without_room_is_told_of_and_what_it_needs(
+    nodes, tiny_sweep, tmp_path, monkeypatch, executor, head_drives, needs
+):
     monkeypatch.setattr(watch.Watch, "every_s", 0.2)
     monkeypatch.setattr(watch, "WAITS_AFTER_S", 0.5)
-    nodes(2, {"num_cpus": 1})
+    nodes(2, {"num_cpus": 1, "resources": {} if head_drives else {DRIVER: 1}}, head_drives=head_drives)
     sweep = tiny_sweep.model_copy(
         update={"base": tiny_sweep.config({"optim.epochs": 10}), "trials": 2, "executor": executor}
     )
     said = []
     run_sweep(sweep, tmp_path, sqlite(tmp_path), say=said.append)
-    assert any(line.startswith("1 trial waits for 1 CPU, since ") for line in said), said
+    assert any(line.startswith(f"1 trial waits for {needs}, since ") for line in said), said
     assert "no trial waits for room any more" in said
