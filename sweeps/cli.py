@@ -15,7 +15,7 @@ import typer
 from inflora.config import ConfigError, checked, dump_config
 from inflora.console import OneLineGroup
 from inflora.errors import one_line
-from sweeps.engine.ledger.records import BestBy, Outcome
+from sweeps.engine.ledger.records import BestBy
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -131,11 +131,14 @@ def find_sweep(sweep: str, storage: Path | None) -> str:
 
 @app.command()
 def status(sweep: SweepName, storage: Storage = None) -> None:
-    """The trials of a sweep so far, why some failed, and what is left of its budget."""
+    """The trials of a sweep so far, why some failed, where their logs are, and what is left of its budget."""
     from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.ledger.study import pareto_front
-    from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
-    from sweeps.engine.show.status import status_lines
+    from sweeps.engine.ledger.trials import (
+        read_records,
+        validation_images,
+    )
+    from sweeps.engine.show.status import study_lines, trial_lines
     from sweeps.engine.show.tables import print_table, trials_table
     from sweeps.engine.space.estimate import estimate
 
@@ -144,12 +147,8 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
     known = estimate(spec, records, validation_images(study))
     front = pareto_front(study) if spec.tradeoffs else set()
     print_table(trials_table(spec, records, known, front, driven=driven))
-    for record in records:
-        if record.reason and record.outcome is Outcome.FAILED:
-            tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
-            print(f"trial {record.number} failed{tries}: {record.reason}")
-    for line in status_lines(spec, records, known, hours_so_far(study), stored_bytes(study), driven=driven):
-        print(line)
+    lines = study_lines(spec, study, records, known, driven=driven)
+    print("\n".join([*trial_lines(records, driven=driven), *lines]))
 
 
 @app.command()

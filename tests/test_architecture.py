@@ -58,10 +58,12 @@ FLOORS = {
     13: ("inflora.runs",),
     14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures"),
     15: (
+        "sweeps.engine.ledger.bill",
         "sweeps.engine.ledger.records",
         "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",
         "sweeps.engine.run.actors",
+        "sweeps.engine.run.gpu_use",
         "sweeps.engine.run.nodes",
         "sweeps.engine.run.session",
         "sweeps.engine.show.output",
@@ -72,6 +74,7 @@ FLOORS = {
     ),
     16: (
         "sweeps.engine.run.reach",
+        "sweeps.engine.run.reports",
         "sweeps.engine.show.scales",
         "sweeps.engine.space.cube",
         "sweeps.engine.space.objectives",
@@ -85,6 +88,7 @@ FLOORS = {
     18: (
         "sweeps.engine.ledger.trials",
         "sweeps.engine.run.cluster",
+        "sweeps.engine.run.machines",
         "sweeps.engine.run.smoke",
         "sweeps.engine.run.trial",
         "sweeps.engine.show.tracking",
@@ -100,6 +104,7 @@ FLOORS = {
     ),
     20: (
         "sweeps.engine.ledger.consistency",
+        "sweeps.engine.run.waiting",
         "sweeps.engine.run.driver",
         "sweeps.engine.show.mlflow_store",
         "sweeps.engine.show.mlflow_estimates",

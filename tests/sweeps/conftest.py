@@ -158,7 +158,8 @@ class Recipe:
     def learnt(self, number: int) -> list[int]:
         """The tasks that Tune was told of as just learnt, over all starts and tries of a trial."""
         lines = [json.loads(line) for file in self.results.glob("tune/*/result.json") for line in file.open()]
-        told = [TaskReport.model_validate_json(each["report"]) for each in lines if each["config"]["number"] == number]
+        of_trial = (each for each in lines if "report" in each and each["config"]["number"] == number)
+        told = [TaskReport.model_validate_json(each["report"]) for each in of_trial]
         return sorted(report.tasks_done for report in told if report.seconds > 0)
 
 

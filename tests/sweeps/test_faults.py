@@ -156,7 +156,6 @@ def tells(settings, tasks=5):
 def test_a_trial_that_falls_silent_is_started_again(ledger, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "SILENT_S", 5.0)
     monkeypatch.setattr(watch, "SILENT_TASKS", 0)
-    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 1.0)
     asleep = tmp_path / "asleep"
 
     def falls_silent(settings):

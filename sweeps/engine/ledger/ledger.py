@@ -10,18 +10,20 @@ the value of a stopped trial must never stand beside a finished one's.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.engine.ledger.bill import Bill, Machine
 from sweeps.engine.ledger.failures import Tried, change_for
-from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, now_ms
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting, now_ms
 from sweeps.engine.ledger.study import check_study, open_storage
 from sweeps.engine.ledger.trials import (
     STATES,
+    bill_so_far,
     hours_so_far,
     new_record,
     place_of,
@@ -30,6 +32,7 @@ from sweeps.engine.ledger.trials import (
     seal,
     unseal,
     validation_images,
+    waiting,
 )
 from sweeps.engine.space import budget, domains
 from sweeps.engine.space.early_stopping import Rungs
@@ -88,10 +91,14 @@ class Ledger:
         self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
         self._exhausted = False
         self._hours_before = self._hours_written = hours_so_far(self.study)
+        self.bill = bill_so_far(self.study).interrupted()
+        self._at_work: set[int] = set()
         self._started, self._start_ms = time.monotonic(), now_ms()
         self.stored_bytes = stored_bytes
         self.images = validation_images(self.study)
         self._over, self._last_check = "", -math.inf
+        self.waiting = waiting(self.study)
+        self.note_waiting(None)  # an earlier start's
         for settings in sweep.first:
             self.study.enqueue_trial(settings, skip_if_exists=True)
 
@@ -115,6 +122,12 @@ class Ledger:
         if place_of(self.study) != address:
             self.study.set_user_attr("place", seal(address))
 
+    def note_waiting(self, now: Waiting | None) -> None:
+        """Note which trials wait for room, None: none does."""
+        if now != self.waiting:
+            self.study.set_user_attr("waiting", seal(now))
+            self.waiting = now
+
     def remaining(self) -> int:
         """The number of trials still to be started or finished."""
         ended = [record for record in self.records() if record.outcome is not Outcome.RUNNING]
@@ -123,6 +136,12 @@ class Ledger:
     def hours(self) -> float:
         """The hours that the sweep has run, over all its starts."""
         return self._hours_before + (time.monotonic() - self._started) / 3600
+
+    def spend(self, hours: float, machines: Sequence[Machine]) -> None:
+        """Note what the machines that have a price have cost for so many more hours."""
+        self.bill = self.bill.after(hours, machines, self._at_work)
+        if machines and self.hours() - self._hours_written >= _WRITE_HOURS_EVERY:
+            self._write_hours()
 
     def why_over(self) -> str:
         """The reason why no trial is started any more although some were asked for; empty while they are."""
@@ -221,8 +240,12 @@ class Ledger:
 
         A report that is already there (a trial resumed from an earlier checkpoint) changes nothing.
         """
-        if number not in self._running or report.tasks_done in self._running[number].reported:
+        if number not in self._running:
             return False
+        if report.tasks_done in self._running[number].reported:
+            self.bill = self.bill.wasted(number)  # learnt twice, or told again
+            return False
+        self.bill = self.bill.paid(number)
         trial, reported = self._running[number]
         reported.add(report.tasks_done)
         value = report.metrics[self.sweep.rung_metric]
@@ -239,6 +262,14 @@ class Ledger:
             return False
         self._end(number, Outcome.PRUNED, reason=f"behind others after {report.tasks_done} tasks")
         return True
+
+    def note_log(self, number: int, log: str) -> None:
+        """Note where a trial that runs writes its log: of several tries the last one counts."""
+        if number in self._running:
+            self._running[number].trial.set_user_attr("log", seal(log))
+            self._note(number, log=log)
+            self.bill = self.bill.wasted(number)  # by a worker before it, if one was lost
+            self._at_work.add(number)
 
     def close(self, number: int) -> None:
         """The trial has ended by itself: finished if all it is judged by is there and finite, failed otherwise."""
@@ -267,6 +298,7 @@ class Ledger:
         """The trial has failed; it is proposed again where that can help, else it ends with ``reason``."""
         if number not in self._running or number in self._again:
             return
+        self._leave_off({number})
         trial, record = self._running[number].trial, self.record_of(number)
         tries = [*record.tries, Tried(reason, len(record.reports))]
         trial.set_user_attr("tries", seal(tries))
@@ -284,14 +316,22 @@ class Ledger:
 
         For when what runs them has stopped, and is started anew.
         """
+        self._leave_off(set(self._running))
         self._again += [number for number in self._running if number not in self._again]
         return sum(len(record.reports) for record in self.records())
+
+    def _leave_off(self, numbers: Set[int]) -> None:
+        """Note that these trials are not at work any more, whatever they were at."""
+        self._at_work -= numbers
+        for number in numbers:
+            self.bill = self.bill.wasted(number)
 
     def _end(self, number: int, outcome: Outcome, values: list[float] | None = None, reason: str = "") -> None:
         if reason:
             self._running[number].trial.set_user_attr("reason", seal(reason))
         self._records[number] = record_of(self.study.tell(number, values, state=STATES[outcome]))
         del self._running[number]
+        self._leave_off({number})
         self._rungs.end(number, outcome)
         self._write_hours()
         self._check_if_over()
@@ -300,6 +340,8 @@ class Ledger:
         """Keep the hours as they pass, not on leaving: a driver that is killed must not get them back."""
         self._hours_written = self.hours()
         self.study.set_user_attr("hours", seal(self._hours_written))
+        if self.bill != Bill():
+            self.study.set_user_attr("bill", seal(self.bill.kept()))
 
     def _check_budgets(self) -> None:
         """Between ends of trials only a budget can end the sweep."""

@@ -54,7 +54,8 @@ class TrialRecord(NamedTuple):
     """One trial as the ledger knows it.
 
     ``value`` is its objective, ``values`` all objectives; ``broken`` names the constraints it breaks and by how much;
-    ``tries`` are those that failed, ``again`` the change with which it was last tried again.
+    ``tries`` are those that failed, ``again`` the change with which it was last tried again; ``log`` is where its last
+    worker writes what it prints (``address:path``).
     """
 
     number: int
@@ -69,11 +70,28 @@ class TrialRecord(NamedTuple):
     broken: dict[str, float] = {}
     tries: tuple[Tried, ...] = ()
     again: str = ""
+    log: str = ""
 
     @property
     def failed_on(self) -> set[str]:
         """The IDs of the nodes on which tries failed through no fault of the trial's."""
         return {node_id for each in self.tries if (node_id := node_of(each.reason))}
+
+
+class Waiting(NamedTuple):
+    """Trials that wait for room: how many, for what, since when, and why the autoscaler does not bring it."""
+
+    trials: int
+    needs: str
+    since_ms: int
+    problem: str = ""
+
+    @property
+    def line(self) -> str:
+        """All of it, in the reader's own time."""
+        who = "1 trial waits" if self.trials == 1 else f"{self.trials} trials wait"
+        since = time.strftime("%b %d %H:%M", time.localtime(self.since_ms / 1000))
+        return f"{who} for {self.needs}, since {since}" + (f"; {self.problem}" if self.problem else "")
 
 
 def now_ms() -> int:

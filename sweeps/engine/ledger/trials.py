@@ -7,10 +7,11 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from sweeps.engine.ledger.bill import Bill, bill_from
 from sweeps.engine.ledger.failures import Tried
-from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord
+from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting
 from sweeps.engine.space import domains
 
 STATES = {
@@ -19,6 +20,9 @@ STATES = {
     Outcome.FAILED: TrialState.FAIL,
 }
 _OUTCOMES = {state: outcome for outcome, state in STATES.items()} | {TrialState.RUNNING: Outcome.RUNNING}
+
+
+_WAITING: TypeAdapter[Waiting | None] = TypeAdapter(Waiting | None)
 
 
 class _Attributes(BaseModel):
@@ -33,6 +37,7 @@ class _Attributes(BaseModel):
     tries: tuple[Tried, ...] = ()
     again: str = ""
     reason: str = ""
+    log: str = ""
 
 
 def seal(value: Any) -> dict[str, Any]:
@@ -105,6 +110,24 @@ def place_of(study: optuna.Study) -> str:
     return str(unseal(study.user_attrs.get("place", "")))
 
 
+def waiting(study: optuna.Study) -> Waiting | None:
+    """The trials that waited for room when the driver last looked; it writes what has changed.
+
+    Raises:
+        ValueError: Not what a driver writes.
+    """
+    return _WAITING.validate_python(unseal(study.user_attrs.get("waiting")))
+
+
+def bill_so_far(study: optuna.Study) -> Bill:
+    """The cost of the machines, over all starts, when the driver last wrote it.
+
+    Raises:
+        ValueError: Not what a driver writes.
+    """
+    return bill_from(unseal(study.user_attrs.get("bill")))
+
+
 def hours_so_far(study: optuna.Study) -> float:
     """The hours that the sweep had run, over all its starts, when a trial last ended."""
     return float(unseal(study.user_attrs.get("hours", 0.0)))
@@ -141,6 +164,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         broken={bound: excess for bound, excess in trial.constraints.items() if excess > 0},
         tries=told.tries or tuple(Tried(reason, 0) for reason in told.failures),
         again=told.again,
+        log=told.log,
     )
 
 

@@ -50,9 +50,9 @@ def remove_groups_of_dead_actors() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def some_group_waits() -> bool:
-    """True while a placement group of this driver's job waits for room."""
-    return any(group.state in (_State.PENDING, _State.RESCHEDULING) for group in _groups())
+def waiting_groups() -> list[Any]:
+    """The placement groups of this driver's job that wait for room: one for each trial that does."""
+    return [group for group in _groups() if group.state in (_State.PENDING, _State.RESCHEDULING)]
 
 
 def _groups() -> list[Any]:

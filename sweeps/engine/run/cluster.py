@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import ray
+from ray._private import ray_constants
 
 from inflora.config import ConfigError
 from sweeps.engine.space.spec import Resources
@@ -67,6 +68,8 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
     environment = {
         name: os.environ.get(name, value) for name, value in (_QUICK_TRAIN | _PATIENT_TRAIN | _QUIET).items()
     }
+    # A driver under `uv run` would make Ray copy the checkout and build a second environment for the workers out of it.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     chosen = address or os.environ.get(_ADDRESS) or _OWN
     try:
         ray.init(

@@ -15,6 +15,7 @@ from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
 from sweeps.engine.run.cluster import Cluster, connect, require_gpus, trials_at_a_time
+from sweeps.engine.run.machines import Rate, rate
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.preflight import check_folder, doubts, trials_place
 from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
@@ -69,8 +70,9 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         if sweep.resources.gpus and sweep.base.device != "cpu":
             check_gpu_node(options, "cuda", say)
         first = sweep.config(sweep.first[0]) if sweep.first else configs[0]
-        task = ray.remote(time_one_task).options(**options)
-        timing = ray.get(task.remote(first, sweep.resources.cpus_per_worker))
+        task = ray.remote(_time_here).options(**options)
+        timing, node_id = ray.get(task.remote(first, sweep.resources.cpus_per_worker))
+        prices = rate(sweep.resources, ray.nodes(), node_id)
     except ray.exceptions.RayTaskError as error:
         raise ConfigError(f"a tiny trial failed: {' '.join(str(error.cause).split())[:300]}") from None
     finally:
@@ -82,6 +84,8 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         f"estimate: {expected.trial_s:.0f} s a trial; {sweep.trials} trials, none stopped early: "
         f"{expected.hours:.2f} hours{gpus}"
     )
+    if cost := expected_cost(expected, sweep.trials, prices):
+        say(f"estimate: a cost of {cost:.2f}, without machines that idle")
     return expected
 
 
@@ -112,6 +116,16 @@ def time_one_task(config: RunConfig, threads: int) -> Timing:
     result = next(run(short, on_epoch=lambda _: ends.append(time.perf_counter())))
     epoch_s = ends[-1] - ends[-2]
     return Timing(epoch_s, max(0.0, result.seconds - _EPOCHS * epoch_s))
+
+
+def _time_here(config: RunConfig, threads: int) -> tuple[Timing, str]:
+    """A task's times, and the ID of the node that they are of."""
+    return time_one_task(config, threads), ray.get_runtime_context().get_node_id()
+
+
+def expected_cost(expected: Forecast, trials: int, prices: Rate) -> float:
+    """The cost of all trials, and of the machines beside them for as long."""
+    return trials * expected.trial_s / 3600 * prices.trial + expected.hours * prices.others
 
 
 def forecast(sweep: Sweep, config: RunConfig, timing: Timing, at_a_time: int) -> Forecast:

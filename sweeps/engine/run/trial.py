@@ -14,35 +14,38 @@ import torch
 from inflora import distributed
 from inflora.config import RunConfig, parse_config
 from inflora.continual import run
-from inflora.cuda import require_cuda
+from inflora.cuda import pick_device, require_cuda
 from inflora.errors import one_line
 from inflora.integrity import check_state
-from inflora.metrics import accuracy_row
 from inflora.state import RunState, StateError
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.failures import NodeFault
-from sweeps.engine.ledger.records import TaskReport, now_ms
+from sweeps.engine.run.gpu_use import Gpu, GpuMeter, gpu_of
 from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
+from sweeps.engine.run.reports import begin_log, task_report
 from sweeps.engine.run.session import InlineSession, Session, TrainSession
 from sweeps.engine.space.spec import Resources
 
 
 def run_trial(settings: dict[str, Any], session: Session) -> None:
     """Learn, on a machine that must be as the driver's is; what is wrong with it is reported as its own fault."""
+    session.report(begin_log(settings["number"], settings["name"]), None)
     try:
         with faults_named():
             require_like_driver(Likeness(**settings["likeness"]))
             if settings["gpus"] and settings["config"]["device"] != "cpu":
                 require_cuda()
-            learn(settings, session)
+            learn(settings, session, gpu_of(pick_device(settings["config"]["device"])))
     except NodeFault as fault:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(fault).__name__} {fault}"}, None)
 
 
-def learn(settings: dict[str, Any], session: Session) -> None:
+def learn(settings: dict[str, Any], session: Session, gpu: Gpu | None = None) -> None:
     """Learn the stream, or its first ``tasks`` tasks, on train and validation images: a report per task.
+
+    With a ``gpu`` each report of a task that was learnt here tells how much of it was used.
 
     A trial that went on after the ledger last heard of it reports those tasks first. One whose state is damaged begins
     again, and says so. What no retry can help (a loss that is not a number, no memory left) is reported as the trial's
@@ -54,11 +57,13 @@ def learn(settings: dict[str, Any], session: Session) -> None:
         session.report({"acc/seen": 0.0, "notice": notice}, None)  # Tune refuses reports without its metric
     if state is not None:
         for tasks_done in range(settings["tasks_done"] + 1, state.tasks_done + 1):
-            session.report(_metrics(state, tasks_done, tasks), state)
+            session.report(task_report(state, tasks_done, tasks), state)
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
-        for result in islice(run(config, state), left):
-            session.report(_metrics(result.state, result.state.tasks_done, tasks, result.seconds), result.state)
+        with GpuMeter(gpu) as meter:
+            for result in islice(run(config, state), left):
+                told = task_report(result.state, result.state.tasks_done, tasks, result.seconds, meter.take())
+                session.report(told, result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
@@ -81,20 +86,6 @@ def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]
         return state, ""
     session.forget()
     return None, damage or "another worker cannot read its state"
-
-
-def _metrics(state: RunState, tasks_done: int, tasks: int | None, seconds: float = 0.0) -> dict[str, Any]:
-    """A task's report to Tune: the metrics, and all of it as one value for the ledger."""
-    state = state._replace(tasks=tasks or state.tasks)
-    report = TaskReport(
-        tasks_done=tasks_done,
-        tasks=state.tasks,
-        metrics=state.metrics(tasks_done),
-        accuracies=accuracy_row(state.evaluations[tasks_done - 1]),
-        seconds=seconds,
-        time_ms=now_ms(),
-    )
-    return {**report.metrics, "tasks_done": tasks_done, "report": report.model_dump_json()}
 
 
 def inline_trial(resources: Resources, trials: str) -> Callable[[dict[str, Any]], None]:

@@ -16,7 +16,7 @@ from sweeps.engine.ledger.failures import Failure, headline, kind_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, trial_name
 from sweeps.engine.run.actors import forgiving
-from sweeps.engine.run.watch import NodeWatch, Watchdog
+from sweeps.engine.run.watch import CostWatch, NodeWatch, WaitWatch, Watchdog
 from sweeps.engine.show.progress import progress_on
 from sweeps.engine.space.spec import Resources
 
@@ -75,6 +75,8 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         """Write the report down and stop the trial if it is behind."""
         number = trial.config["number"]
+        if "log" in result:
+            self.ledger.note_log(number, result["log"])
         if "failure" in result:
             self.ledger.fail(number, result["failure"])
             return TrialScheduler.STOP
@@ -117,6 +119,7 @@ def run_trials(
 
     def fit() -> None:
         progress = progress_on(console, ledger, say)
+        watches = CostWatch(ledger, say), Watchdog(ledger, say)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -130,7 +133,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(folder),
-                callbacks=[progress, nodes, Watchdog(ledger, say), *callbacks],
+                callbacks=[progress, nodes, *watches, WaitWatch(ledger, progress.say), *callbacks],
                 stop=StopWhenOver(ledger),
                 verbose=0,
             ),

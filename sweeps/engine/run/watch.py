@@ -8,15 +8,22 @@ from typing import Any
 import grpc
 import ray
 
+from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.bill import Machine
+from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.records import TrialRecord, sick_nodes
-from sweeps.engine.run.actors import remove_groups_of_dead_actors, some_group_waits
+from sweeps.engine.ledger.records import TrialRecord, Waiting, now_ms, sick_nodes
+from sweeps.engine.run.actors import remove_groups_of_dead_actors, waiting_groups
 from sweeps.engine.run.cluster import may_grow
+from sweeps.engine.run.machines import priced_machines
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
+from sweeps.engine.run.waiting import autoscaler_problem, needs_of
 from sweeps.engine.show.progress import Callback
 
+WAITS_AFTER_S = 10.0
+"""A trial that has so long no room waits for a machine, and not for another trial to hand its own on."""
 SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
@@ -110,7 +117,7 @@ class Watchdog(Watch):
         self._heard = {trial.trial_id: self._heard.get(trial.trial_id, now) for trial in running}
         patience = longest_silence(self.ledger.records())
         silent = [trial for trial in running if now - self._heard[trial.trial_id] > patience]
-        if not silent or some_group_waits():
+        if not silent or waiting_groups():
             return  # one that waits for room has nothing to say
         for trial in silent:
             self._heard[trial.trial_id] = now
@@ -118,6 +125,62 @@ class Watchdog(Watch):
             self.say(f"trial {number:3d} has said nothing for {minutes:.0f} minutes and is started again")
             if trial.temporary_state.ray_actor is not None:
                 ray.kill(trial.temporary_state.ray_actor)
+
+
+class WaitWatch(Watch):
+    """Says for what trials wait: when they begin to, when it is for another reason, and when none does any more."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+        self._since: dict[bytes, int] = {}
+
+    def look(self, trials: Sequence[Any]) -> None:
+        """Note which groups have waited for long, and what the autoscaler says."""
+        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
+            groups = waiting_groups()
+            now = now_ms()
+            self._since = {each.placement_group_id: self._since.get(each.placement_group_id, now) for each in groups}
+            late = [each for each in groups if now - self._since[each.placement_group_id] >= 1000 * WAITS_AFTER_S]
+            if not late:
+                self._tell(None)
+                return
+            since = min(self._since[each.placement_group_id] for each in late)
+            self._tell(Waiting(len(late), needs_of(late), since, autoscaler_problem()))
+
+    def _tell(self, now: Waiting | None) -> None:
+        before = self.ledger.waiting
+        self.ledger.note_waiting(now)
+        if now is None and before is not None:
+            self.say("no trial waits for room any more")
+        elif now is not None and not (before and before.needs == now.needs and alike([before.problem, now.problem])):
+            self.say(one_line(now.line, 500))
+
+
+class CostWatch(Watch):
+    """Writes down what the machines cost that declare a price, as long as trials run."""
+
+    def __init__(self, ledger: Ledger, say: Callable[[str], None]) -> None:
+        self.ledger, self.say = ledger, say
+        self._looked = time.monotonic()
+        self._problem = ""
+
+    def look(self, trials: Sequence[Any]) -> None:
+        """Add what the time since the last look has cost, at the prices of now."""
+        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
+            machines = self._machines()
+            now = time.monotonic()
+            self.ledger.spend((now - self._looked) / 3600, machines)
+            self._looked = now
+
+    def _machines(self) -> list[Machine]:
+        """None where one declares what is no price, which is said once."""
+        try:
+            return priced_machines(self.ledger.sweep.resources)
+        except ConfigError as error:
+            if self._problem != str(error):
+                self._problem = str(error)
+                self.say(f"costs are not counted: {error}")
+            return []
 
 
 def longest_silence(records: Sequence[TrialRecord]) -> float:

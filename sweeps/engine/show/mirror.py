@@ -62,7 +62,7 @@ class Mirror:
         self.parent: str | None = None
         self._note = ""
         self._children: dict[int, Run] = {}
-        self._sent: dict[int, tuple[int, Outcome]] = {}
+        self._sent: dict[int, tuple[int, Outcome, str]] = {}
         self._estimates = EstimateSender(self.client, self._children)
 
     def sync(self) -> None:
@@ -102,7 +102,7 @@ class Mirror:
             self.parent = self._find_or_create_parent()
         records = self._reader.records()
         for record in records:
-            state = (len(record.reports), record.outcome)
+            state = (len(record.reports), record.outcome, record.log)
             sent = self._sent.get(record.number)
             if sent != state and record.settings:
                 self._sync_trial(record, None if sent is None else sent[0])
@@ -176,6 +176,7 @@ class Mirror:
         tags = {}
         if record.outcome in _STATUS:
             tags = {_OUTCOME_TAG: record.outcome.value, NOTE: trial_note(self.sweep, record)}
+        tags |= {"inflora.log": record.log} if record.log else {}
         tags |= {"inflora.reason": record.reason} if record.reason else {}
         tags |= {"inflora.failures": json.dumps([each.reason for each in record.tries])} if record.tries else {}
         params = params_of(config) if reports_sent is None and not run.data.params else []

@@ -89,7 +89,8 @@ class LiveTable(ProgressLines):
         for column in ("trial", "outcome", "tasks", "acc/seen", sweep.objective, "estimate", "settings"):
             justify: Any = "left" if column in ("outcome", "settings") else "right"
             table.add_column(column, justify=justify, no_wrap=column == "estimate")
-        lines = status_lines(sweep, records, known, self.ledger.hours(), self.ledger.stored_bytes)
+        used = self.ledger.hours(), self.ledger.stored_bytes
+        lines = status_lines(sweep, records, known, *used, waiting=self.ledger.waiting, bill=self.ledger.bill)
         shown = [*ended[-5:], *running]
         room = max(1, height - len(lines) - _FRAME)
         left = max(0, len(shown) - room)

@@ -14,10 +14,13 @@ from plotly.colors import qualitative
 from inflora.metrics import forgetting
 from sweeps.engine.ledger.records import Outcome, TrialRecord, ranking
 from sweeps.engine.ledger.study import pareto_front
-from sweeps.engine.ledger.trials import hours_so_far, read_records, stored_bytes, validation_images
+from sweeps.engine.ledger.trials import (
+    read_records,
+    validation_images,
+)
 from sweeps.engine.show.decision import decision
 from sweeps.engine.show.pieces import document, embed, short, small
-from sweeps.engine.show.status import best_line, gain_line, outcome_word, status_lines
+from sweeps.engine.show.status import best_line, gain_line, outcome_word, study_lines
 from sweeps.engine.show.surface import (
     MOST_IN_PAIRS,
     by_importance,
@@ -48,13 +51,18 @@ _MEMORY = {
     "overlap": "memory: share of the task's energy in it before",
 }
 
+_GPU = {
+    "gpu/utilisation": "GPU: percent of each task's time in which the card worked",
+    "gpu/memory_gb": "GPU: the most memory a task held (GB)",
+}
+
 
 def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
     records = read_records(study)
     known = estimate(sweep, records, validation_images(study))
     best = (known.ranking() if known else ranking(records))[:_SHOWN]
-    states = status_lines(sweep, records, known, hours_so_far(study), stored_bytes(study), driven=driven)
+    states = study_lines(sweep, study, records, known, driven=driven)
     on_cards = (best_line(sweep, records, known), gain_line(known))
     parts = [
         f"<h1>{html.escape(sweep.name)}</h1>",
@@ -206,6 +214,11 @@ def cost_figures(sweep: Sweep, records: Sequence[TrialRecord]) -> Iterator[go.Fi
     axes = {"xaxis_title": "trial", "yaxis_title": "minutes", "xaxis_type": "category"}
     order = [str(record.number) for record in told]
     yield go.Figure(bars, {"title": title, "barmode": "stack", "xaxis_categoryarray": order, **axes})
+    for metric, title in _GPU.items():
+        used = {_name(record): [report.metrics.get(metric) for report in record.reports] for record in told}
+        known = {name: values for name, values in used.items() if any(value is not None for value in values)}
+        if known:
+            yield _curves(title, known)
 
 
 def _curves(title: str, curves: dict[str, list[Any]], grey: Container[str] = ()) -> go.Figure:

@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 
-from sweeps.engine.ledger.records import Outcome, TrialRecord
+import optuna
+
+from inflora.errors import one_line
+from sweeps.engine.ledger import trials as kept
+from sweeps.engine.ledger.bill import Bill
+from sweeps.engine.ledger.records import Outcome, TrialRecord, Waiting
 from sweeps.engine.space.budget import standings, why_over
 from sweeps.engine.space.estimate import ENOUGH, NEXT, Estimates, winner
 from sweeps.engine.space.spec import Sweep
+
+_LONGEST = 500
+"""Of a line whose words are not this program's own."""
 
 
 def status_lines(
@@ -15,9 +23,11 @@ def status_lines(
     hours: float,
     stored_bytes: int,
     *,
+    waiting: Waiting | None = None,
+    bill: Bill | None = None,
     driven: bool = True,
 ) -> list[str]:
-    """A line for the trials, one for every budget, one for the setting to train, one for why nothing more comes.
+    """A line each for the trials, those that wait, every budget, cost, the setting to train, why nothing more comes.
 
     ``known`` is what the trials say of the scores. ``driven``: a driver is alive; without one what runs was
     interrupted, and nothing goes on by itself.
@@ -26,15 +36,47 @@ def status_lines(
     ended = len(records) - count[Outcome.RUNNING]
     outcomes = ", ".join(f"{number} {outcome_word(each, driven=driven)}" for each, number in count.items() if number)
     lines = [f"{ended} of {sweep.trials} trials ended" + (f": {outcomes}" if outcomes else "")]
+    if driven and waiting is not None:
+        lines.append(one_line(waiting.line, _LONGEST))
     if driven and 0 < ended < sweep.trials:
         lines.append(f"about {hours / ended * (sweep.trials - ended):.2f} hours to go at this pace")
     lines += [each.line for each in standings(sweep, records, hours, stored_bytes) if each.line]
+    lines += [bill.line] if bill is not None and bill.line else []
     lines += [line for line in (best_line(sweep, records, known), gain_line(known)) if line]
     if why := why_over(sweep, records, hours, stored_bytes):
         lines.append(why)
     elif not driven and ended < sweep.trials:
         lines.append("stopped: no process runs this sweep; the command that began it goes on with it")
     return lines
+
+
+def study_lines(
+    sweep: Sweep, study: optuna.Study, records: Sequence[TrialRecord], known: Estimates | None, *, driven: bool
+) -> list[str]:
+    """``status_lines`` of a sweep that is read: all that its study keeps beside trials."""
+    return status_lines(
+        sweep,
+        records,
+        known,
+        kept.hours_so_far(study),
+        kept.stored_bytes(study),
+        waiting=kept.waiting(study),
+        bill=kept.bill_so_far(study),
+        driven=driven,
+    )
+
+
+def trial_lines(records: Sequence[TrialRecord], *, driven: bool) -> list[str]:
+    """A line for every trial that failed, with why, and for every one that runs; each with the place of its log."""
+    lines = []
+    for record in records:
+        tries = f" ({len(record.tries)} tries)" if len(record.tries) > 1 else ""
+        log = f"log {record.log}" if record.log else ""
+        if record.outcome is Outcome.FAILED:
+            lines.append(f"trial {record.number} failed{tries}: {'; '.join(filter(None, (record.reason, log)))}")
+        elif record.outcome is Outcome.RUNNING and log:
+            lines.append(f"trial {record.number} {outcome_word(record.outcome, driven=driven)}{tries}: {log}")
+    return [one_line(line, 2 * _LONGEST) for line in lines]
 
 
 def best_line(sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | None) -> str:
