@@ -32,6 +32,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sleeping import sleeper
 from inflora.config import DataSettings, RunConfig
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
@@ -136,24 +137,6 @@ def measure(sweep: Sweep, with_mlflow: bool, with_ray: bool) -> dict[str, float]
         }
 
 
-def sleeper(tasks: int, seconds: float) -> Callable[[dict[str, Any]], None]:
-    """A trial that sleeps through its tasks, and says after each how long its last report had waited for an answer."""
-
-    def trial(settings: dict[str, Any]) -> None:
-        from ray import tune
-
-        answer_s = 0.0
-        for done in range(1, tasks + 1):
-            time.sleep(seconds)
-            report = make_report(done, tasks, settings["config"]["optim"]["lr"])
-            report = report.model_copy(update={"seconds": seconds, "metrics": report.metrics | {"answer_s": answer_s}})
-            start = time.perf_counter()
-            tune.report({**report.metrics, "tasks_done": done, "report": report.model_dump_json()})
-            answer_s = time.perf_counter() - start
-
-    return trial
-
-
 class Steady(Callback):
     """The driver's processor time, and the head's memory, from when all trials run until the first ends."""
 
@@ -207,7 +190,8 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
         tracker.close(patience_s=3600)
         records = ledger.records()
     answers = sorted(report.metrics["answer_s"] for record in records for report in record.reports[1:])
-    assert len(answers) == at_a_time * (tasks - 1), "a trial has not finished"
+    failed = [f"{record.number} {record.outcome}: {record.tries}" for record in records if record.value is None]
+    assert not failed, failed
     return {
         "trials": at_a_time,
         "reports_per_s": at_a_time / seconds,
