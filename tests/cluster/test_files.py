@@ -165,13 +165,33 @@ def test_no_trial_runs_on_a_head():
     assert kuberay()[-1]["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_every_cluster_drives_as_many_trials_as_it_can_train():
-    gpu = launcher("gpu.yaml")["available_node_types"]
-    spot = gpu["gpu_spot"]
-    assert gpu["head"]["resources"]["trial_driver"] == spot["max_workers"] * spot["resources"]["GPU"]
+def resources(command_or_pod):
+    """What ``ray start`` is told, in a command or in a pod's parameters, of resources of one's own."""
+    if isinstance(command_or_pod, str):
+        return json.loads(re.findall(r"--resources='(.*?)'", command_or_pod)[0])
+    return json.loads(json.loads(command_or_pod["rayStartParams"]["resources"]))
+
+
+def machines():
+    """Of each file: what its head says of itself, what a machine that trains does, and how many of those there are."""
+    gpu = launcher("gpu.yaml")
+    types = gpu["available_node_types"]
     job = kuberay()[-1]["spec"]["rayClusterSpec"]
-    drivers = json.loads(json.loads(job["headGroupSpec"]["rayStartParams"]["resources"].strip("'")))
-    assert drivers["trial_driver"] == job["workerGroupSpecs"][0]["maxReplicas"]
+    (pods,) = job["workerGroupSpecs"]
+    local = launcher("local.yaml")
+    local_head, local_worker = (local[f"{role}_start_ray_commands"][-1] for role in ("head", "worker"))
+    return {
+        "gpu.yaml": (types["head"]["resources"], types["gpu_spot"]["resources"], gpu["max_workers"]),
+        "kuberay.yaml": (resources(job["headGroupSpec"]), resources(pods), pods["maxReplicas"]),
+        "local.yaml": (resources(local_head), resources(local_worker), len(local["provider"]["worker_ips"])),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpu.yaml", "kuberay.yaml", "local.yaml"])
+def test_trials_are_driven_where_they_are_trained_and_the_head_says_how_many_there_can_be(name):
+    head, machine, count = machines()[name]
+    assert "trial_driver" not in head, "a driver would find room there"
+    assert head["trials_at_a_time"] == count * machine["trial_driver"]
 
 
 def test_spot_machines_train_and_an_on_demand_head_drives():
