@@ -1,9 +1,10 @@
-"""The CUDA that is there: driver, PyTorch's build, devices."""
+"""The CUDA that is there: driver, PyTorch's build, devices; ``python -m inflora.cuda`` fails where there is none."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -75,3 +76,7 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(missing_cuda() or 0)
