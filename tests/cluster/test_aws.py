@@ -1,6 +1,8 @@
 """``cluster/gpu.yaml``: what its machines do while they are set up, and what is asked of Amazon."""
 
+import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,13 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.schema import AutoscalerInstance
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import NodeState
+from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((PROJECT / "cluster" / "gpu.yaml").read_text())
@@ -62,3 +71,55 @@ def test_every_machine_has_a_current_driver_and_docker():
     (image,) = images
     assert image.startswith("resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-")
     assert image.endswith("/latest/ami-id")
+
+
+def asked_of_amazon(config, trials, running=()):
+    """How many machines Ray's autoscaler starts and ends where so many trials wait for one."""
+    autoscaling = AutoscalingConfig(prepare_config(copy.deepcopy(config)))
+    request = SchedulingRequest(
+        disable_launch_config_check=autoscaling.disable_launch_config_check(),
+        node_type_configs=autoscaling.get_node_type_configs(),
+        max_num_nodes=autoscaling.get_max_num_worker_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make({"trial_driver": 1})] * trials),
+        current_instances=list(running),
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    return {each.instance_type: each.count for each in reply.to_launch}, len(reply.to_terminate)
+
+
+def running_machine(config, name):
+    """A machine of the file's GPU type as it is when a trial keeps it busy."""
+    known = AutoscalingConfig(prepare_config(copy.deepcopy(config))).get_node_type_configs()["gpu"]
+    instance = Instance(
+        instance_id=name,
+        instance_type="gpu",
+        status=Instance.RAY_RUNNING,
+        node_kind=NodeKind.WORKER,
+        node_id=name,
+        launch_config_hash=known.launch_config_hash,
+    )
+    busy = NodeState(total_resources=known.resources, available_resources={"CPU": 7})
+    return AutoscalerInstance(cloud_instance_id=name, ray_node=busy, im_instance=instance)
+
+
+@pytest.mark.parametrize(("trials", "machines"), [(1, 1), (8, 8), (20, 8)])
+def test_a_waiting_trial_brings_a_machine_up_to_the_most_that_there_may_be(trials, machines):
+    assert asked_of_amazon(CONFIG, trials) == ({"gpu": machines}, 0)
+
+
+def test_without_its_line_on_spot_further_machines_come_on_demand_and_those_that_run_stay(tmp_path):
+    """As the README says it: by ``sed``, and the file is read again by an autoscaler that runs."""
+    (command,) = re.findall(
+        r"^(sed .*MarketType.*) && ray up", (PROJECT / "cluster/README.md").read_text(), re.MULTILINE
+    )
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/gpu.yaml").write_text((PROJECT / "cluster/gpu.yaml").read_text())
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    on_demand = yaml.safe_load((tmp_path / "cluster/gpu.yaml").read_text())
+    types = CONFIG["available_node_types"], on_demand["available_node_types"]
+    machine, changed = (copy.deepcopy(each["gpu"]["node_config"]) for each in types)
+    assert machine.pop("InstanceMarketOptions") == {"MarketType": "spot"} and machine == changed
+    assert all("InstanceMarketOptions" not in each["head"]["node_config"] for each in types)
+
+    spot = [running_machine(CONFIG, name) for name in ("one", "two")]
+    assert asked_of_amazon(on_demand, 3, spot) == ({"gpu": 3}, 0)

@@ -181,7 +181,7 @@ def machines():
     local = launcher("local.yaml")
     local_head, local_worker = (local[f"{role}_start_ray_commands"][-1] for role in ("head", "worker"))
     return {
-        "gpu.yaml": (types["head"]["resources"], types["gpu_spot"]["resources"], gpu["max_workers"]),
+        "gpu.yaml": (types["head"]["resources"], types["gpu"]["resources"], gpu["max_workers"]),
         "kuberay.yaml": (resources(job["headGroupSpec"]), resources(pods), pods["maxReplicas"]),
         "local.yaml": (resources(local_head), resources(local_worker), len(local["provider"]["worker_ips"])),
     }
@@ -192,14 +192,6 @@ def test_trials_are_driven_where_they_are_trained_and_the_head_says_how_many_the
     head, machine, count = machines()[name]
     assert "trial_driver" not in head, "a driver would find room there"
     assert head["trials_at_a_time"] == count * machine["trial_driver"]
-
-
-def test_spot_machines_train_and_an_on_demand_head_drives():
-    types = launcher("gpu.yaml")["available_node_types"]
-    spot = {name for name, each in types.items() if "InstanceMarketOptions" in each["node_config"]}
-    assert spot == {"gpu_spot"}
-    assert types["gpu_reserve"]["resources"] == types["gpu_spot"]["resources"]
-    assert types["gpu_reserve"]["priority"] < types["gpu_spot"]["priority"]
 
 
 def test_the_pinned_versions_are_ones_that_the_package_accepts():
