@@ -40,6 +40,21 @@ def test_a_new_machine_has_the_datasets_of_the_bucket(bucket, tmp_path):
     assert (tmp_path / ".cache/inflora/data/cifar100/manifest.json").read_bytes() == b"{}"
 
 
+def test_a_new_machine_asks_no_hub_for_weights_that_are_in_the_bucket(bucket, tmp_path):
+    """As the hub's cache has them, with files in the place of links."""
+    model, name = "models--timm--vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k"
+    place = boto3.resource("s3").Bucket("bucket")
+    place.put_object(Key=f"weights/{model}/refs/main", Body=b"0123abc")
+    place.put_object(Key=f"weights/{model}/snapshots/0123abc/model.safetensors", Body=b"weights")
+    done = set_up(tmp_path, "/weights ")
+    assert done.returncode == 0, done.stderr
+    ask = f"from inflora.pretrained import from_cache; print(from_cache({name!r})['file'])"
+    machine = {"HOME": str(tmp_path), "PATH": PYTHON, "PYTHONPATH": str(PROJECT)}
+    found = subprocess.run([sys.executable, "-c", ask], env=machine, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).read_bytes() == b"weights"
+    assert Path(found.strip()).is_relative_to(tmp_path)
+
+
 @pytest.mark.parametrize("there", [(), ("other/file", "data.txt")])
 def test_a_bucket_without_datasets_fails_the_set_up_in_one_line(there, bucket, tmp_path):
     place = boto3.resource("s3").Bucket("bucket")

@@ -117,6 +117,21 @@ def test_every_mounted_file_is_there(name):
     assert [source for source in sources if not (PROJECT / source).exists()] == []
 
 
+def test_an_image_of_ones_own_holds_what_a_machine_would_install():
+    """Then set-up finds the packages there, and installs the mounted code over the image's."""
+    text = (CLUSTER / "gpu.yaml").read_text()
+    stock, own = re.findall(r"^  (image: .*)\n  # (image: .*)", text, re.MULTILINE)[0]
+    config = yaml.safe_load(text.replace(stock, own))
+    check_launcher(config)
+    assert (
+        config["docker"]["image"]
+        == kuberay()[-1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+    )
+    copied = re.findall(r"^COPY --chown=ray (.*) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    mounted = [source for source in config["file_mounts"].values() if not source.startswith("~")]
+    assert sorted(" ".join(copied).split()) == sorted(mounted)
+
+
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
 def test_every_start_of_ray_asks_for_the_token_and_tells_nobody(name):
     config = launcher(name)
