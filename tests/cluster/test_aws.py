@@ -1,6 +1,7 @@
 """``cluster/gpu.yaml``: what its machines do while they are set up, and what is asked of Amazon."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from botocore.exceptions import ClientError
+from moto.core.authorization import enable_iam_authentication
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -17,6 +20,10 @@ from ray.autoscaler.v2.schema import AutoscalerInstance
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import NodeState
 from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.storage import StorageContext, delete_fs_path
+
+from inflora.storage import SharedFolder
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((PROJECT / "cluster" / "gpu.yaml").read_text())
@@ -138,3 +145,64 @@ def test_without_its_line_on_spot_further_machines_come_on_demand_and_those_that
 
     spot = [running_machine(CONFIG, name) for name in ("one", "two")]
     assert asked_of_amazon(on_demand, 3, spot) == ({"gpu": 3}, 0)
+
+
+@pytest.fixture
+def on_a_worker(bucket, monkeypatch):
+    """From here on the bucket asks who calls, and it is a GPU machine with the policy of its role."""
+    iam = boto3.client("iam")
+    iam.create_user(UserName="worker")
+    policy = json.loads((PROJECT / "cluster/aws-worker.json").read_text().replace("BUCKET", "bucket"))
+    # Moto's own: S3 asks for the right to each file where many are deleted at once, and for ListBucket at HeadBucket.
+    moto = {"Effect": "Allow", "Action": ["s3:DeleteObject", "s3:HeadBucket"], "Resource": "arn:aws:s3:::bucket"}
+    policy["Statement"] += [moto]
+    iam.put_user_policy(UserName="worker", PolicyName="bucket", PolicyDocument=json.dumps(policy))
+    key = iam.create_access_key(UserName="worker")["AccessKey"]
+    place = boto3.resource("s3").Bucket("bucket")
+    for name in ("data/cifar100/manifest.json", "mlflow/secret", "sweeps/digits/study.db"):
+        place.put_object(Key=name, Body=b"{}")
+    with enable_iam_authentication():
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        yield SharedFolder(f"{bucket}/sweeps/digits")
+    iam.delete_access_key(UserName="worker", AccessKeyId=key["AccessKeyId"])
+    iam.delete_user_policy(UserName="worker", PolicyName="bucket")
+    iam.delete_user(UserName="worker")
+
+
+def test_the_workers_role_lets_them_do_what_a_trial_does(on_a_worker, tmp_path):
+    assert set_up(tmp_path, "/data ").returncode == 0
+    on_a_worker.require()
+    assert on_a_worker.read("study.db") == b"{}" and on_a_worker.read("missing") is None
+    large = os.urandom(12 * 2**20)  # in several parts
+    on_a_worker.write("trials/0000/state", large)
+    with on_a_worker.fetched("trials/0000") as folder:
+        assert (folder / "state").read_bytes() == large
+    assert on_a_worker.folders("trials") == {"0000"} and on_a_worker.bytes_in("trials") == len(large)
+    on_a_worker.delete("trials/0000/state")
+    on_a_worker.write("trials/0001/state", b"")
+    on_a_worker.discard("trials")
+    assert on_a_worker.folders("trials") == set()
+    # As Ray Train keeps a checkpoint.
+    (tmp_path / "state").write_bytes(b"state")
+    storage = StorageContext(storage_path="s3://bucket/sweeps/digits/trials", experiment_dir_name="0002")
+    storage.persist_current_checkpoint(Checkpoint(str(tmp_path)), "checkpoint")
+    delete_fs_path(storage.storage_filesystem, storage.experiment_fs_path)
+    assert on_a_worker.folders("trials") == set()
+
+
+def test_the_workers_role_lets_them_do_nothing_else(on_a_worker):
+    s3 = boto3.Session().client("s3")
+    elsewhere = {"Bucket": "bucket", "Key": "mlflow/secret"}
+    for refused in (
+        lambda: s3.get_object(**elsewhere),
+        lambda: s3.put_object(**elsewhere, Body=b""),
+        lambda: s3.delete_object(Bucket="bucket", Key="data/cifar100/manifest.json"),
+        lambda: s3.put_object(Bucket="bucket", Key="weights/model", Body=b""),
+        lambda: s3.delete_bucket(Bucket="bucket"),
+        lambda: s3.create_bucket(Bucket="another"),
+        lambda: s3.list_buckets(),
+        lambda: s3.put_bucket_policy(Bucket="bucket", Policy="{}"),
+    ):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            refused()
