@@ -83,11 +83,45 @@ def test_a_misspelt_key_of_a_launcher_file_is_refused(name):
 
 
 def test_what_kubernetes_gets_is_what_it_expects():
-    *ordinary, job = kuberay()
-    assert [document["kind"] for document in (*ordinary, job)] == ["ConfigMap", "PersistentVolumeClaim", "RayJob"]
-    for document in ordinary:
+    config, job = kuberay()
+    volumes = list(yaml.safe_load_all((CLUSTER / "kuberay-volumes.yaml").read_text()))
+    kinds = [document["kind"] for document in (config, job, *volumes)]
+    assert kinds == ["ConfigMap", "RayJob", "PersistentVolumeClaim", "PersistentVolumeClaim", "Pod"]
+    assert len(set(re.findall(r"image: (\S+)", f"{yaml.safe_dump(job)}{yaml.safe_dump(volumes)}"))) == 1
+    for document in (config, *volumes):
         kubernetes_validate.validate(document, "1.34", strict=True)
     check_ray_job(job)
+
+
+def test_with_the_lines_for_kueue_the_ray_job_is_what_kuberay_expects():
+    text, lines = re.subn(
+        r"^  # (labels|annotations):", r"  \1:", (CLUSTER / "kuberay.yaml").read_text(), flags=re.MULTILINE
+    )
+    assert lines == 2
+    job = list(yaml.safe_load_all(text))[-1]
+    check_ray_job(job)
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "user-queue"}
+    assert job["spec"]["shutdownAfterJobFinishes"], "Kueue takes no other"
+
+
+def test_on_kubernetes_what_must_outlast_a_pod_is_on_a_volume():
+    """Databases on the head's own, as they would break on one that many pods mount."""
+    config, job = kuberay()
+    claims = {
+        each["metadata"]["name"]: each["spec"]["accessModes"]
+        for each in yaml.safe_load_all((CLUSTER / "kuberay-volumes.yaml").read_text())
+        if each["kind"] == "PersistentVolumeClaim"
+    }
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    claim_of = {each["name"]: each["persistentVolumeClaim"]["claimName"] for each in head["volumes"]}
+    mounted = {each["mountPath"]: claims[claim_of[each["name"]]] for each in head["containers"][0]["volumeMounts"]}
+    assert mounted[config["data"]["INFLORA_STORAGE"]] == ["ReadWriteOnce"]
+    assert mounted["/home/ray/mlflow"] == mounted["/home/ray/.mlflow"] == ["ReadWriteOnce"], (
+        "as mlflow_server.sh has it"
+    )
+    for name in ("INFLORA_SHARED", "INFLORA_DATA", "HF_HOME"):
+        (place,) = [path for path in mounted if config["data"][name].startswith(f"{path}/")]
+        assert mounted[place] == ["ReadWriteMany"]
 
 
 # Keys that are names of the user's own or of a resource, so that no schema can know them.
