@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from inflora.config import ConfigError
 from inflora.errors import one_line
@@ -112,6 +112,11 @@ class SharedFolder:
                 if (content := self.read(f"{name}/{file}")) is not None:
                     (Path(temporary) / file).write_bytes(content)
             yield Path(temporary)
+
+    def copy_to(self, name: str, folder: Path) -> None:
+        """Copy all that is below a folder of it into one of this machine; nothing where there is none."""
+        if self._files.get_file_info(f"{self._path}/{name}").type is FileType.Directory:
+            copy_files(f"{self._path}/{name}", str(folder), source_filesystem=self._files)
 
     def bytes_in(self, name: str) -> int:
         """The bytes of all files below a folder."""

@@ -181,14 +181,21 @@ def report(
 @app.command()
 def final(
     configs: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="CONFIG... | SWEEP", help="Exported configs to compare, or a sweep to judge first."),
     ],
     seeds: Annotated[str, typer.Option(help="Seeds to train each config with, comma-separated.")] = "0,1,2",
     orders: Annotated[str, typer.Option(help="Class orders (seeds) to train on; default: each config's own.")] = "",
     top: Annotated[int, typer.Option(min=1, help="Of a sweep: how many of its best trials are judged.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and report, seen by all nodes; default: final/ in the storage.")
+        Path | None, typer.Option(help="Folder for runs and report; default: final/ in the storage.")
+    ] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            help="Where no folder is seen by all nodes: s3://bucket/path for runs that are trained; "
+            "default: $INFLORA_SHARED if that is a bucket."
+        ),
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -209,18 +216,26 @@ def final(
     from sweeps.engine.run.runner import say_to_stdout
     from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
 
-    named = Path(find_sweep(str(configs[0]), storage))
-    swept = named if len(configs) == 1 and (named / SPEC_FILE).exists() else None
-    folder = (out or (swept or storage_root(storage)) / "final").absolute()
+    named = find_sweep(configs[0], storage)
+    swept = named if len(configs) == 1 and ("://" in named or (Path(named) / SPEC_FILE).exists()) else None
+    # What a sweep in a bucket becomes is kept beside the sweeps of this machine.
+    home = storage_root(storage) / (Path(swept).name if swept and "://" in swept else swept or "")
+    folder = (out or home / "final").absolute()
+    place = shared or os.environ.get("INFLORA_SHARED", "")
+    if shared and "://" not in shared:
+        raise ConfigError(
+            f"--shared must be s3://bucket/path, got {one_line(shared, 200)!r}; a folder is given by --out"
+        )
+    bucket = None if "://" not in place else f"{place}/{home.name}" if swept else place
     resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
-    trained = FinalTraining(parse_seeds(seeds), numbers, resources, address)
-    uri = tracking_uri or default_tracking_uri(swept or folder)
-    reachable_store(uri, swept or folder)
+    trained = FinalTraining(parse_seeds(seeds), numbers, resources, address, bucket)
+    uri = tracking_uri or default_tracking_uri(home if swept else folder)
+    reachable_store(uri, home if swept else folder)
     if swept:
         chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
     else:
-        chosen = load_by_label(configs)
+        chosen = load_by_label([Path(config) for config in configs])
     runs = trained.train(chosen, folder, "test", say_to_stdout)
     summary = summarise(runs)
     written = write_report(runs, summary, folder)

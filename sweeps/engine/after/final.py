@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from inflora.files import write_atomically
 from inflora.metrics import accuracy_matrix, seen
 from inflora.runs import train_into
 from inflora.setup import check, identity, search_stream
-from inflora.state import RunState, load_state
+from inflora.state import MANIFEST, RunState, load_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import now_ms
 from sweeps.engine.run.cluster import connect, trials_at_a_time
@@ -123,8 +124,12 @@ def _identity(config: RunConfig) -> str:
     return config_hash(config.model_copy(update={"seed": 0}))
 
 
-def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str], None]) -> None:
+def train_all(
+    runs: Sequence[FinalRun], resources: Resources, say: Callable[[str], None], bucket: SharedFolder | None = None
+) -> None:
     """Train what is not complete yet, as many runs at a time as the cluster has room for; a line for every task.
+
+    Every node sees the runs' folders, or else a ``bucket``, from which they come here at their ends.
 
     Raises:
         ConfigError: A folder holds a run with other settings.
@@ -133,7 +138,8 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )
-    waiting = {task.remote(run, resources.cpus_per_worker, news): run for run in runs}
+    address = bucket.address if bucket else None
+    waiting = {task.remote(run, resources.cpus_per_worker, news, address): run for run in runs}
     while waiting:
         ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
         for line in news.get_nowait_batch(news.qsize()):
@@ -146,18 +152,60 @@ def train_all(runs: Sequence[FinalRun], resources: Resources, say: Callable[[str
                 if isinstance(error.cause, ValueError | FloatingPointError):
                     raise ConfigError(f"{_name(run)} in {run.folder}: {error.cause}") from None
                 raise
+            if bucket:
+                bucket.copy_to(kept_as(run), run.folder)
             say(f"{_name(run)}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
     news.shutdown()
 
 
-def _train_one(run: FinalRun, threads: int, news: Queue) -> float:
+def _train_one(run: FinalRun, threads: int, news: Queue, bucket: str | None) -> float:
     def tell(result: TaskResult) -> None:
         done, seen_so_far = f"task {result.task + 1}/{result.state.tasks}", 100 * result.metrics["acc/seen"]
         news.put(f"{_name(run)} {done}  acc/seen {seen_so_far:.1f} %  {result.seconds:.0f} s")
 
     torch.set_num_threads(threads)
-    state = train_into(run.folder, run.config, run.evaluate_on, resume=True, on_task=tell)
+    if bucket:
+        state = train_by_way_of(SharedFolder(bucket), run, tell)
+    else:
+        state = train_into(run.folder, run.config, run.evaluate_on, resume=True, on_task=tell)
     return _final_metrics(state)["acc/final"]
+
+
+def train_by_way_of(bucket: SharedFolder, run: FinalRun, on_task: Callable[[TaskResult], None]) -> RunState:
+    """Train in a folder of this machine alone, which begins and goes on as what the bucket keeps of the run."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(own) / "run"
+        bucket.when_there(lambda: bucket.copy_to(kept_as(run), folder))
+        sent = _files_below(folder)
+
+        def keep() -> None:
+            # The manifest of the state goes after the files that it names, and old ones are deleted after it.
+            here = _files_below(folder)
+            for file in sorted(here, key=lambda file: file.endswith(f"/{MANIFEST}")):
+                if sent.get(file) != here[file]:
+                    bucket.write(f"{kept_as(run)}/{file}", (folder / file).read_bytes())
+            for file in sent.keys() - here.keys():
+                bucket.delete(f"{kept_as(run)}/{file}")
+            sent.clear()
+            sent.update(here)
+
+        def tell(result: TaskResult) -> None:
+            bucket.when_there(keep)
+            on_task(result)
+
+        state = train_into(folder, run.config, run.evaluate_on, resume=True, on_task=tell)
+        bucket.when_there(keep)  # the result, which comes after the last task
+        return state
+
+
+def _files_below(folder: Path) -> dict[str, int]:
+    """The paths of a folder's files in it, and when they were written."""
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def kept_as(run: FinalRun) -> str:
+    """The name of a run's folder in a bucket."""
+    return "/".join(run.folder.parts[-3:])
 
 
 def _in_order(config: RunConfig, order: int | None) -> RunConfig:
@@ -172,12 +220,16 @@ def _name(run: FinalRun) -> str:
 
 
 class FinalTraining(NamedTuple):
-    """Over which seeds and class orders (None: each config's own) configs are trained, and where."""
+    """Over which seeds and class orders (None: each config's own) configs are trained, and where.
+
+    ``bucket`` keeps the runs while they are trained, where there is no folder that all nodes see.
+    """
 
     seeds: list[int]
     orders: list[int | None] | None
     resources: Resources
     address: str | None
+    bucket: str | None = None
 
     def train(
         self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn, say: Callable[[str], None]
@@ -188,8 +240,8 @@ class FinalTraining(NamedTuple):
         check_can_write(folder)
         connect(self.address, say)
         trials_at_a_time(self.resources, say)
-        check_nodes(SharedFolder(str(folder)))
-        train_all(runs, self.resources, say)
+        check_nodes(SharedFolder(self.bucket or str(folder)))
+        train_all(runs, self.resources, say, SharedFolder(self.bucket) if self.bucket else None)
         return runs
 
 

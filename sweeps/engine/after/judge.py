@@ -125,10 +125,10 @@ def score(state: RunState, objective: str) -> float:
 
 
 def judge_sweep(
-    folder: Path, top: int, trained: FinalTraining, out: Path, say: Callable[[str], None]
+    address: str, top: int, trained: FinalTraining, out: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, RunConfig], FinalTraining]:
     """Choose the configs that the test set is opened for: a sweep's winner and the recipe's first setting."""
-    sweep, study, _ = read_kept(str(folder))
+    sweep, study, _ = read_kept(address)
     records, known = read_trials(sweep, study)
     numbers = [order for order in trained.orders or [] if order is not None]
     trained = trained._replace(orders=judged_orders(sweep, numbers))

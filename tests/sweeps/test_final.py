@@ -1,0 +1,92 @@
+"""Final training where no folder is seen by all nodes, but a bucket is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from inflora.config import dump_config
+from inflora.runs import train_into
+from inflora.storage import SharedFolder
+from sweeps.engine.after.final import FinalRun, kept_as, train_by_way_of
+
+from .conftest import Recipe
+
+
+@pytest.fixture
+def config(tiny_sweep):
+    return tiny_sweep.config({"adapter.rank": 4})
+
+
+def files_in(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def result_in(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_that_is_interrupted_goes_on_elsewhere_from_what_the_bucket_keeps(config, bucket, tmp_path):
+    run = FinalRun("inflora", 0, config, tmp_path / "nobody-sees" / "inflora-1" / "seed-0")
+    place = SharedFolder(f"{bucket}/final")
+    learnt = []
+
+    def lose_the_machine_after_two(result):
+        learnt.append(result.task)
+        if len(learnt) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_by_way_of(place, run, lose_the_machine_after_two)
+    train_by_way_of(place, run, lambda result: learnt.append(result.task))
+    assert learnt == [0, 1, 2, 3, 4], "no task twice"
+    train_by_way_of(place, run, lambda result: pytest.fail("it is complete"))
+
+    assert not (tmp_path / "nobody-sees").exists()
+    place.copy_to(kept_as(run), run.folder)
+    alone = tmp_path / "alone"
+    train_into(alone, config, "test")
+    assert files_in(run.folder) == files_in(alone)
+    assert result_in(run.folder) == result_in(alone)
+
+
+@pytest.mark.cluster
+def test_sweeps_final_brings_home_from_the_bucket_what_nodes_have_trained(config, bucket, data_root, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(dump_config(config))
+    told = {**os.environ, "INFLORA_SHARED": f"{bucket}/sweeps", "INFLORA_STORAGE": str(tmp_path / "results")}
+    command = [sys.executable, "-m", "sweeps.cli", "final", "tiny.yaml", "--seeds", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (kept,) = SharedFolder(f"{bucket}/sweeps").folders("final")
+    home = tmp_path / "results" / "final" / kept / "seed-0"
+    assert "result.json" in files_in(home)
+    report = json.loads((tmp_path / "results/final/report.json").read_text())
+    (values,) = report["summary"].values()
+    assert values["acc/final"]["mean"] == pytest.approx(result_in(home)["metrics"]["acc/final"])
+
+
+def test_a_sweep_in_a_bucket_is_found_and_a_folder_is_not_taken_for_a_bucket(bucket, tmp_path):
+    for arguments, message in (
+        ((f"{bucket}/sweeps/nothing",), "s3://bucket/sweeps/nothing"),
+        (("best.yaml", "--shared", "/mnt/inflora"), "--shared must be s3://bucket/path, got '/mnt/inflora'"),
+    ):
+        command = [sys.executable, "-m", "sweeps.cli", "final", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_in_a_bucket_alone_is_judged_and_trained(tiny_sweep, bucket, data_root, tmp_path):
+    recipe = Recipe(tmp_path, tiny_sweep.model_copy(update={"trials": 2}), data_root)
+    driver = recipe.start("--executor", "inline", "--shared", f"{bucket}/sweeps")
+    assert driver.wait(timeout=200) == 0, recipe.log.read_text()
+    elsewhere = {**os.environ, "INFLORA_SHARED": f"{bucket}/sweeps", "INFLORA_STORAGE": str(tmp_path / "elsewhere")}
+    command = [sys.executable, "-m", "sweeps.cli", "final", f"{bucket}/sweeps/tiny", "--top", "1", "--seeds", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = tmp_path / "elsewhere" / "tiny" / "final"
+    winner = json.loads((home / "judged.json").read_text())["winner"]
+    assert winner in json.loads((home / "report.json").read_text())["summary"]
+    assert SharedFolder(f"{bucket}/sweeps/tiny").folders("judged"), "beside the sweep's trials"
