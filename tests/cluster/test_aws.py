@@ -184,9 +184,10 @@ def test_the_workers_role_lets_them_do_what_a_trial_does(on_a_worker, tmp_path):
     on_a_worker.discard("trials")
     assert on_a_worker.folders("trials") == set()
     # As Ray Train keeps a checkpoint.
-    (tmp_path / "state").write_bytes(b"state")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state").write_bytes(b"state")
     storage = StorageContext(storage_path="s3://bucket/sweeps/digits/trials", experiment_dir_name="0002")
-    storage.persist_current_checkpoint(Checkpoint(str(tmp_path)), "checkpoint")
+    storage.persist_current_checkpoint(Checkpoint(str(tmp_path / "checkpoint")), "checkpoint")
     delete_fs_path(storage.storage_filesystem, storage.experiment_fs_path)
     assert on_a_worker.folders("trials") == set()
 
