@@ -218,8 +218,7 @@ def final(
 
     named = find_sweep(configs[0], storage)
     swept = named if len(configs) == 1 and ("://" in named or (Path(named) / SPEC_FILE).exists()) else None
-    # What a sweep in a bucket becomes is kept beside the sweeps of this machine.
-    home = storage_root(storage) / (Path(swept).name if swept and "://" in swept else swept or "")
+    home = home_of(swept, storage_root(storage))
     folder = (out or home / "final").absolute()
     place = shared or os.environ.get("INFLORA_SHARED", "")
     if shared and "://" not in shared:
@@ -248,6 +247,13 @@ def final(
         raise typer.Exit(1) from None
     look = f"\n{' ' * 12}".join(how_to_look(uri, runs[0].config.data.dataset))
     print(f"report:     {written}\nlook at it: {look}")
+
+
+def home_of(swept: str | None, storage: Path) -> Path:
+    """The folder of what becomes of a sweep: its own, or where it would be on this machine if it is in a bucket."""
+    if swept is None:
+        return storage
+    return storage / Path(swept).name if "://" in swept else Path(swept).absolute()
 
 
 def parse_seeds(text: str, option: str = "--seeds") -> list[int]:

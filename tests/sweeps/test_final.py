@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from inflora.config import dump_config
 from inflora.runs import train_into
 from inflora.storage import SharedFolder
+from sweeps.cli import home_of
 from sweeps.engine.after.final import FinalRun, kept_as, train_by_way_of
 
 from .conftest import Recipe
@@ -50,6 +52,34 @@ def test_a_run_that_is_interrupted_goes_on_elsewhere_from_what_the_bucket_keeps(
     train_into(alone, config, "test")
     assert files_in(run.folder) == files_in(alone)
     assert result_in(run.folder) == result_in(alone)
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_run_whose_machine_goes_amid_its_first_files_can_be_begun_again(
+    config, bucket, tmp_path, monkeypatch, written
+):
+    run = FinalRun("inflora", 0, config, tmp_path / "nobody-sees" / "inflora-2" / f"seed-{written}")
+    place, left, write = SharedFolder(f"{bucket}/final"), iter(range(written)), SharedFolder.write
+
+    def stop(self, name, content):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(self, name, content)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(SharedFolder, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_by_way_of(place, run, lambda result: None)
+    learnt = []
+    train_by_way_of(place, run, lambda result: learnt.append(result.task))
+    assert learnt[-1] == 4
+
+
+def test_what_becomes_of_a_sweep_is_kept_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert home_of("results/digits", Path("/elsewhere")) == tmp_path / "results/digits"
+    assert home_of("s3://bucket/sweeps/digits", tmp_path / "results") == tmp_path / "results/digits"
+    assert home_of(None, tmp_path / "results") == tmp_path / "results"
 
 
 @pytest.mark.cluster

@@ -3,12 +3,14 @@
 Every run lies in a folder of its own with its state: the same command goes on, and trains no complete run again.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +155,8 @@ def train_all(
                     raise ConfigError(f"{_name(run)} in {run.folder}: {error.cause}") from None
                 raise
             if bucket:
-                bucket.copy_to(kept_as(run), run.folder)
+                copy_home = partial(bucket.copy_to, kept_as(run), run.folder)
+                bucket.when_there(copy_home)
             say(f"{_name(run)}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
     news.shutdown()
 
@@ -179,13 +182,15 @@ def train_by_way_of(bucket: SharedFolder, run: FinalRun, on_task: Callable[[Task
         sent = _files_below(folder)
 
         def keep() -> None:
-            # The manifest of the state goes after the files that it names, and old ones are deleted after it.
+            # As on a disk: the manifest of the state goes after the files that it names, what tells of the run after
+            # its state; old files are deleted last.
             here = _files_below(folder)
-            for file in sorted(here, key=lambda file: file.endswith(f"/{MANIFEST}")):
+            for file in sorted(here, key=lambda file: ("/" not in file, file.endswith(f"/{MANIFEST}"))):
                 if sent.get(file) != here[file]:
                     bucket.write(f"{kept_as(run)}/{file}", (folder / file).read_bytes())
             for file in sent.keys() - here.keys():
-                bucket.delete(f"{kept_as(run)}/{file}")
+                with contextlib.suppress(FileNotFoundError):  # it was, and the answer was lost
+                    bucket.delete(f"{kept_as(run)}/{file}")
             sent.clear()
             sent.update(here)
 
@@ -239,7 +244,7 @@ class FinalTraining(NamedTuple):
         reachable_ray(self.address)
         check_can_write(folder)
         connect(self.address, say)
-        trials_at_a_time(self.resources, say)
+        trials_at_a_time(self.resources, "inline", say)
         check_nodes(SharedFolder(self.bucket or str(folder)))
         train_all(runs, self.resources, say, SharedFolder(self.bucket) if self.bucket else None)
         return runs

@@ -106,7 +106,7 @@ def _room() -> str:
     return ", ".join(f"{count:g} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
 
 
-def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
+def trials_at_a_time(resources: Resources, executor: str, say: Callable[[str], None]) -> int:
     """As many as the cluster declares, else as many as its nodes have room for.
 
     A cluster that declares a number may grow: a trial then waits for its nodes, however long they take.
@@ -115,7 +115,11 @@ def trials_at_a_time(resources: Resources, say: Callable[[str], None]) -> int:
         ConfigError: Nothing is declared and there is no room for a single trial.
     """
     if not may_grow():
-        return slots(resources)
+        room, drivers = slots(resources), int(ray.cluster_resources().get(DRIVER, 0))
+        if executor == "train" and 0 < drivers < room:
+            say(f"the machines have room for {room} trials and drive {drivers} ({DRIVER})")
+            return drivers
+        return room
     try:
         slots(resources)
     except ConfigError as error:

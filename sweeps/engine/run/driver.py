@@ -39,7 +39,7 @@ class Trainer(DataParallelTrainer):
 def train_driver(resources: Resources, device: str, storage: str, *, beside: bool) -> Callable[[dict[str, Any]], None]:
     """The trainable that starts a Ray Train run per trial; the same name and storage make it resume by itself.
 
-    ``beside``: a single worker is placed on its driver's own machine, if that is large enough.
+    ``beside``: a single worker is placed on its driver's own machine, if that has room.
     """
 
     def train(settings: dict[str, Any], trials: SharedFolder) -> None:

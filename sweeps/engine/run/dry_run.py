@@ -62,7 +62,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     connect(cluster.address, say)
     try:
         check_nodes(place)
-        at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, say)
+        at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, sweep.executor, say)
         say(f"cluster: room for {at_a_time} trials at a time")
         for doubt in doubts(sweep, min(at_a_time, sweep.trials)):
             say(f"cluster: {doubt}")

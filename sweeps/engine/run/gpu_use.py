@@ -66,7 +66,7 @@ class GpuMeter:
     ) -> None:
         self._left.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(2 * self._every_s)  # a sick card may never answer
 
     def _look(self, gpu: Gpu) -> None:
         while not self._left.wait(self._every_s):

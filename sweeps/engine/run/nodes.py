@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inflora.config import ConfigError, DataSettings
@@ -88,10 +89,10 @@ def elsewhere(left_out: Iterable[str]) -> dict[str, str]:
 
 
 def here(needs: Mapping[str, float]) -> dict[str, str]:
-    """The label selector by which Ray places something on this very node; none where the node is too small for it."""
+    """The label selector by which Ray places something on this very node; none where that has no room for it now."""
     here = ray.get_runtime_context().get_node_id()
-    has = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
-    return {"ray.io/node-id": here} if all(has.get(name, 0) >= need for name, need in needs.items()) else {}
+    free = available_resources_per_node().get(here, {})
+    return {"ray.io/node-id": here} if all(free.get(name, 0) >= need for name, need in needs.items()) else {}
 
 
 def check_nodes(shared: SharedFolder) -> None:

@@ -90,7 +90,7 @@ def find_room(sweep: Sweep, cluster: Cluster, say: Callable[[str], None]) -> int
     """
     reachable_ray(cluster.address)
     connect(cluster.address, say)
-    at_a_time = trials_at_a_time(sweep.resources, say)
+    at_a_time = trials_at_a_time(sweep.resources, sweep.executor, say)
     return cluster.at_a_time or at_a_time
 
 
@@ -112,15 +112,20 @@ def trials_place(sweep: Sweep, folder: Path, cluster: Cluster) -> tuple[SharedFo
         place = SharedFolder(str(folder))
         return place, place.bytes_in(TRIALS)
     place = SharedFolder(f"{cluster.shared}/{sweep.name}")
-    study = check_study(sweep, folder)
     try:
-        if study is not None and place_of(study) == place.address:
+        if has_begun_in(place, sweep, folder):
             return place, place.when_there(lambda: _look_at_copy(sweep, place))
         return place, within(2 * PATIENCE_S, lambda: _look_at_copy(sweep, place))
     except NoAnswerError as error:
         raise ConfigError(f"--shared {place.address} {error}") from None
     except OSError as error:
         raise ConfigError(f"--shared {place.address} does not answer: {one_line(str(error), 300)}") from None
+
+
+def has_begun_in(place: SharedFolder, sweep: Sweep, folder: Path) -> bool:
+    """True if an earlier start of the sweep in ``folder`` has kept its trials in that place."""
+    study = check_study(sweep, folder)
+    return study is not None and place_of(study) == place.address
 
 
 def _look_at_copy(sweep: Sweep, place: SharedFolder) -> int:

@@ -22,7 +22,7 @@ from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster, has_drivers
 from sweeps.engine.run.driver import train_driver
 from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
-from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, doubts, preflight
+from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, doubts, has_begun_in, preflight
 from sweeps.engine.run.storage import (
     Housekeeping,
     begun_anew,
@@ -74,8 +74,10 @@ def run_sweep(
     try:
         ready = preflight(sweep, folder, tracking_uri, cluster, say)
         # The lock is seen on this machine alone: a place of others needs a lease.
-        is_own, has_begun = ready.place.address == str(folder), (folder / STUDY_FILE).exists()
-        lease = nullcontext() if is_own else leased(ready.place, say, patience_s=PATIENCE_S if has_begun else 0.0)
+        is_own, patience_s = ready.place.address == str(folder), 0.0
+        if has_begun_in(ready.place, sweep, folder):
+            patience_s = PATIENCE_S
+        lease = nullcontext() if is_own else leased(ready.place, say, patience_s=patience_s)
         with locked(sweep, folder), lease, mlflow_kept(tracking_uri, folder, ready.place, say):
             ledger = _open_ledger(sweep, folder, ready, warm_start, say)
             result = _run_what_is_left(ledger, folder, ready, tracking_uri, say)
@@ -148,11 +150,12 @@ def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, sa
             bundle_label_selector=[elsewhere(settings["avoid"])],
         )
     else:
-        trainable = train_driver(resources, base.device, trials, beside=has_drivers())
+        beside = has_drivers()
+        trainable = train_driver(resources, base.device, trials, beside=beside)
         # Drivers that ask for CPUs would starve their own workers.
-        place_of_one: dict[str, float] = {DRIVER: 1} if has_drivers() else {"node:__internal_head__": 0.001}
+        place_of_one: dict[str, float] = {DRIVER: 1} if beside else {"node:__internal_head__": 0.001}
         needs = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
-            [place_of_one], bundle_label_selector=[elsewhere(settings["avoid"]) if has_drivers() else {}]
+            [place_of_one], bundle_label_selector=[elsewhere(settings["avoid"]) if beside else {}]
         )
     run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, nodes, [housekeeping])
     housekeeping.tidy()  # a worker that was being stopped may have written once more

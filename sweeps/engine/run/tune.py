@@ -1,8 +1,11 @@
 """The ledger behind Ray Tune's interfaces: it proposes (searcher), stops a trial (scheduler), ends all (stopper)."""
 
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +141,22 @@ def run_trials(
                 verbose=0,
             ),
         )
-        with warnings.catch_warnings(), forgiving(), progress.shown(console):
+        with warnings.catch_warnings(), forgiving(), _ctrl_c_kept(), progress.shown(console):
             warnings.simplefilter("ignore")  # Tune's and Train's, about arguments that only they can change
             tuner.fit()
 
     _go_on_after_stops(fit, ledger, say)
+
+
+@contextmanager
+def _ctrl_c_kept() -> Iterator[None]:
+    """Give Ctrl-C back as it was: Tune takes it, and with what Tune leaves it would be heard by nobody."""
+    is_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _go_on_after_stops(fit: Callable[[], None], ledger: Ledger, say: Callable[[str], None]) -> None:
