@@ -104,7 +104,7 @@ def check_nodes(shared: SharedFolder) -> None:
     nodes = other_nodes()
     if not nodes:
         return
-    mark = shared.when_there(lambda: new_mark(shared))
+    mark = new_mark(shared)
     try:
         # All at once; a node that cannot answer must not keep the others waiting.
         answers = {node_id: ask(node_id, shared.address, mark) for node_id in nodes}

@@ -116,7 +116,7 @@ def _run_what_is_left(
     if remaining:
         for doubt in doubts(ledger.sweep, min(ready.at_a_time, remaining)):
             say(doubt)
-        check_nodes(ready.place)
+        ready.place.when_there(lambda: check_nodes(ready.place))
     tracker = Tracker(ledger.sweep, folder, tracking_uri, ready.tags, ready.inputs)
     tracker.start()
     try:
