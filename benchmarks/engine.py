@@ -31,8 +31,8 @@ import psutil
 import ray
 from rich.console import Console
 from rich.table import Table
+from sleeping import sleeper
 
-from benchmarks.sleeping import sleeper
 from inflora.config import DataSettings, RunConfig
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger

@@ -108,9 +108,7 @@ class SharedFolder:
             yield Path(self._path) / name
             return
         with tempfile.TemporaryDirectory() as temporary:
-            for file in self.files(name):
-                if (content := self.read(f"{name}/{file}")) is not None:
-                    (Path(temporary) / file).write_bytes(content)
+            self.copy_to(name, Path(temporary))
             yield Path(temporary)
 
     def copy_to(self, name: str, folder: Path) -> None:
