@@ -134,10 +134,7 @@ def status(sweep: SweepName, storage: Storage = None) -> None:
     """The trials of a sweep so far, why some failed, where their logs are, and what is left of its budget."""
     from sweeps.engine.ledger.reading import read_kept
     from sweeps.engine.ledger.study import pareto_front
-    from sweeps.engine.ledger.trials import (
-        read_records,
-        validation_images,
-    )
+    from sweeps.engine.ledger.trials import read_records, validation_images
     from sweeps.engine.show.status import study_lines, trial_lines
     from sweeps.engine.show.tables import print_table, trials_table
     from sweeps.engine.space.estimate import estimate

@@ -42,16 +42,21 @@ def remove_groups_of_dead_actors() -> None:
     """Remove the placement groups of creators that have died: Ray keeps them while the driver lives.
 
     A trial's controller makes a group and waits for room. When it dies, its group waits on, and takes the room when it
-    comes: Train's cleaner learns of a group only when its workers have started.
+    comes; nor does one give its room back whose workers have started.
     """
     for group in _groups():
-        # The driver's own groups have no actor as a creator: of them Ray says that it is dead.
-        if group.creator_actor_dead and group.creator_actor_id.strip(b"\xff"):
+        # Of the driver's own groups Ray says that their creator is dead, too.
+        if group.creator_actor_dead and is_made_by_trial(group):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
+def is_made_by_trial(group: Any) -> bool:
+    """True of the group for a running trial's workers, false of one for a trial itself, which the driver makes."""
+    return bool(group.creator_actor_id.strip(b"\xff"))
+
+
 def waiting_groups() -> list[Any]:
-    """The placement groups of this driver's job that wait for room: one for each trial that does."""
+    """The placement groups of this driver's job that wait for room: for a trial, or for a trial's workers."""
     return [group for group in _groups() if group.state in (_State.PENDING, _State.RESCHEDULING)]
 
 

@@ -38,7 +38,9 @@ hundred trials are on a hundred machines, and a machine that is lost takes one t
 """
 AT_A_TIME = "trials_at_a_time"
 """The custom resource, asked for by nobody, with which the head of a cluster that grows says how far it does."""
-_HEAD, _DRIVER_GB = "node:__internal_head__", 0.65
+HEAD = "node:__internal_head__"
+"""Ray's own resource, which the head alone has."""
+_DRIVER_GB = 0.65
 
 
 class Cluster(NamedTuple):
@@ -139,7 +141,7 @@ def has_drivers() -> bool:
 
 def why_too_many_to_drive(at_a_time: int) -> str:
     """Why the head cannot drive so many trials of Ray Train; empty if it can, or need not."""
-    head: dict[str, float] = next((n["Resources"] for n in ray.nodes() if _HEAD in n["Resources"]), {})
+    head: dict[str, float] = next((n["Resources"] for n in ray.nodes() if HEAD in n["Resources"]), {})
     needs_gb, has_gb = at_a_time * _DRIVER_GB, head.get("memory", math.inf) / 2**30
     if has_drivers() or needs_gb <= has_gb:
         return ""

@@ -19,7 +19,7 @@ from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database
 from sweeps.engine.ledger.study import STUDY_FILE
-from sweeps.engine.run.cluster import DRIVER, THIS_MACHINE, Cluster, has_drivers
+from sweeps.engine.run.cluster import DRIVER, HEAD, THIS_MACHINE, Cluster, has_drivers
 from sweeps.engine.run.driver import train_driver
 from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
 from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, doubts, has_begun_in, preflight
@@ -153,7 +153,7 @@ def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, sa
         beside = has_drivers()
         trainable = train_driver(resources, base.device, trials, beside=beside)
         # Drivers that ask for CPUs would starve their own workers.
-        place_of_one: dict[str, float] = {DRIVER: 1} if beside else {"node:__internal_head__": 0.001}
+        place_of_one: dict[str, float] = {DRIVER: 1} if beside else {HEAD: 0.001}
         needs = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
             [place_of_one], bundle_label_selector=[elsewhere(settings["avoid"]) if beside else {}]
         )

@@ -15,7 +15,7 @@ from sweeps.engine.ledger.bill import Machine
 from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord, Waiting, now_ms, sick_nodes
-from sweeps.engine.run.actors import remove_groups_of_dead_actors, waiting_groups
+from sweeps.engine.run.actors import is_made_by_trial, remove_groups_of_dead_actors, waiting_groups
 from sweeps.engine.run.cluster import DRIVER, has_drivers, may_grow
 from sweeps.engine.run.machines import priced_machines
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
@@ -118,7 +118,7 @@ class Watchdog(Watch):
         self._heard = {trial.trial_id: self._heard.get(trial.trial_id, now) for trial in running}
         patience = longest_silence(self.ledger.records())
         silent = [trial for trial in running if now - self._heard[trial.trial_id] > patience]
-        if not silent or any(group.creator_actor_id.strip(b"\xff") for group in waiting_groups()):
+        if not silent or any(is_made_by_trial(group) for group in waiting_groups()):
             return  # one that waits for room has nothing to say
         for trial in silent:
             self._heard[trial.trial_id] = now

@@ -14,10 +14,7 @@ from plotly.colors import qualitative
 from inflora.metrics import forgetting
 from sweeps.engine.ledger.records import Outcome, TrialRecord, ranking
 from sweeps.engine.ledger.study import pareto_front
-from sweeps.engine.ledger.trials import (
-    read_records,
-    validation_images,
-)
+from sweeps.engine.ledger.trials import read_records, validation_images
 from sweeps.engine.show.decision import decision
 from sweeps.engine.show.pieces import document, embed, short, small
 from sweeps.engine.show.status import best_line, gain_line, outcome_word, study_lines
