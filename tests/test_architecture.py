@@ -56,7 +56,7 @@ FLOORS = {
     12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.
     13: ("inflora.runs",),
-    14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures"),
+    14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures", "sweeps.engine.ledger.lock"),
     15: (
         "sweeps.engine.ledger.bill",
         "sweeps.engine.ledger.records",

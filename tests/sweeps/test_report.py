@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from sweeps.engine.ledger.ledger import Ledger
-from sweeps.engine.ledger.snapshot import is_driven
+from sweeps.engine.ledger.lock import is_driven
 from sweeps.engine.ledger.study import load_study, read_records
 from sweeps.engine.run.runner import locked
 from sweeps.engine.show.report import page

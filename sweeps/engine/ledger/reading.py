@@ -10,7 +10,7 @@ from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.patience import NoAnswerError, within
 from sweeps.engine.ledger.lease import LEASE_FILE, seems_driven
-from sweeps.engine.ledger.snapshot import is_driven
+from sweeps.engine.ledger.lock import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, load_study
 from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
 

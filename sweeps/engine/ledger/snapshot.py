@@ -4,7 +4,6 @@ The study is a database on the driver's own disk, which a network file system or
 """
 
 import contextlib
-import fcntl
 import shutil
 import sqlite3
 import tempfile
@@ -14,27 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inflora.files import write_atomically
+from sweeps.engine.ledger.lock import is_driven
 
 if TYPE_CHECKING:
     from inflora.storage import SharedFolder  # brings pyarrow along, for which `sweeps status` must not wait
 
-LOCK_FILE = ".lock"
-"""The lock in a sweep's folder that its driver holds as long as it lives."""
-
 _SIDECARS = ("-wal", "-journal")
 _TRIES = 20
-
-
-def is_driven(folder: Path) -> bool:
-    """True while a driver of the sweep in ``folder`` is alive."""
-    try:
-        with (folder / LOCK_FILE).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # there was never one, or it cannot be asked
-    return False
 
 
 def snapshot(file: Path) -> sqlite3.Connection:

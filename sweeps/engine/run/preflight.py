@@ -15,7 +15,7 @@ from inflora.patience import NoAnswerError, within
 from inflora.setup import check, identity, search_stream
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.lease import refuse_if_driven
-from sweeps.engine.ledger.snapshot import is_driven
+from sweeps.engine.ledger.lock import is_driven
 from sweeps.engine.ledger.study import STUDY_FILE, check_study, is_over
 from sweeps.engine.ledger.trials import place_of
 from sweeps.engine.run.cluster import (

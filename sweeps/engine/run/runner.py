@@ -1,12 +1,10 @@
 """Start a sweep, or go on with one: what is asked first, the lock, the ledger, the trials, the last delivery."""
 
-import fcntl
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ray
 from ray import tune
@@ -16,8 +14,9 @@ from inflora.files import write_atomically
 from inflora.storage import PATIENCE_S
 from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.lock import held
 from sweeps.engine.ledger.records import TrialRecord
-from sweeps.engine.ledger.snapshot import LOCK_FILE, fetch_database
+from sweeps.engine.ledger.snapshot import fetch_database
 from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, HEAD, THIS_MACHINE, Cluster, has_drivers
 from sweeps.engine.run.driver import train_driver
@@ -163,34 +162,15 @@ def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, sa
 
 @contextmanager
 def locked(sweep: Sweep, folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder: one driver at a time, one study per folder.
+    """Hold a sweep's folder, with its settings in it.
 
     Raises:
         ConfigError: Another driver is at work there, or another sweep was run there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-    except OSError as error:
-        raise ConfigError(f"cannot write into {folder}: {error.strerror}") from None
-    with lock:
-        if not _acquire(lock):
-            raise ConfigError(f"the sweep in {folder} is being run by another process")
+    with held(folder):
         check_spec(sweep, folder)  # again: before the lock was held another sweep may have begun here
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
         yield
-
-
-def _acquire(lock: IO[str]) -> bool:
-    """Take a lock that no driver holds; one who only asks for drivers holds it for a moment."""
-    for _ in range(10):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
 
 
 def say_to_stdout(line: str) -> None:
