@@ -46,6 +46,10 @@ def main(*sweeps: Sweep) -> None:
         tracking_uri: TrackingUri = None,
         address: Address = None,
         shared: Shared = None,
+        study: Annotated[
+            str | None,
+            typer.Option(help="postgresql://user@host/database for the study; default: $INFLORA_STUDY or a file."),
+        ] = None,
         at_a_time: Annotated[
             int | None, typer.Option(min=1, help="Trials at a time; default: what the cluster has room for.")
         ] = None,
@@ -73,7 +77,8 @@ def main(*sweeps: Sweep) -> None:
         from sweeps.engine.show.mlflow_store import default_tracking_uri
         from sweeps.engine.show.tables import print_table, trials_table
 
-        cluster = Cluster(address, shared or os.environ.get("INFLORA_SHARED"), at_a_time)
+        given = os.environ.get
+        cluster = Cluster(address, shared or given("INFLORA_SHARED"), at_a_time, study or given("INFLORA_STUDY"))
         if smoke:
             sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
         folder = storage_root(storage) / sweep.name

@@ -59,6 +59,7 @@ FLOORS = {
     14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures", "sweeps.engine.ledger.lock"),
     15: (
         "sweeps.engine.ledger.bill",
+        "sweeps.engine.ledger.database",
         "sweeps.engine.ledger.records",
         "sweeps.engine.ledger.lease",
         "sweeps.engine.ledger.snapshot",

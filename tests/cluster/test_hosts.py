@@ -12,8 +12,9 @@ import pytest
 
 from inflora.continual import run
 from sweeps import digits
+from sweeps.engine.ledger.database import study_url
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
-from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.ledger.trials import read_records
 
 from .hosts import HOME, SHARED
 

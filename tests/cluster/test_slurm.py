@@ -12,8 +12,9 @@ import optuna
 import pytest
 
 from sweeps import digits
+from sweeps.engine.ledger.database import study_url
 from sweeps.engine.ledger.records import Outcome
-from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.ledger.trials import read_records
 from tests.waiting import until
 
 from .hosts import SHARED

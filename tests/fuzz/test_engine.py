@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.cli import app
+from sweeps.engine.ledger.database import STUDY_FILE
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord
-from sweeps.engine.ledger.study import STUDY_FILE, load_study, read_records
+from sweeps.engine.ledger.study import load_study
+from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.space.domains import Choice
 from sweeps.engine.space.spec import SPEC_FILE, Constraint, Sweep, read_sweep

@@ -19,9 +19,10 @@ from ray.cluster_utils import Cluster as Nodes
 from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, OptimSettings, RunConfig
 from inflora.continual import run
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.database import study_url
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, TrialRecord
-from sweeps.engine.ledger.study import read_records, study_url
+from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.run.nodes import Likeness, likeness
 from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show import mlflow_database

@@ -24,8 +24,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.cluster_utils import Cluster as Nodes
 
+from sweeps.engine.ledger.database import study_url
 from sweeps.engine.ledger.records import Outcome, TrialRecord
-from sweeps.engine.ledger.study import study_url
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.space.spec import Sweep
 

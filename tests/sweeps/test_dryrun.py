@@ -8,7 +8,7 @@ import torch
 
 from inflora.config import ConfigError
 from inflora.gpu_check import BEYOND_A_TRIAL
-from sweeps.engine.run.cluster import Cluster
+from sweeps.engine.run.cluster import THIS_MACHINE, Cluster
 from sweeps.engine.run.dry_run import (
     Timing,
     check_gpu_node,
@@ -49,11 +49,11 @@ def test_a_task_is_timed_in_epochs_and_the_rest(tiny_sweep):
 
 
 def test_a_storage_that_cannot_be_written_is_found_out(tiny_sweep, tmp_path):
-    check_folder(tiny_sweep, tmp_path / "not" / "yet")
+    check_folder(tiny_sweep, tmp_path / "not" / "yet", THIS_MACHINE)
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is not a folder that may be written to"):
-        check_folder(tiny_sweep, tmp_path / "file" / "below")
+        check_folder(tiny_sweep, tmp_path / "file" / "below", THIS_MACHINE)
 
 
 @pytest.mark.cluster

@@ -8,10 +8,11 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from inflora.config import ConfigError
+from sweeps.engine.ledger.database import study_url
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, TaskReport, best_record
-from sweeps.engine.ledger.study import load_study, read_records, study_url
-from sweeps.engine.ledger.trials import seal, validation_images
+from sweeps.engine.ledger.study import load_study
+from sweeps.engine.ledger.trials import read_records, seal, validation_images
 from sweeps.engine.space.domains import Choice
 from sweeps.engine.space.spec import Sweep
 

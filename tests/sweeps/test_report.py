@@ -11,7 +11,8 @@ import pytest
 
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.lock import is_driven
-from sweeps.engine.ledger.study import load_study, read_records
+from sweeps.engine.ledger.study import load_study
+from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.run.runner import locked
 from sweeps.engine.show.report import page
 from sweeps.engine.show.tables import csv_table, latex_table

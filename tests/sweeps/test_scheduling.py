@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.database import STUDY_FILE
 from sweeps.engine.ledger.records import Outcome, best_record, trial_name
-from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import Cluster
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.runner import run_sweep

@@ -12,11 +12,11 @@ from inflora.config import ConfigError, DataSettings
 from inflora.continual import run
 from inflora.state import save_state
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.database import STUDY_FILE
 from sweeps.engine.ledger.lease import leased, require_ours
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import old_trial_name
 from sweeps.engine.ledger.snapshot import fetch_database, keep_database
-from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import Cluster
 from sweeps.engine.run.nodes import likeness, require_like_driver
 from sweeps.engine.run.preflight import TRIALS, trials_place

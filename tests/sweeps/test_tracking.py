@@ -4,11 +4,9 @@ import http.server
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -30,7 +28,7 @@ from sweeps.engine.space.estimate import estimate
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
-from .server import Server, free_port
+from .server import Postgres, Server, free_port, needs_postgres
 
 TAGS = {"dataset": "digits", "seed": "0", "class_order": "0,1", "split_hash": "abc", "backbone_hash": "def"}
 
@@ -364,42 +362,10 @@ def test_a_process_whose_driver_falls_silent_ends(tiny_sweep, tmp_path, said):
     assert done.returncode == 1
 
 
-class Postgres:
-    """A database server of the tests' own."""
-
-    def __init__(self):
-        import psycopg
-
-        self.folder, self.port = Path(tempfile.mkdtemp()), free_port()
-        as_user = []
-        if os.geteuid() == 0:  # postgres refuses to be root
-            as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-            os.chown(self.folder, 65534, 65534)
-        data = self.folder / "data"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": self.folder}
-        subprocess.run([*as_user, "initdb", "-D", data, "-U", "mlflow", "-A", "trust"], check=True, **quiet)
-        options = ["-p", str(self.port), "-k", str(self.folder), "-h", "127.0.0.1"]
-        self.process = subprocess.Popen([*as_user, "postgres", "-D", data, *options], **quiet)
-        self.uri = f"postgresql://mlflow@127.0.0.1:{self.port}/postgres"
-        for _ in range(300):
-            try:
-                psycopg.connect(self.uri).close()
-                return
-            except psycopg.OperationalError:
-                time.sleep(0.2)
-        raise TimeoutError("the database server did not start")
-
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait()
-        shutil.rmtree(self.folder)
-
-
 @pytest.mark.cluster
-@pytest.mark.skipif(not (shutil.which("initdb") and shutil.which("postgres")), reason="no PostgreSQL on the path")
+@needs_postgres
 @pytest.mark.slow
 def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_path):
-    pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
     database = Postgres()
     port = free_port()
     server = None
@@ -421,7 +387,7 @@ def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tin
     finally:
         if server is not None:
             server.kill()
-        database.stop()
+        database.remove()
 
 
 class Unwell(http.server.BaseHTTPRequestHandler):

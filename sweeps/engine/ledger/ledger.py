@@ -1,4 +1,4 @@
-"""The ledger of a sweep: one Optuna study, a database file in the sweep's folder.
+"""The ledger of a sweep: one Optuna study, in a database file in the sweep's folder or on a server.
 
 Everything that must survive is in it: which settings were proposed, what each trial reported after each task, how it
 ended and why. Sampling, early stopping, resuming, MLflow and the export all read it, so a sweep that is started again
@@ -18,9 +18,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.engine.ledger.bill import Bill, Machine
+from sweeps.engine.ledger.database import storage_to_write, study_url
 from sweeps.engine.ledger.failures import Tried, change_for
 from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting, now_ms
-from sweeps.engine.ledger.study import check_study, open_storage
+from sweeps.engine.ledger.study import check_study
 from sweeps.engine.ledger.trials import (
     STATES,
     bill_so_far,
@@ -69,12 +70,13 @@ class Ledger:
     """
 
     def __init__(self, sweep: Sweep, folder: Path, stored_bytes: int = 0) -> None:
-        check_study(sweep, folder)
+        url = study_url(folder)
+        check_study(sweep, url)
         folder.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
         self.study = optuna.create_study(
             study_name=sweep.study_name,
-            storage=open_storage(folder),
+            storage=storage_to_write(url),
             directions=[direction(metric) for metric in sweep.objectives],
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
@@ -82,10 +84,7 @@ class Ledger:
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        # What is written down is kept in mind as well: to read it again would cost more with every trial that runs.
-        self._records = {record.number: record for record in read_records(self.study)}
-        self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
-        self._running: dict[int, _RunningTrial] = {}
+        self._read()
         # Early stopping compares with every trial there has been, also those of earlier starts.
         self._rungs = Rungs(sweep, self.records())
         self._grid = iter(domains.grid(sweep.space, sweep.grid_points) if sweep.sampler == "grid" else ())
@@ -101,6 +100,13 @@ class Ledger:
         self.note_waiting(None)  # an earlier start's
         for settings in sweep.first:
             self.study.enqueue_trial(settings, skip_if_exists=True)
+
+    def _read(self) -> None:
+        """Know what the study says, and nothing else: all its trials, of which those that run are to be run again."""
+        # What is written down is kept in mind as well: to read it again would cost more with every trial that runs.
+        self._records = {record.number: record for record in read_records(self.study)}
+        self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        self._running: dict[int, _RunningTrial] = {}
 
     def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
         """Try these settings first (once: a sweep that goes on has them already); how many lie in the space."""
@@ -247,13 +253,13 @@ class Ledger:
             return False
         self.bill = self.bill.paid(number)
         trial, reported = self._running[number]
-        reported.add(report.tasks_done)
         value = report.metrics[self.sweep.rung_metric]
         if not self.sweep.tradeoffs:  # Optuna refuses reports of several objectives
             trial.report(value, step=report.tasks_done)
         trial.set_user_attr(f"task:{report.tasks_done}", seal(report.model_dump()))
         reports = sorted([*self._records[number].reports, report], key=lambda each: each.tasks_done)
         self._note(number, reports=reports)
+        reported.add(report.tasks_done)
         stop = self._rungs.falls_behind(number, report.tasks_done, value)
         if report.tasks_done == report.tasks:
             return False  # it ends by itself, and what it has spent is judged with its result
@@ -314,10 +320,10 @@ class Ledger:
     def take_back(self) -> int:
         """Propose again all trials that run, through no fault of theirs; the number of tasks reported so far.
 
-        For when what runs them has stopped, and is started anew.
+        For when what runs them has stopped, and is started anew: perhaps amid a change that the study has, or has not.
         """
         self._leave_off(set(self._running))
-        self._again += [number for number in self._running if number not in self._again]
+        self._read()
         return sum(len(record.reports) for record in self.records())
 
     def _leave_off(self, numbers: Set[int]) -> None:

@@ -9,9 +9,10 @@ import optuna
 from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.patience import NoAnswerError, within
+from sweeps.engine.ledger.database import STUDY_FILE, URL_FILE
 from sweeps.engine.ledger.lease import LEASE_FILE, seems_driven
 from sweeps.engine.ledger.lock import is_driven
-from sweeps.engine.ledger.study import STUDY_FILE, load_study
+from sweeps.engine.ledger.study import load_study
 from sweeps.engine.space.spec import SPEC_FILE, Sweep, read_sweep
 
 PATIENCE_S = 20.0
@@ -50,7 +51,7 @@ def _fetch(address: str) -> Kept:
 
     place = SharedFolder(address.rstrip("/"))
     with tempfile.TemporaryDirectory() as name:
-        for file in (SPEC_FILE, STUDY_FILE, LEASE_FILE):
+        for file in (SPEC_FILE, STUDY_FILE, URL_FILE, LEASE_FILE):
             if (content := place.read(file)) is not None:
                 (Path(name) / file).write_bytes(content)
         try:

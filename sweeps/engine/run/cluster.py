@@ -47,12 +47,14 @@ class Cluster(NamedTuple):
     """Where a sweep runs, and where it keeps its trials so that every node finds them.
 
     ``address`` None is that of ``RAY_ADDRESS``, else a Ray of the sweep's own on this machine; ``shared`` None is the
-    sweep's own folder; ``at_a_time`` None is what the cluster declares or has room for.
+    sweep's own folder; ``at_a_time`` None is what the cluster declares or has room for. ``study`` is the address of a
+    database for the study, None a file in the sweep's folder.
     """
 
     address: str | None = None
     shared: str | None = None
     at_a_time: int | None = None
+    study: str | None = None
 
 
 THIS_MACHINE = Cluster()

@@ -14,6 +14,7 @@ from inflora.continual import run
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
+from sweeps.engine.ledger.database import chosen_url, file_of
 from sweeps.engine.run.cluster import Cluster, connect, require_gpus, trials_at_a_time
 from sweeps.engine.run.machines import Rate, rate
 from sweeps.engine.run.nodes import check_nodes
@@ -53,9 +54,10 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         check(config)
     data, backbone = sweep.base.data, sweep.base.backbone
     say(f"settings: {len(configs)} configs at the ends of the space fit {data.dataset} and {backbone.name}")
-    check_folder(sweep, folder)
+    check_folder(sweep, folder, cluster)
+    study = chosen_url(folder, cluster.study)
     place, _ = trials_place(sweep, folder, cluster)
-    say(f"storage: {folder} can be written, a database works there")
+    say(f"storage: {folder} can be written, {'a database works there' if file_of(study) else f'{study} answers'}")
     reachable_store(uri, folder)
     say(f"tracking: {without_password(uri)} answers")
     reachable_ray(cluster.address)

@@ -58,6 +58,15 @@ def reachable_store(uri: str, own: Path | None = None) -> None:
     _within(PATIENCE_S, f"the tracking store {shown}", ask)
 
 
+def reachable_study(url: str) -> None:
+    """Check that the server of a study's database answers, and lets us in.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    _within(PATIENCE_S, f"--study {one_line(url, 300)}", lambda: _ask_database(url))
+
+
 def store_scheme(uri: str) -> str:
     """The kind of tracking store that a URI names, whatever driver it asks for (``mysql+pymysql://``).
 

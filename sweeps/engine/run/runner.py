@@ -12,12 +12,12 @@ from ray import tune
 from inflora.config import ConfigError
 from inflora.files import write_atomically
 from inflora.storage import PATIENCE_S
+from sweeps.engine.ledger.database import file_of, keep_url
 from sweeps.engine.ledger.lease import leased
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.lock import held
 from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.ledger.snapshot import fetch_database
-from sweeps.engine.ledger.study import STUDY_FILE
 from sweeps.engine.run.cluster import DRIVER, HEAD, THIS_MACHINE, Cluster, has_drivers
 from sweeps.engine.run.driver import train_driver
 from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
@@ -74,7 +74,7 @@ def run_sweep(
         ready = preflight(sweep, folder, tracking_uri, cluster, say)
         # The lock is seen on this machine alone: a place of others needs a lease.
         is_own, patience_s = ready.place.address == str(folder), 0.0
-        if has_begun_in(ready.place, sweep, folder):
+        if has_begun_in(ready.place, sweep, ready.study):
             patience_s = PATIENCE_S
         lease = nullcontext() if is_own else leased(ready.place, say, patience_s=patience_s)
         with locked(sweep, folder), lease, mlflow_kept(tracking_uri, folder, ready.place, say):
@@ -91,7 +91,9 @@ def _open_ledger(
     sweep: Sweep, folder: Path, ready: Ready, warm_start: WarmStart | None, say: Callable[[str], None]
 ) -> Ledger:
     """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
-    if ready.place.when_there(lambda: fetch_database(folder / STUDY_FILE, ready.place)):
+    keep_url(folder, ready.study)
+    file = file_of(ready.study)
+    if file is not None and ready.place.when_there(lambda: fetch_database(file, ready.place)):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
     ready.place.when_there(lambda: require_newest(sweep, folder, ready.place))
     ledger = Ledger(sweep, folder, ready.stored_bytes)

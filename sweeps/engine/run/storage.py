@@ -13,12 +13,13 @@ from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.patience import patiently
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.database import STUDY_FILE, URL_FILE, file_of, study_url
 from sweeps.engine.ledger.lease import ReplacedError, require_ours
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.reading import read_kept
 from sweeps.engine.ledger.records import Outcome, TrialRecord, best_record, old_trial_name, trial_name
 from sweeps.engine.ledger.snapshot import fetch_database, keep_database
-from sweeps.engine.ledger.study import STUDY_FILE, check_study
+from sweeps.engine.ledger.study import check_study
 from sweeps.engine.ledger.trials import read_records
 from sweeps.engine.run.preflight import TRIALS
 from sweeps.engine.show.mlflow_store import own_database
@@ -96,8 +97,9 @@ def require_newest(sweep: Sweep, folder: Path, place: SharedFolder) -> None:
     Raises:
         ConfigError: Another head has gone on with the copy, and this one would write over that.
     """
-    study = check_study(sweep, folder)
-    if study is None or place.address == str(folder):
+    url = study_url(folder)
+    study = check_study(sweep, url)
+    if study is None or place.address == str(folder) or file_of(url) is None:
         return
     try:
         copy = read_kept(place.address).study
@@ -115,7 +117,7 @@ def _ended(study: optuna.Study) -> set[int]:
 
 
 def copy_study(folder: Path, place: SharedFolder) -> None:
-    """Copy the sweep and its study to the trials' place, unless that is its own folder.
+    """Copy the sweep and its study, or the address of that, to the trials' place, unless that is its own folder.
 
     Raises:
         OSError: The place is away.
@@ -125,7 +127,10 @@ def copy_study(folder: Path, place: SharedFolder) -> None:
         return
     require_ours(place)
     place.write(SPEC_FILE, (folder / SPEC_FILE).read_bytes())
-    keep_database(folder / STUDY_FILE, place)
+    if (folder / URL_FILE).exists():
+        place.write(URL_FILE, (folder / URL_FILE).read_bytes())
+    else:
+        keep_database(folder / STUDY_FILE, place)
 
 
 def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], None]) -> None:
