@@ -120,7 +120,7 @@ FLOORS = {
     ),
     23: ("sweeps.engine.show.mirror", "sweeps.engine.show.progress"),
     24: ("sweeps.engine.run.storage", "sweeps.engine.run.watch"),
-    25: ("sweeps.engine.run.tune",),
+    25: ("sweeps.engine.run.placement", "sweeps.engine.run.tune"),
     26: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
     27: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
     28: ("sweeps.cli",),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import ray
-from ray import tune
 
 from inflora.config import ConfigError
 from inflora.files import write_atomically
@@ -18,9 +17,9 @@ from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.lock import held
 from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.ledger.snapshot import fetch_database
-from sweeps.engine.run.cluster import DRIVER, HEAD, THIS_MACHINE, Cluster, has_drivers
-from sweeps.engine.run.driver import train_driver
-from sweeps.engine.run.nodes import check_nodes, elsewhere, likeness
+from sweeps.engine.run.cluster import THIS_MACHINE, Cluster
+from sweeps.engine.run.nodes import check_nodes, likeness
+from sweeps.engine.run.placement import placed_trainable
 from sweeps.engine.run.preflight import TRIALS, Ready, check_spec, doubts, has_begun_in, preflight
 from sweeps.engine.run.storage import (
     Housekeeping,
@@ -30,7 +29,6 @@ from sweeps.engine.run.storage import (
     mlflow_kept,
     require_newest,
 )
-from sweeps.engine.run.trial import inline_trial
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.run.watch import NodeWatch
 from sweeps.engine.show.tracking import Tracker
@@ -137,28 +135,14 @@ def _run_what_is_left(
 
 def _start_trials(ledger: Ledger, folder: Path, ready: Ready, at_a_time: int, say: Callable[[str], None]) -> None:
     """Run trials as the sweep's executor does: in workers of Ray Train, or inside the Tune trial itself."""
-    base, place, resources = ledger.sweep.base, ready.place, ledger.sweep.resources
+    place = ready.place
     for number in place.when_there(lambda: begun_anew(ledger.sweep, ledger.records(), place)):
         say(f"trial {number} begins anew: an earlier version kept its state without a word on its settings")
     place.when_there(lambda: place.make(TRIALS))
-    trials = f"{place.address}/{TRIALS}"
-    nodes = NodeWatch(ledger, place, likeness(base.data), say)
+    nodes = NodeWatch(ledger, place, likeness(ledger.sweep.base.data), say)
     housekeeping = Housekeeping(ledger, folder, place)
-    if ledger.sweep.executor == "inline":
-        trainable = inline_trial(resources, trials)
-        needs: Any = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
-            [{"CPU": resources.cpus_per_worker, "GPU": settings["gpus"]}],
-            bundle_label_selector=[elsewhere(settings["avoid"])],
-        )
-    else:
-        beside = has_drivers()
-        trainable = train_driver(resources, base.device, trials, beside=beside)
-        # Drivers that ask for CPUs would starve their own workers.
-        place_of_one: dict[str, float] = {DRIVER: 1} if beside else {HEAD: 0.001}
-        needs = lambda settings: tune.PlacementGroupFactory(  # noqa: E731
-            [place_of_one], bundle_label_selector=[elsewhere(settings["avoid"]) if beside else {}]
-        )
-    run_trials(ledger, folder, tune.with_resources(trainable, needs), at_a_time, say, nodes, [housekeeping])
+    trainable = placed_trainable(ledger.sweep, f"{place.address}/{TRIALS}")
+    run_trials(ledger, folder, trainable, at_a_time, say, nodes, [housekeeping])
     housekeeping.tidy()  # a worker that was being stopped may have written once more
 
 
