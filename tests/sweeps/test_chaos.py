@@ -251,7 +251,10 @@ def world(sweep, data_root, tmp_path, monkeypatch) -> Iterator[Callable[[str], W
 def test_whatever_a_sweep_lives_on_fails_and_it_ends_as_if_undisturbed(world, undisturbed, seed):
     executor = ("train", "inline")[seed % 2]
     here, rng = world(executor), random.Random(seed)
-    recipe, start = here.recipe, time.monotonic()
+    recipe = here.recipe
+    # A sweep that has not begun, on a slow machine perhaps, refuses a server or a place that does not answer.
+    recipe.wait_for("trials to run", here.driver)
+    start = time.monotonic()
     events, happened = plan(here, KILLED_WITHIN_S[executor], rng), []
     while events:
         moment, name, act = heapq.heappop(events)
