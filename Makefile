@@ -26,7 +26,7 @@ check: $(READY)  ## lint, format, types
 	$(BIN)/mypy
 
 unit: $(READY)  ## the fast tests
-	$(BIN)/python -m pytest -m "not fuzz and not cluster and not e2e and not hosts" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not fuzz and not cluster and not e2e and not hosts and not slow" -n $(WORKERS) --dist worksteal
 
 fuzz: $(READY)  ## malformed inputs by the hundred, each a right answer or one line
 	$(BIN)/python -m pytest -m fuzz -n auto --dist worksteal

@@ -167,11 +167,11 @@ def experts_asked(last: TaskResult, data: DataSettings) -> float:
 
 @pytest.mark.parametrize(("key_lr", "shares"), [({}, (0.7, 1)), ({"key_lr": None}, (0, 0.6))], ids=["default", "as lr"])
 def test_keys_come_to_their_tasks_queries_and_ask_the_right_expert(key_lr, shares, digits):
-    """Real digits, ten tasks of three epochs. At the prompts' own small rate the keys stay near their beginnings."""
+    """Real digits, ten tasks of one epoch. At the prompts' own small rate the keys stay near their beginnings."""
     settings = {
         "data": {"tasks": 10, "augment": "none"},
         "adapter": {"name": "dualprompt", **key_lr},
-        "optim": {"epochs": 3, "lr": 2e-4, "batch_size": 16},
+        "optim": {"epochs": 1, "lr": 2e-4, "batch_size": 16},
         "device": "cpu",
     }
     config = parse_config(settings)

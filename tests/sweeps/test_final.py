@@ -97,6 +97,7 @@ def test_sweeps_final_brings_home_from_the_bucket_what_nodes_have_trained(config
     assert values["acc/final"]["mean"] == pytest.approx(result_in(home)["metrics"]["acc/final"])
 
 
+@pytest.mark.e2e
 def test_a_sweep_in_a_bucket_is_found_and_a_folder_is_not_taken_for_a_bucket(bucket, tmp_path):
     for arguments, message in (
         ((f"{bucket}/sweeps/nothing",), "s3://bucket/sweeps/nothing"),
@@ -108,6 +109,7 @@ def test_a_sweep_in_a_bucket_is_found_and_a_folder_is_not_taken_for_a_bucket(buc
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_sweep_that_is_in_a_bucket_alone_is_judged_and_trained(tiny_sweep, bucket, data_root, tmp_path):
     recipe = Recipe(tmp_path, tiny_sweep.model_copy(update={"trials": 2}), data_root)
     driver = recipe.start("--executor", "inline", "--shared", f"{bucket}/sweeps")
