@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests wait now and then, for a process or a clock: one more at a time than there are cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
-.PHONY: sweep gpu-check test unit fuzz cluster slow chaos hosts slurm compare bench check format clean
+.PHONY: sweep gpu-check site test unit fuzz cluster slow chaos hosts slurm compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -18,7 +18,10 @@ sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export th
 gpu-check: $(READY)  ## the first thing to do on a GPU machine: does all of it work there? under five minutes
 	$(BIN)/sweeps gpu-check
 
-test: check unit fuzz cluster hosts  ## everything CI runs
+test: check site unit fuzz cluster hosts  ## everything CI runs
+
+site: $(VENV)/.ready-site  ## the documentation, every link checked: build/site/html/index.html; seconds
+	$(BIN)/python -m docs.site.build
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
@@ -70,5 +73,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(VENV)/.ready-site: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) build/site results

@@ -53,8 +53,8 @@ def seen(evaluation: Evaluation) -> float:
 def task_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
     """Metrics that exist after every task, of the last of ``evaluations``.
 
-    ``acc/seen_macro``: mean over tasks of a[i][j]; ``acc/new``: a[i][i]; ``acc/task_aware``: accuracy when the task
-    is known; ``acc/task_identity``: how often the predicted class lies in the right task.
+    ``acc/seen_macro``: mean over tasks of ``a[i][j]``; ``acc/new``: ``a[i][i]``; ``acc/task_aware``: accuracy when the
+    task is known; ``acc/task_identity``: how often the predicted class lies in the right task.
     """
     last = evaluations[-1]
     images = sum(c.images for c in last)
@@ -91,13 +91,13 @@ def metrics_after(evaluations: Sequence[Evaluation], tasks: int) -> dict[str, fl
 
 
 def forgetting(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean over j < T of (max over i < T of a[i][j]) - a[T][j]; 0 when there is one task."""
+    """Mean over j < T of (max over i < T of ``a[i][j]``) - ``a[T][j]``; 0 when there is one task."""
     tasks = len(matrix)
     drops = [max(matrix[i][j] for i in range(j, tasks - 1)) - matrix[-1][j] for j in range(tasks - 1)]
     return sum(drops) / len(drops) if drops else 0.0
 
 
 def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean over j < T of a[T][j] - a[j][j]; 0 when there is one task."""
+    """Mean over j < T of ``a[T][j] - a[j][j]``; 0 when there is one task."""
     changes = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
     return sum(changes) / len(changes) if changes else 0.0

@@ -23,6 +23,11 @@ __all__ = ["Budget", "Choice", "Constraint", "Integer", "NearOne", "Real", "Reso
 
 def main(*sweeps: Sweep) -> None:
     """The command line of a recipe: run one of its sweeps (by default the first)."""
+    command_line(*sweeps)()
+
+
+def command_line(*sweeps: Sweep) -> typer.Typer:
+    """The program that ``main`` runs."""
     by_name = {sweep.name: sweep for sweep in sweeps}
 
     def recipe(
@@ -110,7 +115,7 @@ def main(*sweeps: Sweep) -> None:
 
     program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     program.command(cls=OneLineCommand)(with_budget_options(recipe))
-    program()
+    return program
 
 
 def with_budget_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -30,11 +30,11 @@ def all_settings(name: str | None = None) -> list[Setting]:
     Raises:
         ConfigError: There is none of that name.
     """
-    found = list(_settings(RunConfig))
+    found = list(settings_of(RunConfig))
     if name is None:
         return found
     known = {**ADAPTERS.with_plugins(), **CLASSIFIERS.with_plugins()}
-    found = list(_settings(RunConfig))
+    found = list(settings_of(RunConfig))
     if name not in known:
         raise ConfigError(f"unknown adapter or classifier {cut(repr(name))}; known: {listing(known)}")
     return [setting for setting in found if setting.choice.endswith(f"={name}")]
@@ -56,8 +56,8 @@ def lines_of_settings(name: str | None = None) -> Iterator[str]:
         yield f"{path:{widths[0]}}  {default:{widths[1]}}  {allowed}{meaning and ';' + meaning[1:]}"
 
 
-def _settings(model: type[BaseModel], prefix: str = "", choice: str = "") -> Iterator[Setting]:
-    """List a model's settings; those of adapters and classifiers come last, so that the common ones stand together."""
+def settings_of(model: type[BaseModel], prefix: str = "", choice: str = "") -> Iterator[Setting]:
+    """A model's settings; those of adapters and classifiers come last, so that the common ones stand together."""
     later: list[Setting] = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
@@ -67,11 +67,11 @@ def _settings(model: type[BaseModel], prefix: str = "", choice: str = "") -> Ite
             later.append(Setting(f"{path}.name", listing(choices), default, field.description or ""))
             for chosen, group in choices.items():
                 heading = f"{path}.name={chosen}"
-                own = [each for each in _settings(group, f"{path}.", heading) if each.path != f"{path}.name"]
+                own = [each for each in settings_of(group, f"{path}.", heading) if each.path != f"{path}.name"]
                 later += own or [Setting(f"{path}.name", chosen, chosen, "has no settings of its own", heading)]
             continue
         if groups:
-            yield from _settings(groups[0], f"{path}.", choice)
+            yield from settings_of(groups[0], f"{path}.", choice)
         if not is_model(field.annotation):
             yield Setting(path, _allowed(field), _default(field), field.description or "", choice)
     # The choices themselves before the settings of one of them.
@@ -80,6 +80,8 @@ def _settings(model: type[BaseModel], prefix: str = "", choice: str = "") -> Ite
 
 def _default(field: FieldInfo) -> str:
     default = field.default
+    if field.is_required():
+        return "required"
     if isinstance(default, BaseModel):
         return "these"
     return default if isinstance(default, str) else json.dumps(default)
@@ -105,6 +107,8 @@ def _in_words(kind: dict[str, Any]) -> str:
         return "file"
     if kind.get("type") == "array":
         items = kind.get("prefixItems") or [kind.get("items", {})]
+        if "$ref" in items[0]:
+            return f"list of {items[0]['$ref'].rpartition('/')[2]}"
         return f"list of {len(items) if 'prefixItems' in kind else ''} {_in_words(items[0])}".replace("  ", " ")
     if kind.get("type") == "object":
         return "mapping"
@@ -120,6 +124,6 @@ def _bounds(kind: dict[str, Any]) -> str:
 
 
 def _short(number: float) -> str:
-    if isinstance(number, int) and number.bit_count() == 1 and number > 2**20:
-        return f"2^{number.bit_length() - 1}"
+    if isinstance(number, int) and number.bit_count() == 1 and abs(number) > 2**20:
+        return f"{'-' * (number < 0)}2^{number.bit_length() - 1}"
     return str(number) if isinstance(number, int) and number < 10**6 else f"{number:g}"

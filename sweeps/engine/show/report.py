@@ -182,7 +182,7 @@ def accuracy_matrices(best: Sequence[TrialRecord]) -> Iterator[go.Figure]:
 
 
 def accuracy_matrix(title: str, matrix: Sequence[Sequence[float]]) -> go.Figure:
-    """a[i][j] in percent, rows from the first task down."""
+    """``a[i][j]`` in percent, rows from the first task down."""
     tasks = [str(index + 1) for index in range(len(matrix))]
     cells = [[100 * value for value in row] for row in matrix]
     heat = go.Heatmap(z=cells, x=tasks, y=tasks, zmin=0, zmax=100, colorscale="Viridis", texttemplate="%{z:.0f}")

@@ -13,6 +13,8 @@ from inflora.config import ConfigError, Flag, Number, Settings, Whole
 
 Scalar = int | float | str | bool | None
 
+_LOW, _HIGH = "the lowest value, possible itself", "the highest value, possible itself"
+
 
 class Conditional(Settings):
     """The base of every domain: ``when`` names the choices without which the setting is not asked for.
@@ -21,7 +23,7 @@ class Conditional(Settings):
     it in the space.
     """
 
-    when: dict[str, tuple[Scalar, ...]] = {}
+    when: dict[str, tuple[Scalar, ...]] = Field(default={}, description="setting -> choices beside which it exists")
 
     def is_active(self, chosen: Mapping[str, Any]) -> bool:
         """True if the setting exists beside those chosen before it."""
@@ -66,7 +68,7 @@ class _Bounded(Conditional):
 class _Range(_Bounded):
     """Everything between two bounds, on a linear scale or a logarithmic one."""
 
-    log: Flag = False
+    log: Flag = Field(default=False, description="steps are factors, not differences")
 
     def _spaced(self, count: int) -> list[float]:
         space = np.geomspace if self.log else np.linspace
@@ -99,8 +101,8 @@ class Integer(_Range):
     """A whole number between two bounds, both possible."""
 
     kind: Literal["integer"] = "integer"
-    low: Place
-    high: Place
+    low: Place = Field(description=_LOW)
+    high: Place = Field(description=_HIGH)
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -123,8 +125,8 @@ class Real(_Range):
     """A number between two bounds."""
 
     kind: Literal["real"] = "real"
-    low: Annotated[Number, Field(ge=-1e30, le=1e30)]
-    high: Annotated[Number, Field(ge=-1e30, le=1e30)]
+    low: Annotated[Number, Field(ge=-1e30, le=1e30, description=_LOW)]
+    high: Annotated[Number, Field(ge=-1e30, le=1e30, description=_HIGH)]
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -139,8 +141,8 @@ class NearOne(_Bounded):
     """A share close to 1, where 0.99 and 0.999 differ as much as 0.9 and 0.99: log scale in the complement to 1."""
 
     kind: Literal["near_one"] = "near_one"
-    low: Annotated[Number, Field(ge=0, le=1 - 1e-10)]
-    high: Annotated[Number, Field(ge=1e-10, le=1 - 1e-10)]
+    low: Annotated[Number, Field(ge=0, le=1 - 1e-10, description=_LOW)]
+    high: Annotated[Number, Field(ge=1e-10, le=1 - 1e-10, description=_HIGH)]
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""
@@ -187,7 +189,7 @@ class Choice(Conditional):
     """One of some values."""
 
     kind: Literal["choice"] = "choice"
-    options: tuple[Scalar, ...] = Field(min_length=1)
+    options: tuple[Scalar, ...] = Field(min_length=1, description="the values, in any order")
 
     def suggest(self, trial: optuna.trial.BaseTrial, path: str) -> Scalar:
         """Let the sampler choose a value for the setting ``path``."""

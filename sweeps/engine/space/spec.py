@@ -57,9 +57,11 @@ Bound = Annotated[Number, Field(ge=-1e30, le=1e30)]
 class Resources(Settings):
     """The machines that one trial asks the cluster for."""
 
-    workers: Machines = 1
-    cpus_per_worker: Machines = 1
-    gpus_per_worker: Annotated[Number, Field(ge=0, le=1_000)] = 0
+    workers: Machines = Field(default=1, description="processes of a trial, which share each batch")
+    cpus_per_worker: Machines = Field(default=1, description="CPUs that each worker asks for")
+    gpus_per_worker: Annotated[Number, Field(ge=0, le=1_000)] = Field(
+        default=0, description="GPUs that each worker asks for; a fraction shares one"
+    )
 
     @model_validator(mode="after")
     def _whole_gpus_for_many_workers(self) -> Self:
@@ -78,9 +80,9 @@ class Resources(Settings):
 class Constraint(Settings):
     """A bound that a trial's metric must keep; a trial that breaks it is never the best."""
 
-    metric: Metric
-    at_most: Bound | None = None
-    at_least: Bound | None = None
+    metric: Metric = Field(description="what is bounded")
+    at_most: Bound | None = Field(default=None, description="the highest value that may be the best trial's")
+    at_least: Bound | None = Field(default=None, description="the lowest; a constraint has one of the two")
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Self:
@@ -123,21 +125,25 @@ class Sweep(Settings):
     looks for the Pareto front of the objective and these; the best trial is still the one with the best objective.
     """
 
-    name: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    base: RunConfig
-    space: dict[str, Domain] = Field(min_length=1)
-    first: tuple[dict[str, JsonValue], ...] = ()
-    objective: Objective = "acc/final"
-    tradeoffs: tuple[Metric, ...] = ()
-    constraints: tuple[Constraint, ...] = ()
-    protocol: SelectionProtocol = "end-of-training"
+    name: str = Field(
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="its folder's: letters, digits and _ . - between them",
+    )
+    base: RunConfig = Field(description="the settings of every trial, where the space does not search them")
+    space: dict[str, Domain] = Field(min_length=1, description="setting -> domain; a condition's choice comes first")
+    first: tuple[dict[str, JsonValue], ...] = Field(default=(), description="settings that are tried before all others")
+    objective: Objective = Field(default="acc/final", description="what names the best trial; more is better")
+    tradeoffs: tuple[Metric, ...] = Field(default=(), description="with these the search looks for a Pareto front")
+    constraints: tuple[Constraint, ...] = Field(default=(), description="a trial that breaks one is never the best")
+    protocol: SelectionProtocol = Field(default="end-of-training", description="the data that choose the settings")
     judge_orders: tuple[Seed, ...] = Field(default=(), description="class orders (seeds) that no trial may learn")
-    trials: Count = 16
+    trials: Count = Field(default=16, description="in all, those already done included")
     budget: Budget = Budget()
     sampler: Literal["gp", "tpe", "cmaes", "random", "grid"] = Field(
         default="gp", description="gp falls back to tpe where some settings hang on others, or with several objectives"
     )
-    sampler_seed: ShortSeed = 0
+    sampler_seed: ShortSeed = Field(default=0, description="of what the sampler draws")
     grid_points: Annotated[Whole, Field(ge=1, le=1_000)] = Field(
         default=3, description="values per setting that the grid sampler tries"
     )
