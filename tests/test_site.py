@@ -270,7 +270,7 @@ def test_the_notebook_runs_three_trials_and_shows_the_reports_pictures(tmp_path,
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(output.text for output in outputs if output.get("name") == "stdout")
     pictures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    assert "sweep digits-notebook: 3 trials to run" in said
+    assert "finished" in said and "(3/3)" in said
     assert [output for output in outputs if output.output_type == "error"] == []
     # Two of the search, learning, forgetting and three of the memory, three accuracy matrices.
     assert len(pictures) == 10
