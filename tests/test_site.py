@@ -259,6 +259,7 @@ def test_the_notebook_is_kept_without_outputs():
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_notebook_runs_three_trials_and_shows_the_reports_pictures(tmp_path, data_root):
     import nbformat
