@@ -9,10 +9,11 @@ The division was fixed before any searcher was run on any of them.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streams import cloth, curves, generated, letter, letters, stroke, weaves
+from streams import letter, letters
 
 from inflora.config import AugmentSettings, DataSettings, OptimSettings, RunConfig, load_config, override
 from inflora.data import DATASETS, prepare_store
+from inflora.data.generated import cloth, curves, generated, stroke, weaves
 from inflora.data.source import Dataset, Options
 from sweeps.recipe import Integer, NearOne, Real, Sweep
 

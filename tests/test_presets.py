@@ -1,6 +1,8 @@
 """Published experiments by name, and what is said of a run's numbers beside the published ones."""
 
+import json
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import yaml
@@ -24,7 +26,7 @@ from inflora.data.manifest import read_manifest
 from inflora.data.samples import cifar100
 from inflora.data.source import Options
 from inflora.model import ContinualModel
-from inflora.presets import FIELD, LOGS, PAPER, PRESETS, Published, comparison, find_preset, for_tuning
+from inflora.presets import FIELD, LOGS, OURS, PAPER, PRESETS, Published, comparison, find_preset, for_tuning
 
 METRICS = {"acc/final": 0.8600, "acc/avg_incremental": 0.9100}
 
@@ -55,8 +57,33 @@ imagenet-r-20-pycil-sdlora-in1k 74.64/80.58
 def test_every_published_row_is_a_preset_with_the_printed_numbers():
     words = PRINTED.split()
     printed = {name: tuple(map(float, pair.split("/"))) for name, pair in zip(words[::2], words[1::2], strict=True)}
-    found = {name: preset.published[0][:2] for name, preset in PRESETS.items() if preset.published}
-    assert found == printed
+    papers = {name: preset.published for name, preset in PRESETS.items() if name not in ours()}
+    assert {name: published[0][:2] for name, published in papers.items() if published} == printed
+
+
+RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks" / "pairs.json").read_text())
+
+
+def ours() -> dict[str, tuple[str, str]]:
+    """Presets of docs/results.md -> stream and pair there; the tiny one is in no table."""
+    names = {name: name.split("-") for name in PRESETS if name.startswith(("digits", "strokes", "woven"))}
+    return {name: (stream, f"inflora + {classifier}") for name, (stream, _, classifier) in names.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in ours() if name != "digits-5-tiny"])
+def test_a_preset_of_ours_has_the_settings_and_the_numbers_that_are_recorded(name):
+    stream, pair = ours()[name]
+    recorded, preset = RECORDED[stream][pair], PRESETS[name]
+    label, *settings = recorded["classifier"].split(" ")
+    chosen = {f"classifier.{key}": yaml.safe_load(value) for key, value in (each.split("=") for each in settings)}
+    chosen = {key: None if value == "None" else value for key, value in chosen.items()}
+    assert override(preset.config, {**recorded["changes"], **chosen}) == preset.config
+    assert preset.config.classifier.name == label
+    final, average = (
+        [100 * test[metric] for test in recorded["tests"][:3]] for metric in ("acc/final", "acc/avg_incremental")
+    )
+    shown = round(fmean(final), 2), round(fmean(average), 2), OURS, round(stdev(final), 2), 3
+    assert preset.published == (Published(*shown),)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -64,11 +91,21 @@ def test_two_tables_are_never_mixed(name):
     """Neither their numbers nor what they were measured on: each has a class order of its own."""
     sources = {published.source for published in PRESETS[name].published}
     of_the_field = "-pycil" in name
-    assert sources <= ({FIELD} if of_the_field else {PAPER, LOGS})
+    assert sources <= ({OURS} if name in ours() else {FIELD} if of_the_field else {PAPER, LOGS})
     assert PRESETS[name].config.data.order == ("pycil-1993" if of_the_field else None)
+    assert PRESETS[name].config.data.order_seed == (1993 if name in ours() else None)
 
 
-CLASSES = {"cifar100": 100, "imagenet_r": 200, "imagenet_a": 200, "cub200": 200, "domainnet": 345}
+CLASSES = {
+    "digits": 10,
+    "strokes": 20,
+    "woven": 24,
+    "cifar100": 100,
+    "imagenet_r": 200,
+    "imagenet_a": 200,
+    "cub200": 200,
+    "domainnet": 345,
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -79,8 +116,9 @@ def test_a_preset_fits_its_dataset_and_its_backbone(name):
         name.split("-")[: 3 if "imagenet" in name else 2]
     )
     assert config.data.dataset in DATASETS
+    backbone = meta_backbone(config.backbone)
     make_adapter(config.adapter).prepare(
-        ContinualModel(meta_backbone(config.backbone), make_classifier(config.classifier, 768))
+        ContinualModel(backbone, make_classifier(config.classifier, backbone.embed_dim))
     )
 
 

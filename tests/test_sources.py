@@ -692,3 +692,18 @@ print(len(rows), seen, int(peak.split()[1]) / 2**20)
     rows, seen, gigabytes = done.stdout.split()
     assert (int(rows), int(seen)) == (4500, 8 * 128 + 512)
     assert float(gigabytes) < 2
+
+
+# Generated images.
+
+
+@pytest.mark.parametrize(("name", "images"), [("strokes", (800, 600)), ("woven", (1440, 960))])
+def test_generated_images_need_no_source_and_are_the_same_whenever_they_are_drawn(name, images, tmp_path):
+    first, second = (ensure_store(name, str(tmp_path / each)) for each in ("one", "two"))
+    manifest = read_manifest(first)
+    assert tuple(manifest.splits[split].images for split in ("train", "test")) == images
+    assert manifest.content_hash == read_manifest(second).content_hash
+
+
+def test_woven_is_what_the_recorded_numbers_were_measured_on(tmp_path):
+    assert read_manifest(ensure_store("woven", str(tmp_path))).content_hash == "61769aa8da39a6fa"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inflora.config import ConfigError
-from inflora.data import cifar100, cub200, digits, domainnet, image_folder, imagenet_variants, remote
+from inflora.data import cifar100, cub200, digits, domainnet, generated, image_folder, imagenet_variants, remote
 from inflora.data.manifest import read_manifest
 from inflora.data.preparation import Progress, check_name, prepare
 from inflora.data.source import Dataset, Options
@@ -15,6 +15,8 @@ from inflora.data.store import default_root
 
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(digits.read, needs=None),
+    "strokes": generated.STROKES,
+    "woven": generated.WOVEN,
     "cifar100": Dataset(cifar100.read, "cifar-100-python.tar.gz, the folder in it, or a folder with the parquet files"),
     "imagenet_r": Dataset(
         imagenet_variants.read_r, "imagenet-r.tar or the folder in it", frozenset({"test_list", "split_seed"})
