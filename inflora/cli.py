@@ -20,10 +20,10 @@ from inflora.config import (
     METHODS,
     ConfigError,
     RunConfig,
-    config_hash,
     load_config,
     override,
     parse_assignments,
+    parse_seeds,
     settings_of_method,
 )
 from inflora.config.listing import lines_of_settings
@@ -90,20 +90,66 @@ def _base_config(arguments: list[str], preset: str | None) -> tuple[RunConfig, l
 
 def beside_published(preset: str, config: RunConfig, evaluate_on: str, metrics: Mapping[str, float]) -> list[str]:
     """Set a preset's result beside the published one, or say why they cannot be compared."""
-    from inflora.data import ensure_store
-    from inflora.data.store import read_manifest
+    from inflora.reproduce import why_incomparable
 
+    if why := why_incomparable(preset, config, evaluate_on):
+        return [f"not compared with the published {preset}: {why}"]
     experiment = find_preset(preset)
-    if config.backbone.weights:
-        return [f"not compared with the published {preset}: the backbone is {config.backbone.weights}"]
-    if evaluate_on != "test" or config_hash(override(config, {"seed": 0})) != config_hash(experiment.config):
-        return [f"not the published experiment {preset}: other settings than the seed differ, or the images judged on"]
-    if not read_manifest(ensure_store(config.data.dataset, config.data.root)).whole:
-        return [f"not compared with the published {preset}: {config.data.dataset} here is not the whole dataset"]
     if not experiment.published:
         return [f"no published numbers of {preset} are known here"]
     final, average = 100 * metrics["acc/final"], 100 * metrics["acc/avg_incremental"]
     return [line for published in experiment.published for line in comparison(published, final, average)]
+
+
+@app.command("reproduce")
+def reproduce_command(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="PRESET [KEY=VALUE]...", help="A published experiment; data.root=/data ...")
+    ],
+    seeds: Annotated[str, typer.Option(help="Seeds to train it with, comma-separated.")] = "0,1,2",
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder for all of it; default: runs/reproduce/PRESET.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: print the page that says what to type and what to expect.")
+    ] = False,
+) -> None:
+    """Train a published experiment over seeds; write one folder that shows what was done and what came of it.
+
+    README.md in it is the page, summary.json has all numbers, hashes and versions. Typed again it goes on after any
+    stop, and trains no seed twice. All but runs/ is small: who gets it can check it, and take it into a table with
+    ``inflora collect``.
+    """
+    preset, *assignments = arguments
+    find_preset(preset)
+    changes, numbers = parse_assignments(assignments), parse_seeds(seeds)
+    if plan:
+        from inflora.reproduction import plan as planned
+
+        print(planned(preset), end="")
+        return
+    from inflora.reproduce import how_to_send, reproduce
+    from inflora.reproduction import PAGE, results
+
+    folder = out or Path("runs/reproduce") / preset
+    with _progress() as on_epoch:
+        found = reproduce(preset, changes, numbers, folder, on_epoch=on_epoch)
+    print("\n".join(["", *results(found), "", f"page: {folder / PAGE}", f"send it: {how_to_send(folder)}"]))
+
+
+@app.command()
+def collect(
+    folder: Annotated[Path, typer.Argument(help="Reproductions side by side, as docs/results.")],
+    given: Annotated[
+        list[Path] | None, typer.Argument(metavar="[REPRODUCTION]...", help="Folders of inflora reproduce to take in.")
+    ] = None,
+) -> None:
+    """Take reproductions into a folder; write their pages anew from their numbers, and one table of all."""
+    from inflora.reproduction import TABLE
+    from inflora.reproduction import collect as collected
+
+    print(collected(folder, given or []))
+    print(f"table: {folder / TABLE}")
 
 
 @app.command("predict")

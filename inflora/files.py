@@ -1,8 +1,10 @@
 """Files: only regular ones are read, without waiting for anything; what is written is there whole or not at all."""
 
 import contextlib
+import hashlib
 import os
 import stat
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -86,3 +88,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None
+
+
+def source_hash(*packages: str) -> str:
+    """A hash of some packages' Python files: two states of one version differ."""
+    digest = hashlib.sha256()
+    for package in packages:
+        root = Path(str(files(package)))
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:8]

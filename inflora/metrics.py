@@ -4,7 +4,9 @@ Notation: ``a[i][j]`` is the accuracy on task j's images after learning task i (
 with no task identity given. Other libraries mean other things by the same words, so each formula stands here.
 """
 
+import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
@@ -101,3 +103,15 @@ def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
     """Mean over j < T of ``a[T][j] - a[j][j]``; 0 when there is one task."""
     changes = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
     return sum(changes) / len(changes) if changes else 0.0
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over runs; one run has no spread."""
+
+    mean: float
+    std: float | None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)

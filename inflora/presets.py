@@ -19,6 +19,7 @@ Others are ours, on images that need no download: ``digits-5-ranpac``, ``strokes
 settings and the numbers of docs/results.md, ``digits-5-tiny`` runs in seconds and shows no more than that all works.
 """
 
+import math
 from typing import NamedTuple
 
 from inflora.config import (
@@ -319,7 +320,7 @@ def find_preset(name: str) -> Preset:
         ConfigError: There is none.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown --preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -343,3 +344,15 @@ def comparison(published: Published, final: float, avg_incremental: float) -> li
     bound = 2 * published.spread
     within = "within" if abs(gap) <= bound else "outside"
     return [*lines, f"  {gap:+.2f} points on the final accuracy: {within} two standard deviations ({bound:.2f})"]
+
+
+def expected_range(published: Published, runs: int) -> tuple[float, float] | None:
+    """The range of the mean final accuracy of so many runs where only seeds differ; None: no spread is published.
+
+    The published mean and two standard errors of the difference of the two means; a spread over nobody knows how many
+    runs counts as one run's. Other versions, weights or draws of the data may cost more than seeds do.
+    """
+    if published.spread is None:
+        return None
+    half = 2 * published.spread * math.sqrt(1 / runs + 1 / (published.seeds or 1))
+    return published.final - half, published.final + half

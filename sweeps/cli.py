@@ -5,14 +5,13 @@ must not wait for them.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inflora.config import ConfigError, checked, dump_config
+from inflora.config import ConfigError, checked, dump_config, parse_seeds
 from inflora.console import OneLineGroup
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import BestBy
@@ -251,18 +250,6 @@ def home_of(swept: str | None, storage: Path) -> Path:
     if swept is None:
         return storage
     return storage / Path(swept).name if "://" in swept else Path(swept).absolute()
-
-
-def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
-    """``"0,1,2"`` as numbers."""
-    parts = [part.strip() for part in text.split(",")]
-    seeds = [int(part) for part in parts if re.fullmatch(r"[0-9]{1,10}", part)]
-    if len(seeds) < len(parts) or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
-        raise ConfigError(
-            f"{option} must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got "
-            f"{one_line(text, 200)!r}"
-        )
-    return seeds
 
 
 if __name__ == "__main__":

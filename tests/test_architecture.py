@@ -44,6 +44,7 @@ FLOORS = {
         "inflora.drift",
         "inflora.draws",
         "inflora.predictions",
+        "inflora.reproduction",
     ),
     4: ("inflora.prompts", "inflora.task_data"),
     5: ("inflora.features",),
@@ -56,8 +57,15 @@ FLOORS = {
     12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.
     13: ("inflora.runs",),
-    14: ("inflora", "inflora.cli", "inflora.gpu_check", "sweeps.engine.ledger.failures", "sweeps.engine.ledger.lock"),
+    14: (
+        "inflora",
+        "inflora.reproduce",
+        "inflora.gpu_check",
+        "sweeps.engine.ledger.failures",
+        "sweeps.engine.ledger.lock",
+    ),
     15: (
+        "inflora.cli",
         "sweeps.engine.ledger.bill",
         "sweeps.engine.ledger.database",
         "sweeps.engine.ledger.records",

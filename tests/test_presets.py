@@ -229,7 +229,7 @@ def test_another_seed_or_place_is_still_the_published_experiment(change, whole):
 def test_other_settings_are_not_compared(change):
     config = override(find_preset("cifar100-10").config, change)
     (line,) = beside_published("cifar100-10", config, "test", METRICS)
-    assert line.startswith("not the published experiment cifar100-10")
+    assert line.startswith("not compared with the published cifar100-10: other settings")
 
 
 def test_other_weights_and_a_part_of_the_dataset_are_not_compared(whole):
@@ -242,11 +242,13 @@ def test_other_weights_and_a_part_of_the_dataset_are_not_compared(whole):
 
 def test_results_on_validation_images_are_not_compared():
     config = for_tuning("cifar100-10")
-    assert beside_published("cifar100-10", config, "validation", METRICS)[0].startswith("not the published")
+    assert beside_published("cifar100-10", config, "validation", METRICS)[0].startswith(
+        "not compared with the published"
+    )
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"unknown --preset 'cifar10'; known: cifar100-10, .*domainnet-5"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'cifar10'; known: cifar100-10, .*domainnet-5"):
         find_preset("cifar10")
 
 

@@ -37,7 +37,15 @@ from inflora.config.identity import config_hash
 from inflora.config.messages import cut, explain, shown
 from inflora.config.methods import METHODS, felt_after_first_task, method_of, settings_of_method
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
-from inflora.config.reading import checked, dump_config, load_config, override, parse_assignments, parse_config
+from inflora.config.reading import (
+    checked,
+    dump_config,
+    load_config,
+    override,
+    parse_assignments,
+    parse_config,
+    parse_seeds,
+)
 from inflora.config.renamed import refuse_old_names
 from inflora.config.run import (
     AugmentSettings,

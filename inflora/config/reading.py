@@ -1,5 +1,6 @@
 """From plain values, YAML and ``key=value`` to a checked config, and back."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from inflora.config.messages import cut, explain, listing, shown
 from inflora.config.plain_yaml import YamlError, dump_yaml, read_yaml, read_yaml_file
 from inflora.config.renamed import refuse_old_names
 from inflora.config.run import RunConfig
+from inflora.errors import one_line
 
 S = TypeVar("S", bound=Settings)
 
@@ -88,6 +90,22 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         except YamlError as error:
             raise ConfigError(f"{cut(path)}: not a plain YAML value, {shown(value)}: {error}") from None
     return changes
+
+
+def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
+    """``"0,1,2"`` as numbers.
+
+    Raises:
+        ConfigError: Anything else, or one of them twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) for part in parts if re.fullmatch(r"[0-9]{1,10}", part)]
+    if len(seeds) < len(parts) or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"{option} must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got "
+            f"{one_line(text, 200)!r}"
+        )
+    return seeds
 
 
 def load_config(path: Path) -> RunConfig:

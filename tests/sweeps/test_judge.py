@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
+from inflora.metrics import spread
 from inflora.runs import train_into
-from sweeps.engine.after.final import plan, spread
+from sweeps.engine.after.final import plan
 from sweeps.engine.after.judge import FIRST, candidates, compare, estimate, judge, judged_orders, score, write_judgement
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run.trial import learn

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import re
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from inflora.config import ConfigError, RunConfig, config_hash, dump_config, loa
 from inflora.continual import TaskResult
 from inflora.data.stream import EvaluateOn
 from inflora.files import write_atomically
-from inflora.metrics import accuracy_matrix, seen
+from inflora.metrics import Spread, accuracy_matrix, seen, spread
 from inflora.runs import train_into
 from inflora.setup import check, identity, search_stream
 from inflora.state import MANIFEST, RunState, load_state
@@ -68,13 +67,6 @@ class FinalRun(NamedTuple):
     config: RunConfig
     folder: Path
     evaluate_on: EvaluateOn = "test"
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over runs; one run has no spread."""
-
-    mean: float
-    std: float | None
 
 
 def load_by_label(paths: list[Path]) -> dict[str, RunConfig]:
@@ -263,11 +255,6 @@ def summarise(runs: Sequence[FinalRun]) -> dict[str, dict[str, Spread]]:
 
 def _final_metrics(state: RunState) -> dict[str, float]:
     return state.metrics(state.tasks)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def write_report(runs: Sequence[FinalRun], summary: Mapping[str, Mapping[str, Spread]], out: Path) -> Path:

@@ -1,14 +1,11 @@
 """Checks of every node before a sweep uses it: this very code, the shared folder, the same data."""
 
 import contextlib
-import hashlib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import ray
@@ -17,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inflora.config import ConfigError, DataSettings
 from inflora.errors import UserError, one_line
+from inflora.files import source_hash
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.failures import NodeFault
 
@@ -36,12 +34,7 @@ class Likeness(NamedTuple):
 @cache
 def code_version() -> str:
     """The installed version and a hash of its source: two states of one version differ."""
-    digest = hashlib.sha256()
-    for package in ("inflora", "sweeps.engine"):
-        root = Path(str(files(package)))
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return f"{version('inflora-sweeps')}+{digest.hexdigest()[:8]}"
+    return f"{version('inflora-sweeps')}+{source_hash('inflora', 'sweeps.engine')}"
 
 
 def likeness(data: DataSettings) -> Likeness:
