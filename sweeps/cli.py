@@ -7,7 +7,7 @@ must not wait for them.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from inflora.console import OneLineGroup
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import BestBy
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
+
+if TYPE_CHECKING:
+    from sweeps.engine.after.transfer import Found, Transfer
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -183,6 +186,13 @@ def final(
     seeds: Annotated[str, typer.Option(help="Seeds to train each config with, comma-separated.")] = "0,1,2",
     orders: Annotated[str, typer.Option(help="Class orders (seeds) to train on; default: each config's own.")] = "",
     top: Annotated[int, typer.Option(min=1, help="Of a sweep: how many of its best trials are judged.")] = 3,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Another dataset for what a sweep has found: a preset, FILE.py[:SWEEP] or a config file."),
+    ] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="With --on: a sweep there (or its export), whose settings are judged too.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and report; default: final/ in the storage.")
     ] = None,
@@ -203,19 +213,23 @@ def final(
 
     Of a sweep, the best trials and the recipe's first setting are judged on validation images before, over the same
     seeds and orders; the test set is then opened for the winner and that first setting.
+
+    With --on, the settings that one sweep (or its exported config) has found are put into another dataset's config and
+    trained there, beside that dataset's own settings and those of a sweep there.
     """
     from mlflow.exceptions import MlflowException
 
     from sweeps.engine.after.final import FinalTraining, load_by_label, log_final, summarise, write_report
     from sweeps.engine.after.judge import judge_sweep
+    from sweeps.engine.after.transferred import judge_transfer, values_of, write_transfer
     from sweeps.engine.run.reach import reachable_store, without_password
     from sweeps.engine.run.runner import say_to_stdout
     from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
 
-    named = find_sweep(configs[0], storage)
-    swept = named if len(configs) == 1 and ("://" in named or (Path(named) / SPEC_FILE).exists()) else None
+    swept = _swept(configs[0], storage) if len(configs) == 1 else None
     home = home_of(swept, storage_root(storage))
-    folder = (out or home / "final").absolute()
+    elsewhere = _elsewhere(configs, on, beside, storage)
+    folder = (out or home / ("final" if elsewhere is None else f"final-on-{elsewhere.on}")).absolute()
     place = shared or os.environ.get("INFLORA_SHARED", "")
     if shared and "://" not in shared:
         raise ConfigError(
@@ -227,7 +241,9 @@ def final(
     trained = FinalTraining(parse_seeds(seeds), numbers, resources, address, bucket)
     uri = tracking_uri or default_tracking_uri(home if swept else folder)
     reachable_store(uri, home if swept else folder)
-    if swept:
+    if elsewhere:
+        chosen = elsewhere.configs
+    elif swept:
         chosen, trained = judge_sweep(swept, top, trained, folder, say_to_stdout)
     else:
         chosen = load_by_label([Path(config) for config in configs])
@@ -235,6 +251,8 @@ def final(
     summary = summarise(runs)
     written = write_report(runs, summary, folder)
     print(written.read_text())
+    if elsewhere:
+        print(write_transfer(elsewhere, judge_transfer(elsewhere, values_of(runs)), folder))
     try:
         log_final(runs, summary, folder, uri)
     except MlflowException as error:
@@ -243,6 +261,29 @@ def final(
         raise typer.Exit(1) from None
     look = f"\n{' ' * 12}".join(how_to_look(uri, runs[0].config.data.dataset))
     print(f"report:     {written}\nlook at it: {look}")
+
+
+def _swept(name: str, storage: Path | None) -> str | None:
+    """The address of a sweep of that name, if it is one."""
+    address = find_sweep(name, storage)
+    return address if "://" in address or (Path(address) / SPEC_FILE).exists() else None
+
+
+def _elsewhere(configs: list[str], on: str | None, beside: str | None, storage: Path | None) -> "Transfer | None":
+    """The other dataset on which settings are judged, where one is named."""
+    if on is None:
+        if beside is not None:
+            raise ConfigError("--beside goes with --on")
+        return None
+    if len(configs) > 1:
+        raise ConfigError(f"--on takes one sweep or one exported config, got {len(configs)}")
+    from sweeps.engine.after.transfer import found_by_sweep, found_in_config, plan_transfer
+
+    def found(name: str) -> "Found":
+        of_config = name.endswith((".yaml", ".yml"))
+        return found_in_config(Path(name)) if of_config else found_by_sweep(find_sweep(name, storage))
+
+    return plan_transfer(found(configs[0]), on, None if beside is None else found(beside))
 
 
 def home_of(swept: str | None, storage: Path) -> Path:

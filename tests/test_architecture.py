@@ -130,13 +130,19 @@ FLOORS = {
     24: ("sweeps.engine.run.storage", "sweeps.engine.run.watch"),
     25: ("sweeps.engine.run.placement", "sweeps.engine.run.tune"),
     26: ("sweeps.engine.run.runner", "sweeps.engine.after.export", "sweeps.engine.after.final"),
-    27: ("sweeps.engine.after.judge", "sweeps.engine.run.dry_run", "sweeps.engine.run.gpu_check"),
-    28: ("sweeps.cli",),
-    29: ("sweeps.recipe",),
+    27: (
+        "sweeps.engine.after.judge",
+        "sweeps.engine.after.transfer",
+        "sweeps.engine.run.dry_run",
+        "sweeps.engine.run.gpu_check",
+    ),
+    28: ("sweeps.engine.after.transferred",),
+    29: ("sweeps.cli",),
+    30: ("sweeps.recipe",),
 }
 ON_FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 PACKAGES = ("inflora.config", "inflora.data", "inflora.adapters", "inflora.classifiers")
-RECIPES_FLOOR = 30
+RECIPES_FLOOR = 31
 
 
 def modules() -> dict[str, Path]:

@@ -50,6 +50,7 @@ def export_config(
         "protocol": sweep.protocol,
         "mlflow_run_id": run_id,
         "trial_config_hash": config_hash(sweep.config(best.settings)),
+        "searched": sorted(best.settings),
         "validation": best.reports[-1].metrics,
         "objective": sweep.objective,
         "best_by": (best_by if known else BestBy.OBSERVED).value,

@@ -157,8 +157,8 @@ def write_judgement(
         "|---|---|---|---|",
     ]
     for label, e in sorted(estimates.items(), key=lambda item: -item[1].mean):
-        versus = _versus(comparisons[label]) if label in comparisons else ""
-        lines.append(f"| {label} | {100 * e.mean:.1f} | {_interval(e)} | {versus} |")
+        against = versus(comparisons[label]) if label in comparisons else ""
+        lines.append(f"| {label} | {100 * e.mean:.1f} | {_interval(e)} | {against} |")
     named = ", ".join("natural" if order is None else str(order) for order in orders)
     runs = next(iter(estimates.values())).runs
     lines += ["", f"Percent; {runs} runs each, class orders: {named}; protocol {sweep.protocol}. Winner: **{winner}**."]
@@ -170,9 +170,9 @@ def write_judgement(
         "winner": winner,
         "protocol": sweep.protocol,
         "orders": list(orders),
-        "estimates": {label: _facts(e) for label, e in estimates.items()},
+        "estimates": {label: facts_of(e) for label, e in estimates.items()},
         "against_first": {
-            label: {**c._asdict(), "difference": _facts(c.difference)} for label, c in comparisons.items()
+            label: {**c._asdict(), "difference": facts_of(c.difference)} for label, c in comparisons.items()
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,8 @@ def write_judgement(
     return text
 
 
-def _versus(comparison: Comparison) -> str:
+def versus(comparison: Comparison) -> str:
+    """A comparison in a table's cell: verdict, points with their interval, p."""
     d = comparison.difference
     said = f"{comparison.verdict}: {100 * d.mean:+.1f}"
     return said if d.runs < 2 else f"{said} ({100 * d.low:+.1f} to {100 * d.high:+.1f}), p = {comparison.p:.3f}"
@@ -191,6 +192,6 @@ def _interval(e: Estimate) -> str:
     return "none" if e.runs < 2 else f"{100 * e.low:.1f} to {100 * e.high:.1f}"
 
 
-def _facts(e: Estimate) -> dict[str, float | None]:
+def facts_of(e: Estimate) -> dict[str, float | None]:
     """As JSON can hold it: no interval has no numbers."""
     return {name: value if math.isfinite(value) else None for name, value in e._asdict().items()}
