@@ -145,8 +145,8 @@ def collect(
     ] = None,
 ) -> None:
     """Take reproductions into a folder; write their pages anew from their numbers, and one table of all."""
-    from inflora.reproduction import TABLE
-    from inflora.reproduction import collect as collected
+    from inflora.collection import TABLE
+    from inflora.collection import collect as collected
 
     print(collected(folder, given or []))
     print(f"table: {folder / TABLE}")

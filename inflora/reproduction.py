@@ -1,24 +1,25 @@
-"""A reproduction: a preset over several seeds as a value, its page, and many of them as one table.
+"""A reproduction: a preset over several seeds as a value, and its page.
 
 All that a page says is in the ``summary.json`` beside it: a page is never evidence of its own.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, field_serializer
 
-from inflora.config import ConfigError, RunConfig, config_hash, dump_config
+from inflora.config import ConfigError, RunConfig, config_hash, parse_config
 from inflora.config.messages import explain
 from inflora.data import DATASETS
 from inflora.errors import one_line
 from inflora.files import read_regular, write_atomically
 from inflora.metrics import spread
-from inflora.presets import PRESETS, Published, expected_range, find_preset
+from inflora.presets import Published, expected_range, find_preset
 
-SUMMARY, PAGE, TABLE = "summary.json", "README.md", "reproduced.md"
+SUMMARY, PAGE = "summary.json", "README.md"
 SEEDS = (0, 1, 2)
 SHOWN = {
     "acc/final": "accuracy over all test images after the last task",
@@ -132,7 +133,7 @@ def plan(preset: str) -> str:
 
 def results(found: Reproduction) -> list[str]:
     """Its results beside the published ones, as Markdown."""
-    ours = [f"here, seeds {', '.join(str(run.seed) for run in found.runs)}", *_means(found), "", ""]
+    ours = [f"here, seeds {', '.join(str(run.seed) for run in found.runs)}", *means(found), "", ""]
     compared = () if found.incomparable else found.published
     why = [f"Not held against published numbers: {found.incomparable}.", ""] if found.incomparable else []
     return [*_results(ours, compared, len(found.runs), fmean(found.percent("acc/final"))), *why]
@@ -143,11 +144,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
 
 
-def _means(found: Reproduction) -> list[str]:
-    return [_shown(*spread(found.percent(metric))) for metric in ("acc/final", "acc/avg_incremental")]
+def means(found: Reproduction) -> list[str]:
+    """Final and average incremental accuracy over seeds."""
+    return [shown_as(*spread(found.percent(metric))) for metric in ("acc/final", "acc/avg_incremental")]
 
 
-def _shown(mean: float, std: float | None) -> str:
+def shown_as(mean: float, std: float | None) -> str:
+    """Mean ± spread."""
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
@@ -165,11 +168,11 @@ def _results(ours: list[str], published: Sequence[Published], runs: int, final: 
 
 def _as_published(published: Published, runs: int, final: float | None) -> list[str]:
     seeds = "" if published.seeds is None else f", {published.seeds} seeds"
-    shown = [_shown(published.final, published.spread), f"{published.avg_incremental:.2f}"]
-    return [f"{published.source}{seeds}", *shown, *_expected(published, runs, final)]
+    shown = [shown_as(published.final, published.spread), f"{published.avg_incremental:.2f}"]
+    return [f"{published.source}{seeds}", *shown, *expected(published, runs, final)]
 
 
-def _expected(published: Published, runs: int, final: float | None) -> tuple[str, str]:
+def expected(published: Published, runs: int, final: float | None) -> tuple[str, str]:
     """The expected range of the mean of so many runs, and where ``final`` lies."""
     found = expected_range(published, runs)
     if found is None:
@@ -190,7 +193,7 @@ def _how(typed: str, config: RunConfig) -> Iterator[str]:
 
 def _seeds(found: Reproduction) -> Iterator[str]:
     rows = [[str(run.seed), *(f"{100 * run.metrics[name]:.2f}" for name in SHOWN)] for run in found.runs]
-    several = [["mean", *(_shown(*spread(found.percent(name))) for name in SHOWN)]] if len(rows) > 1 else []
+    several = [["mean", *(shown_as(*spread(found.percent(name))) for name in SHOWN)]] if len(rows) > 1 else []
     yield from ("## Every seed", "", *table(["seed", *(f"`{name}`" for name in SHOWN)], rows + several))
     yield from (f"- `{name}`: {meaning}" for name, meaning in SHOWN.items())
     yield ""
@@ -224,64 +227,35 @@ def _brief(order: str) -> str:
 
 
 def _settings(config: RunConfig) -> Iterator[str]:
-    yield from ("## Settings", "", f"`{config_hash(config)}`, with seed {config.seed}.", "")
-    yield from ("```yaml", dump_config(config).rstrip(), "```", "")
-
-
-# Many of them.
-
-
-def overview(folder: Path) -> str:
-    """The table of the reproductions in a folder, those that are planned among them."""
-    rows = [
-        _entry(name, folder / name)
-        for name in PRESETS
-        if any((folder / name / each).is_file() for each in (PAGE, SUMMARY))
-    ]
-    lines = [
-        "# Reproduced",
+    """Those that are not at their defaults: a setting that comes later changes no page."""
+    chosen = {"adapter": {"name": config.adapter.name}, "classifier": {"name": config.classifier.name}}
+    usual = _flat(parse_config(chosen))
+    yield from (
+        "## Settings",
         "",
-        "Written by `inflora collect`: presets over seeds, each with its page and all numbers in a folder of its own.",
-        "Percent, on test images; mean ± sample standard deviation over seeds. Nothing stands here that was not run.",
+        f"`{config_hash(config)}`, with seed {config.seed}; the others are at their defaults.",
         "",
-        *table(["preset", "seeds", "final", "average incremental", "published final", "expected", ""], rows),
-        "To add one, run `inflora reproduce PRESET` where its data are and send its folder without `runs/`; then",
-        "`inflora collect docs/results FOLDER`.",
-    ]
-    return "\n".join(lines) + "\n"
+    )
+    yield "```text"
+    for path, value in _flat(config).items():
+        if path.endswith(".name") or usual.get(path, ...) != value:
+            yield f"{path}={json.dumps(value)}"
+    yield from ("```", "")
 
 
-def _entry(name: str, folder: Path) -> list[str]:
-    found = read_reproduction(folder) if (folder / SUMMARY).is_file() else None
-    published, runs = PRESETS[name].published, len(SEEDS)
-    result, final = ["", "not run yet", ""], None
-    if found:
-        published, runs = () if found.incomparable else found.published, len(found.runs)
-        result, final = [str(runs), *_means(found)], fmean(found.percent("acc/final"))
-    against = max(published, key=lambda each: each.spread is not None, default=None)
-    told = ["", "", ""]
-    if against:
-        told = [f"{_shown(against.final, against.spread)}, {against.source}", *_expected(against, runs, final)]
-    return [f"[{name}]({name}/{PAGE})", *result, *told]
+def _flat(config: RunConfig) -> dict[str, JsonValue]:
+    """Dotted path -> value of every setting."""
+    found: dict[str, JsonValue] = {}
 
+    def visit(settings: Mapping[str, JsonValue], prefix: str) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict) and value:
+                visit(value, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = value
 
-def collect(folder: Path, given: Sequence[Path]) -> str:
-    """Take reproductions into a folder, write every page in it anew from its numbers, and the table; the table.
-
-    Raises:
-        ConfigError: What is given is no reproduction of a preset.
-    """
-    for each in map(read_reproduction, given):
-        find_preset(each.preset)
-        write(each, folder / each.preset)
-    for name in PRESETS:
-        if (folder / name / SUMMARY).is_file():
-            write(read_reproduction(folder / name), folder / name)
-        elif (folder / name / PAGE).is_file():
-            write_atomically(folder / name / PAGE, plan(name).encode())
-    told = overview(folder)
-    write_atomically(folder / TABLE, told.encode())
-    return told
+    visit(config.model_dump(mode="json"), "")
+    return found
 
 
 def write(found: Reproduction, folder: Path) -> None:

@@ -46,7 +46,7 @@ FLOORS = {
         "inflora.predictions",
         "inflora.reproduction",
     ),
-    4: ("inflora.prompts", "inflora.task_data"),
+    4: ("inflora.collection", "inflora.prompts", "inflora.task_data"),
     5: ("inflora.features",),
     6: ("inflora.classifiers",),
     7: ("inflora.model",),

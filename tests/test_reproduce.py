@@ -10,12 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from inflora.cli import app
+from inflora.collection import TABLE, collect, overview
 from inflora.config import ConfigError, load_config
 from inflora.continual import run
 from inflora.metrics import spread
 from inflora.presets import PRESETS, Published, expected_range
 from inflora.reproduce import reproduce
-from inflora.reproduction import PAGE, SUMMARY, TABLE, collect, overview, page, plan, read_reproduction
+from inflora.reproduction import PAGE, SUMMARY, page, plan, read_reproduction
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 SMALL = {
@@ -44,6 +45,7 @@ def small_files(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
 
 
+@pytest.mark.e2e
 def test_the_command_leaves_one_folder_whose_small_part_says_all(tmp_path):
     command = [sys.executable, "-c", "from inflora.cli import app; app()", "reproduce", "digits-5-tiny", "--seeds", "0"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

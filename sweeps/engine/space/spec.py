@@ -40,7 +40,8 @@ SelectionProtocol = Literal["end-of-training", "first-task", "two-phase", "curre
 
 - end-of-training: by validation images of all tasks, after the last one;
 - first-task: by the first task alone (what only later tasks feel cannot be chosen so);
-- two-phase: as end-of-training on one class order, judged (``sweeps final``) on orders that no trial has learnt;
+- two-phase: as end-of-training on one class order, judged (``sweeps final``) on orders that no trial has learnt
+  (between datasets, as in arXiv 2403.09066: ``sweeps final SWEEP --on PRESET``);
 - current-task: each task by its own validation images right after it was learnt, old ones not looked at again.
 """
 
