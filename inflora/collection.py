@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from inflora.config import ConfigError, config_hash, override
 from inflora.files import write_atomically
 from inflora.presets import PRESETS, find_preset
 from inflora.reproduction import (
     PAGE,
     SEEDS,
     SUMMARY,
+    Reproduction,
     expected,
     means,
     plan,
@@ -56,14 +58,35 @@ def _entry(name: str, folder: Path) -> list[str]:
     return [f"[{name}]({name}/{PAGE})", *result, *told]
 
 
+def checked_reproduction(folder: Path) -> Reproduction:
+    """The reproduction in a folder, which whoever has sent it may have edited.
+
+    Raises:
+        ConfigError: There is none, or what it says of its settings is not so.
+    """
+    found = read_reproduction(folder)
+    preset = find_preset(found.preset)
+    seeds = [run.seed for run in found.runs]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{folder}: a seed stands there twice, got {seeds}")
+    if found.incomparable is not None:
+        return found
+    if found.published != preset.published:
+        raise ConfigError(f"{folder}: its published numbers are not those of {found.preset}")
+    for run in found.runs:
+        if run.identity.get("config_hash") != config_hash(override(preset.config, {"seed": run.seed})):
+            raise ConfigError(f"{folder}: seed {run.seed} is said to be {found.preset}, and its settings are others")
+    return found
+
+
 def collect(folder: Path, given: Sequence[Path]) -> str:
     """Take reproductions into a folder, write every page in it anew from its numbers, and the table; the table.
 
     Raises:
-        ConfigError: What is given is no reproduction of a preset.
+        ConfigError: What is given is no reproduction of a preset, or not of what it says.
     """
-    for each in map(read_reproduction, given):
-        find_preset(each.preset)
+    found = [checked_reproduction(each) for each in given]
+    for each in found:
         write(each, folder / each.preset)
     for name in PRESETS:
         if (folder / name / SUMMARY).is_file():

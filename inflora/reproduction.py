@@ -5,11 +5,23 @@ All that a page says is in the ``summary.json`` beside it: a page is never evide
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, field_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from inflora.config import ConfigError, RunConfig, config_hash, parse_config
 from inflora.config.messages import explain
@@ -40,6 +52,8 @@ _FACTS = {
     "python": "python",
     "machine": "machine",
 }
+Line = Annotated[str, Field(max_length=10_000, pattern=r"^[^|<>`\n\r]*$")]
+"""What stands in a page as it is: whoever has sent it writes a line there, and nothing else."""
 _MOST = 16_000_000
 """Bytes of a summary that is read; a hundred seeds of fifty tasks have a tenth."""
 
@@ -52,7 +66,15 @@ class Run(BaseModel):
     seed: int
     metrics: dict[str, FiniteFloat]
     accuracy_matrix: list[list[FiniteFloat]] = Field(min_length=1)
-    identity: dict[str, str]
+    identity: dict[str, Line]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if any(len(row) != done for done, row in enumerate(self.accuracy_matrix, 1)):
+            raise ValueError("accuracy_matrix must have a row for each task, with an accuracy for each one learnt")
+        if missing := SHOWN.keys() - self.metrics.keys():
+            raise ValueError(f"metrics must have {', '.join(sorted(missing))}")
+        return self
 
 
 class Reproduction(BaseModel):
@@ -65,10 +87,10 @@ class Reproduction(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str
-    changes: dict[str, JsonValue] = {}
+    changes: dict[Line, JsonValue] = {}
     config: RunConfig
     published: tuple[Published, ...]
-    incomparable: str | None = None
+    incomparable: Line | None = None
     runs: list[Run] = Field(min_length=1)
 
     @field_serializer("published")
@@ -99,8 +121,13 @@ def read_reproduction(folder: Path) -> Reproduction:
 
 def command(preset: str, changes: Mapping[str, JsonValue] = {}, seeds: Sequence[int] = SEEDS) -> str:
     """The command that makes a reproduction, as it is typed."""
-    settings = "".join(f" {path}={value}" for path, value in changes.items())
+    settings = "".join(f" {shlex.quote(f'{path}={_typed(value)}')}" for path, value in changes.items())
     return f"inflora reproduce {preset}{settings} --seeds {','.join(map(str, seeds))}"
+
+
+def _typed(value: JsonValue) -> str:
+    """A value as YAML reads it on a command line."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) else json.dumps(value)
 
 
 # Pages.

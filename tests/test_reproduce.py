@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from inflora.cli import app
-from inflora.collection import TABLE, collect, overview
+from inflora.collection import TABLE, checked_reproduction, collect, overview
 from inflora.config import ConfigError, load_config
 from inflora.continual import run
 from inflora.metrics import spread
@@ -181,7 +181,7 @@ def test_changed_settings_are_told_and_not_held_against_published_numbers(done):
     text = page(found.model_copy(update={"published": (Published(90.0, 95.0, "a paper"),)}))
     assert "Not held against published numbers: other settings than the seed differ" in text
     assert "a paper" not in text
-    assert "inflora reproduce digits-5-tiny backbone.pretrained=False" in text
+    assert "inflora reproduce digits-5-tiny backbone.pretrained=false" in text
 
 
 def test_where_seeds_do_not_share_what_they_depend_on_both_are_told(done):
@@ -225,6 +225,24 @@ def test_what_is_no_reproduction_is_not_collected(text, tmp_path):
     assert not (tmp_path / "all").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda said: said | {"preset": "../elsewhere"}, "unknown preset"),
+        (lambda said: said | {"incomparable": None}, "seed 0 is said to be digits-5-tiny, and its settings are others"),
+        (lambda said: said | {"incomparable": "because |\n# of this"}, "damaged: incomparable"),
+        (lambda said: said | {"runs": said["runs"] + said["runs"]}, "a seed stands there twice"),
+        (lambda said: said | {"runs": [said["runs"][0] | {"metrics": {}}]}, "metrics must have acc/avg_incremental"),
+    ],
+)
+def test_what_is_not_what_it_says_is_not_collected(change, said, done, tmp_path):
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    (sent / SUMMARY).write_text(json.dumps(change(json.loads((done / SUMMARY).read_text()))))
+    assert said in refused("collect", tmp_path / "all", sent)
+    assert not (tmp_path / "all").exists()
+
+
 def test_a_plan_has_the_command_the_expected_range_and_no_result(capsys):
     text = plan("cifar100-10")
     assert "inflora data prepare cifar100 --source PATH" in text
@@ -251,4 +269,5 @@ def test_the_table_in_docs_results_is_that_of_its_folders():
 def test_what_was_run_here_is_what_the_preset_describes(preset):
     found = read_reproduction(DOCS / preset)
     assert (found.config, found.changes, found.incomparable) == (PRESETS[preset].config, {}, None)
+    assert checked_reproduction(DOCS / preset) == found
     assert [each.seed for each in found.runs] == [0, 1, 2]
