@@ -64,8 +64,11 @@ def train(
     published = settings_of_method(method) if method else {}
     config = override(base, {**published, **parse_assignments(assignments)})
     split = _parse_split(evaluate_on)
+    from inflora.data.stream import name_of_stream
     from inflora.runs import train_into
+    from inflora.setup import in_numbers
 
+    config = in_numbers(config)
     with _progress() as on_epoch:
         state = train_into(out, config, split, resume=resume, on_task=_print_task, on_epoch=on_epoch)
     Console().print(accuracy_table(state.evaluations))
@@ -73,7 +76,8 @@ def train(
     for name, value in metrics.items():
         if not name.startswith(("memory/", "drift/task")):  # many: they are in result.json
             print(f"{name:20} {value:,.0f}" if name.startswith(("params/", "precision/")) else f"{name:20} {value:.4f}")
-    print(f"evaluated on {evaluate_on}; config, state and result are in {out}")
+    stream = name_of_stream(config.data, len(state.data.classes) if state.data else 0)
+    print(f"evaluated on {evaluate_on}, stream {stream}; config, state and result are in {out}")
     if preset:
         for line in beside_published(preset, config, evaluate_on, metrics):
             print(line)

@@ -12,7 +12,7 @@ from inflora.data.stream import EvaluateOn
 from inflora.files import why_unwritable, write_atomically
 from inflora.metrics import accuracy_matrix
 from inflora.peft_export import save_adapter
-from inflora.setup import identity
+from inflora.setup import identity, in_numbers
 from inflora.state import RunState, has_state, load_state, of_folder, save_state
 from inflora.training import EpochDone
 
@@ -35,6 +35,7 @@ def train_into(
     Raises:
         ConfigError, DataError, StateError: Before anything is trained or overwritten.
     """
+    config = in_numbers(config)
     folder = out / "state"
     state = _claim(out, resume=resume)
     with of_folder(folder):

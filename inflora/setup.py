@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from inflora.adapters import Adapter
 from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
-from inflora.config import ConfigError, RunConfig, config_hash
+from inflora.config import ConfigError, RunConfig, config_hash, parse_config
 from inflora.cuda import pick_device, require_device
 from inflora.data import ensure_store
 from inflora.data.loader import InputFormat
 from inflora.data.store import read_manifest
-from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream
+from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream, name_of_stream, tasks_in_numbers
 from inflora.draws import Draws
 from inflora.integrity import check_state, facts_of
 from inflora.learner import make_learner
@@ -39,6 +39,7 @@ def set_up(config: RunConfig, state: RunState | None, evaluate_on: EvaluateOn) -
         ConfigError: Settings that do not fit each other, the data or the backbone.
         StateError: ``state`` belongs to another run, or does not hold what it must.
     """
+    config = in_numbers(config)
     draws = check(config)
     device = pick_device(config.device)
     stream = make_stream(config.data, evaluate_on).resident_on(device)
@@ -115,6 +116,20 @@ def check(config: RunConfig) -> Replay:
     return draws
 
 
+def in_numbers(config: RunConfig) -> RunConfig:
+    """The config with the name of a stream, ``data.tasks=B0-Inc10``, written in numbers: the same run, the same hash.
+
+    Raises:
+        ConfigError: The name does not divide the dataset's classes, or there is no such dataset here.
+    """
+    if not isinstance(config.data.tasks, str):
+        return config
+    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
+    numbers = tasks_in_numbers(config.data, manifest)
+    named = config.model_copy(update={"data": config.data.model_copy(update={"tasks": numbers})})
+    return parse_config(named.model_dump())  # settings that do not fit these tasks are refused now
+
+
 def search_stream(config: RunConfig) -> Stream:
     """The stream as trials see it, whatever the config trains on in the end: the test split is not opened."""
     return make_stream(config.data.model_copy(update={"train_on": "train"}), "validation")
@@ -125,12 +140,14 @@ def identity(config: RunConfig, stream: Stream | None = None) -> dict[str, str]:
 
     ``stream`` is the config's ``search_stream``, where it has been made already.
     """
+    config = in_numbers(config)
     stream = stream or search_stream(config)
     packages = ("torch", "timm", "inflora-sweeps")
     return {
         "config_hash": config_hash(config),
         "dataset": config.data.dataset,
         "dataset_hash": stream.manifest.content_hash,
+        "stream": name_of_stream(config.data, len(stream.manifest.classes)),
         "class_order": ",".join(map(str, stream.class_order)),
         "split_hash": stream.split_hash,
         "backbone_hash": backbone_hash(build_backbone(config.backbone)),

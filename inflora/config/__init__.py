@@ -58,3 +58,4 @@ from inflora.config.run import (
     RunConfig,
     pycil_seed,
 )
+from inflora.config.streams import sizes_named, stream_name

@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from inflora.config.adapters import ADAPTERS, InfLoRASettings
 from inflora.config.alternatives import Alternative, one_of
 from inflora.config.base import (
+    ConfigError,
     Count,
     Epochs,
     File,
@@ -26,6 +27,7 @@ from inflora.config.base import (
     Width,
 )
 from inflora.config.classifiers import CLASSIFIERS, LinearSettings
+from inflora.config.streams import is_stream_name
 
 Level = Annotated[Number, Field(ge=-1e6, le=1e6)]
 
@@ -68,8 +70,8 @@ class DataSettings(Settings):
     scenario: Literal["class", "domain"] = Field(
         default="class", description="what arrives: new classes, or new domains"
     )
-    tasks: Count | Annotated[tuple[Count, ...], Field(max_length=100_000)] = Field(
-        default=5, description="how many tasks of equal size, or the number of classes of each"
+    tasks: Count | Annotated[tuple[Count, ...], Field(max_length=100_000)] | Name = Field(
+        default=5, description="how many tasks of equal size, the number of classes of each, or B50-Inc10: 50, then 10s"
     )
     joint: Flag = Field(default=False, description="learn all tasks as one: the upper bound of every continual learner")
     order_seed: Seed | None = Field(default=None, description="None keeps the natural order of classes or domains")
@@ -102,7 +104,9 @@ class DataSettings(Settings):
 
     @field_validator("tasks")
     @classmethod
-    def _some_tasks(cls, tasks: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    def _some_tasks(cls, tasks: int | tuple[int, ...] | str) -> int | tuple[int, ...] | str:
+        if isinstance(tasks, str) and not is_stream_name(tasks):
+            raise ValueError("must be numbers, or the name of a stream as B0-Inc10 and B50-Inc10")
         if not tasks:
             raise ValueError("must list at least one task")
         return tasks
@@ -122,9 +126,18 @@ class DataSettings(Settings):
 
     @property
     def task_count(self) -> int:
-        """The number of tasks that are learnt one after another."""
+        """The number of tasks that are learnt one after another.
+
+        Raises:
+            ConfigError: A name is in the place of numbers (``inflora.setup.in_numbers``).
+        """
         if self.joint:
             return 1
+        if isinstance(self.tasks, str):
+            raise ConfigError(
+                f"data.tasks={self.tasks} has a number of tasks where a dataset is read (inflora train, a recipe); "
+                "here give the number, or the list of their classes"
+            )
         return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
 
 
@@ -223,7 +236,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        if self.data.task_count == 1 and self.classifier.name == "aligned":
+        named = isinstance(self.data.tasks, str) and not self.data.joint  # checked again as numbers
+        if not named and self.data.task_count == 1 and self.classifier.name == "aligned":
             raise ValueError("classifier aligned needs several tasks: with one there is nothing to align")
         views = getattr(self.classifier, "views", None)
         if views and self.data.augment == "none":
