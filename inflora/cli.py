@@ -28,7 +28,7 @@ from inflora.config import (
 )
 from inflora.config.listing import lines_of_settings
 from inflora.console import OneLineGroup, path
-from inflora.metrics import Evaluation, accuracy_matrix, seen
+from inflora.metrics import ALIASES, Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def train(
     published = settings_of_method(method) if method else {}
     config = override(base, {**published, **parse_assignments(assignments)})
     split = _parse_split(evaluate_on)
-    from inflora.data.stream import name_of_stream
+    from inflora.data.tasks import in_numbers, name_of_stream
     from inflora.runs import train_into
-    from inflora.setup import in_numbers
 
     config = in_numbers(config)
     with _progress() as on_epoch:
@@ -75,7 +74,7 @@ def train(
     metrics = state.metrics(state.tasks_done)
     for name, value in metrics.items():
         if not name.startswith(("memory/", "drift/task")):  # many: they are in result.json
-            print(f"{name:20} {value:,.0f}" if name.startswith(("params/", "precision/")) else f"{name:20} {value:.4f}")
+            print(f"{name:26} {value:,.0f}" if name.startswith(("params/", "precision/")) else f"{name:26} {value:.4f}")
     stream = name_of_stream(config.data, len(state.data.classes) if state.data else 0)
     print(f"evaluated on {evaluate_on}, stream {stream}; config, state and result are in {out}")
     if preset:
@@ -188,6 +187,13 @@ def settings(
     """List every setting: its dotted path, type, default, what is allowed and what it does."""
     for line in lines_of_settings(name):
         print(line)
+
+
+@app.command()
+def metrics() -> None:
+    """List the metrics by their names here and in papers, with formulas."""
+    for here, field, formula, note in ALIASES:
+        print(f"{here:26} {field}\n{'':26} = {formula}" + (f"\n{'':26} {note}" if note else ""))
 
 
 @data_app.command()

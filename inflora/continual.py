@@ -18,13 +18,15 @@ from inflora.setup import set_up
 from inflora.state import RunState
 from inflora.task_data import TaskData
 from inflora.training import Epoch, EpochDone, evaluate, train_task, trainable
+from inflora.transfer import transfer
 
 
 class TaskResult(NamedTuple):
     """All that is known when a task is done.
 
     ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), the adapter's diagnostics,
-    ``params/trainable``, ``precision/bits`` and ``drift/...``; ``accuracies`` is the task's row of the accuracy matrix,
+    ``params/trainable``, ``precision/bits``, ``drift/...`` and what ``inflora.transfer`` knows of domains;
+    ``accuracies`` is the task's row of the accuracy matrix,
     ``task_aware`` the same with the task known; ``epochs`` are the losses of every batch and the learning rates;
     ``factors`` the adapters' A and B, which are merged by now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all
     that is needed to go on from here. ``model`` is the live model: the next task changes it.
@@ -97,6 +99,7 @@ def run(
 
         diagnostics = {"params/trainable": float(trained_size), "precision/bits": float(BITS[model.precision])}
         diagnostics |= adapter.diagnostics() | drifts(state.probes, features)
+        diagnostics |= transfer(model, stream, task.index + 1, input_format, state.diagnostics)
         state = state._replace(
             evaluations=(*state.evaluations, evaluation),
             model=model.learnt_state(),

@@ -6,7 +6,8 @@ import torch
 
 from inflora.backbone import meta_backbone, shape_of
 from inflora.config import RunConfig, config_hash
-from inflora.data.stream import Stream, task_sizes
+from inflora.data.stream import Stream
+from inflora.data.tasks import task_sizes
 from inflora.drift import PROBES
 from inflora.layout import Layout, Spec, misfit
 from inflora.learner import make_learner

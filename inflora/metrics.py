@@ -73,14 +73,16 @@ def task_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
 def final_metrics(evaluations: Sequence[Evaluation]) -> dict[str, float]:
     """Metrics that exist only when the last task is done.
 
-    ``acc/final``: ``acc/seen`` after the last task; ``acc/avg_incremental``: mean over i of ``acc/seen``;
-    ``forgetting`` and ``bwt`` as below.
+    ``acc/final``: ``acc/seen`` after the last task; ``acc/avg_incremental``: mean over i of ``acc/seen``, ``..._macro``
+    of ``acc/seen_macro``; ``forgetting`` and ``bwt`` as below.
     """
     matrix = accuracy_matrix(evaluations)
     curve = [seen(evaluation) for evaluation in evaluations]
+    macro = [sum(row) / len(row) for row in matrix]
     return {
         "acc/final": curve[-1],
         "acc/avg_incremental": sum(curve) / len(curve),
+        "acc/avg_incremental_macro": sum(macro) / len(macro),
         "forgetting": forgetting(matrix),
         "bwt": backward_transfer(matrix),
     }
@@ -115,3 +117,55 @@ class Spread(NamedTuple):
 def spread(values: Sequence[float]) -> Spread:
     """Mean and sample standard deviation."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def forward_transfer(ahead: Sequence[float], classes: int) -> float:
+    """Mean over j > 0 of a[j-1][j] - 1/C: the accuracy on each task before it is learnt, above chance; 0 for one task.
+
+    ``ahead`` are a[0][1], a[1][2], ... 1/C is the expected accuracy of a classifier drawn at random: no class is
+    then likelier than another, whatever the features.
+    """
+    return sum(ahead) / len(ahead) - 1 / classes if ahead else 0.0
+
+
+class Alias(NamedTuple):
+    """A metric by its name here, the names that papers give it, and its formula; ``note``: where names mislead."""
+
+    here: str
+    field: str
+    formula: str
+    note: str = ""
+
+
+ALIASES = (
+    Alias("acc/seen", "ACC_i, A_b", "right images / all images, over the tasks seen so far"),
+    Alias("acc/final", "A_last, A_B, A_T", "acc/seen after the last task"),
+    Alias("acc/avg_incremental", "A-bar, average incremental accuracy", "1/T sum_i acc/seen after task i"),
+    Alias(
+        "acc/seen_macro",
+        "AA_i; FAA after the last task",
+        "1/i sum_{j<=i} a[i][j]",
+        "every task counts alike, in acc/seen every image: the same where all tasks have as many images",
+    ),
+    Alias("acc/avg_incremental_macro", "CAA", "1/T sum_i AA_i"),
+    Alias(
+        "forgetting",
+        "FFM, FM, F_T",
+        "1/(T-1) sum_{j<T} (max_{i<T} a[i][j] - a[T][j])",
+        "PyCIL and PILOT let i reach T, so that theirs is never negative",
+    ),
+    Alias("bwt", "BWT", "1/(T-1) sum_{j<T} (a[T][j] - a[j][j])"),
+    Alias(
+        "fwt",
+        "FWT",
+        "1/(T-1) sum_{j>1} a[j-1][j] - 1/C",
+        "of domains alone: where classes arrive no output means a class before it is learnt, so a[j-1][j] is 0 and "
+        "FWT -1/C, whatever the learner",
+    ),
+    Alias("acc/new", "a[i][i]", "accuracy on task i when it has just been learnt"),
+    Alias("acc/task_aware", "task-IL accuracy", "as acc/seen, only the classes of the image's own task competing"),
+    Alias(
+        "acc/task_identity", "task inference accuracy", "images whose predicted class lies in their task / all images"
+    ),
+)
+"""The field's names with formulas: a[i][j] as above but from 1, T tasks, C classes. ``inflora metrics`` lists them."""

@@ -9,10 +9,11 @@ from pydantic import BaseModel
 from inflora.config import ConfigError, RunConfig, dump_config
 from inflora.continual import TaskResult, run
 from inflora.data.stream import EvaluateOn
+from inflora.data.tasks import in_numbers
 from inflora.files import why_unwritable, write_atomically
 from inflora.metrics import accuracy_matrix
 from inflora.peft_export import save_adapter
-from inflora.setup import identity, in_numbers
+from inflora.setup import identity
 from inflora.state import RunState, has_state, load_state, of_folder, save_state
 from inflora.training import EpochDone
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 from inflora.adapters import Adapter
 from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
-from inflora.config import ConfigError, RunConfig, config_hash, parse_config
+from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.cuda import pick_device, require_device
 from inflora.data import ensure_store
 from inflora.data.loader import InputFormat
 from inflora.data.store import read_manifest
-from inflora.data.stream import EvaluateOn, Stream, check_tasks, make_stream, name_of_stream, tasks_in_numbers
+from inflora.data.stream import EvaluateOn, Stream, make_stream
+from inflora.data.tasks import check_tasks, in_numbers, name_of_stream
 from inflora.draws import Draws
 from inflora.integrity import check_state, facts_of
 from inflora.learner import make_learner
@@ -114,20 +115,6 @@ def check(config: RunConfig) -> Replay:
     draws = Replay(config)
     require_device(config.device)
     return draws
-
-
-def in_numbers(config: RunConfig) -> RunConfig:
-    """The config with the name of a stream, ``data.tasks=B0-Inc10``, written in numbers: the same run, the same hash.
-
-    Raises:
-        ConfigError: The name does not divide the dataset's classes, or there is no such dataset here.
-    """
-    if not isinstance(config.data.tasks, str):
-        return config
-    manifest = read_manifest(ensure_store(config.data.dataset, config.data.root))
-    numbers = tasks_in_numbers(config.data, manifest)
-    named = config.model_copy(update={"data": config.data.model_copy(update={"tasks": numbers})})
-    return parse_config(named.model_dump())  # settings that do not fit these tasks are refused now
 
 
 def search_stream(config: RunConfig) -> Stream:

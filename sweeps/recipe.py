@@ -75,6 +75,7 @@ def command_line(*sweeps: Sweep) -> typer.Typer:
         changes["budget"] = {**dict(by_name[name].budget), **limits}
         sweep = replaced(by_name[name], changes)
 
+        from inflora.data.tasks import in_numbers
         from sweeps.engine.after.export import best_settings
         from sweeps.engine.run.cluster import Cluster
         from sweeps.engine.run.reach import without_password
@@ -86,7 +87,7 @@ def command_line(*sweeps: Sweep) -> typer.Typer:
         cluster = Cluster(address, shared or given("INFLORA_SHARED"), at_a_time, study or given("INFLORA_STUDY"))
         if smoke:
             sweep = _sample_sweep(sweep, cluster.shared or str(storage_root(storage)))
-        sweep = _in_numbers(sweep)
+        sweep = replaced(sweep, {"base": in_numbers(sweep.base)})
         folder = storage_root(storage) / sweep.name
         uri = tracking_uri or default_tracking_uri(folder)
         if dry_run:
@@ -147,15 +148,6 @@ def _sample_sweep(sweep: Sweep, seen: str) -> Sweep:
     small = shrink(sweep, Path(seen).absolute() / "samples")
     prepare_sample(small)
     return small
-
-
-def _in_numbers(sweep: Sweep) -> Sweep:
-    """The sweep with its base's ``data.tasks`` in numbers, where it is the name of a stream."""
-    if not isinstance(sweep.base.data.tasks, str):
-        return sweep
-    from inflora.setup import in_numbers
-
-    return replaced(sweep, {"base": in_numbers(sweep.base)})
 
 
 def _train_best(sweep: Sweep, folder: Path, records: list[TrialRecord], known: Estimates | None) -> None:

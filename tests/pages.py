@@ -1,15 +1,18 @@
-"""The parts of docs/architecture.md that are read from the code: its tree of modules, the lines of its walks.
+"""The parts of docs/architecture.md that are read from the code: tree of modules, lines of its walks, table of metrics.
 
-python -m tests.pages     writes both anew
+python -m tests.pages     writes them anew
 """
 
 import ast
 import re
 from pathlib import Path
 
+from inflora.metrics import ALIASES
+
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 TREE = re.compile(r"(?<=^```text\n)inflora/.*?(?=^```$)", re.MULTILINE | re.DOTALL)
+METRICS = re.compile(r"(?<=^\| metric \| in papers \| formula \|\n\|---\|---\|---\|\n)(?:\|.*\n)*", re.MULTILINE)
 STEP = re.compile(r"`([\w/]+\.py):(\d+) ([\w.]+)`")
 
 
@@ -33,6 +36,15 @@ def _add_folder(folder: Path, depth: int, lines: list[str]) -> None:
 def _entry(name: str, file: Path, depth: int) -> str:
     said = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
     return f"{'  ' * depth}{name}".ljust(28) + f" {said}"
+
+
+def metric_rows() -> str:
+    """A row for every metric: its name here, its names in papers, its formula."""
+    rows = [
+        (f"`{each.here}`", each.field, f"`{each.formula}`" + (f"; {each.note}" if each.note else ""))
+        for each in ALIASES
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def defined(source: str) -> dict[str, int]:
@@ -65,8 +77,9 @@ def with_lines(page: str, root: Path = ROOT) -> str:
 
 
 def main() -> None:
-    """Write tree and lines of docs/architecture.md anew; names that are gone are said."""
+    """Write tree, lines and metrics of docs/architecture.md anew; names that are gone are said."""
     page = with_lines(TREE.sub(lambda _: tree(), ARCHITECTURE.read_text()))
+    page = METRICS.sub(lambda _: metric_rows(), page)
     ARCHITECTURE.write_text(page)
     for path, line, name in STEP.findall(page):
         if line == "0":

@@ -52,7 +52,7 @@ FLOORS = {
     7: ("inflora.model",),
     8: ("inflora.adapters",),
     9: ("inflora.training", "inflora.learner", "inflora.replay"),
-    10: ("inflora.integrity",),
+    10: ("inflora.integrity", "inflora.transfer"),
     11: ("inflora.setup",),
     12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.

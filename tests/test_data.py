@@ -21,7 +21,8 @@ from inflora.data.loader import InputFormat, evaluation_batches, seeded, trainin
 from inflora.data.preparation import prepare
 from inflora.data.source import Arrays, Dataset, Options, Source
 from inflora.data.store import DataError, Manifest, open_split, read_manifest, verify_split
-from inflora.data.stream import class_order, make_stream, rows_hash, split_validation, task_sizes
+from inflora.data.stream import class_order, make_stream, rows_hash, split_validation
+from inflora.data.tasks import task_sizes
 
 
 def generator(seed: int = 0) -> torch.Generator:

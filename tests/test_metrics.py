@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inflora.metrics import TaskCounts, accuracy_matrix, backward_transfer, forgetting, metrics_after
+from inflora.metrics import (
+    ALIASES,
+    TaskCounts,
+    accuracy_matrix,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    metrics_after,
+)
 
 MATRIX = [
     [0.9],
@@ -71,6 +79,7 @@ def test_after_the_last_task_the_final_metrics_are_known_too():
             "acc/task_identity": 37 / 50,
             "acc/final": 32 / 50,
             "acc/avg_incremental": (9 / 10 + 30 / 40 + 32 / 50) / 3,
+            "acc/avg_incremental_macro": (0.9 + (0.6 + 0.8) / 2 + (0.7 + 0.5 + 1.0) / 3) / 3,
             "forgetting": 0.25,
             "bwt": -0.25,
         }
@@ -92,3 +101,27 @@ def test_forgetting_is_never_less_than_the_loss_that_backward_transfer_sees(matr
 @given(matrix=accuracies.filter(lambda matrix: len(matrix) == 2))
 def test_with_two_tasks_forgetting_is_backward_transfer_turned_round(matrix):
     assert forgetting(matrix) == pytest.approx(-backward_transfer(matrix))
+
+
+def test_forward_transfer_is_the_accuracy_before_learning_above_chance():
+    assert forward_transfer([0.4, 0.6], classes=4) == pytest.approx(0.5 - 0.25)
+    assert forward_transfer([], classes=4) == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=6))
+def test_every_image_or_every_task_counting_alike_is_the_same_where_tasks_have_as_many_images(rows):
+    most = max(images for images, _ in rows)
+    rights = [min(correct, most) for _, correct in rows]
+    evaluations = [tuple(counts(most, right) for right in rights[: i + 1]) for i in range(len(rights))]
+    found = metrics_after(evaluations, len(rights))
+    assert found["acc/seen_macro"] == pytest.approx(found["acc/final"])
+    assert found["acc/avg_incremental_macro"] == pytest.approx(found["acc/avg_incremental"])
+
+
+def test_every_metric_is_named_once_with_its_formula():
+    named = [alias.here for alias in ALIASES]
+    assert len(set(named)) == len(named)
+    assert set(named) == set(metrics_after(EVALUATIONS, 3)) | {"fwt"}
+    assert all(alias.field and alias.formula for alias in ALIASES)
+    spoken = " ".join(alias.field for alias in ALIASES)
+    assert all(word in spoken for word in ("A_last", "FAA", "A-bar", "CAA", "FFM", "BWT", "FWT"))

@@ -21,8 +21,9 @@ from inflora.config import (
 )
 from inflora.continual import run
 from inflora.data.stream import make_stream
+from inflora.data.tasks import in_numbers
 from inflora.runs import train_into
-from inflora.setup import identity, in_numbers
+from inflora.setup import identity
 
 # B0-Inc10, B50-Inc10.
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.pages import ARCHITECTURE, STEP, TREE, defined, tree, with_lines
+from tests.pages import ARCHITECTURE, METRICS, STEP, TREE, defined, metric_rows, tree, with_lines
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,6 +83,10 @@ def test_the_readme_is_one_screen_and_a_half():
 
 def test_the_tree_is_that_of_the_code():
     assert TREE.search(ARCHITECTURE.read_text())[0] == tree(), "python -m tests.pages writes it anew"
+
+
+def test_the_table_of_metrics_is_that_of_the_code():
+    assert METRICS.search(ARCHITECTURE.read_text())[0] == metric_rows(), "python -m tests.pages writes it anew"
 
 
 def test_a_reader_gets_from_a_recipe_to_the_first_loss_in_nine_files_and_1400_lines():

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from inflora.cli import app
-from inflora.config import AugmentSettings, ConfigError, DataSettings, parse_config
+from inflora.config import AugmentSettings, ConfigError, DataSettings, RunConfig, override, parse_config
 from inflora.continual import run
 from inflora.data import DATASETS, ensure_store, prepare_store, samples
 from inflora.data.archives import FolderTree, open_tree
@@ -36,6 +36,11 @@ from inflora.data.stream import make_stream
 
 CLASSES, PER_CLASS = 4, 8
 CPU = torch.device("cpu")
+TINY = {
+    "name": "vit_tiny_patch16_224",
+    "pretrained": False,
+    "options": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
+}
 everywhere = pytest.mark.parametrize("name", SAMPLES)
 files_only = pytest.mark.parametrize("name", [name for name in SAMPLES if name != "cifar100"])
 
@@ -152,11 +157,7 @@ def test_a_run_learns_from_the_store(name, stores):
     config = parse_config(
         {
             "data": {"dataset": name, "root": str(stores), "tasks": 2, "validation": 0.4},
-            "backbone": {
-                "name": "vit_tiny_patch16_224",
-                "pretrained": False,
-                "options": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
-            },
+            "backbone": TINY,
             "optim": {"epochs": 1, "batch_size": 8},
             "device": "cpu",
         }
@@ -233,34 +234,51 @@ def test_some_domains_can_be_chosen_and_arrive_one_after_another(sources, tmp_pa
     assert joint.train.labels.unique().tolist() == list(range(CLASSES))
 
 
-def test_a_class_named_in_another_domains_task_is_right(sources, tmp_path):
-    """Domain-incremental: each task has outputs of its own for the same classes, and any of them may answer."""
+@pytest.fixture
+def two_domains(sources, tmp_path) -> RunConfig:
+    """A run over two domains, one after the other."""
     options = Options(domains=("sketch", "real"))
     prepare_store("domainnet", DATASETS["domainnet"], sources["domainnet"], options, str(tmp_path), subset=True)
-    config = parse_config(
+    data = {"dataset": "domainnet", "root": str(tmp_path), "scenario": "domain", "tasks": 2, "validation": 0.4}
+    return parse_config(
         {
-            "data": {
-                "dataset": "domainnet",
-                "root": str(tmp_path),
-                "scenario": "domain",
-                "tasks": 2,
-                "validation": 0.4,
-            },
-            "backbone": {
-                "name": "vit_tiny_patch16_224",
-                "pretrained": False,
-                "options": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
-            },
+            "data": data,
+            "backbone": TINY,
             "adapter": {"name": "inflora", "rank": 4},
             "optim": {"epochs": 5, "batch_size": 8, "lr": 5e-3},
             "device": "cpu",
         }
     )
-    results = list(run(config))
+
+
+def test_a_class_named_in_another_domains_task_is_right(two_domains):
+    """Domain-incremental: each task has outputs of its own for the same classes, and any of them may answer."""
+    results = list(run(two_domains))
     last = results[-1].state.evaluations[-1]
     assert [counts.images for counts in last] == [CLASSES * 3, CLASSES * 3]
     assert sum(counts.correct for counts in last) >= sum(counts.correct_in_task for counts in last) - 4
     assert results[-1].metrics["acc/final"] > 1 / CLASSES
+    assert results[-1].metrics["fwt"] == pytest.approx(results[0].metrics["acc/ahead"] - 1 / CLASSES)
+
+
+def test_the_next_domain_is_looked_at_before_it_is_learnt(two_domains):
+    """What forward transfer is made of: the classes are known, the domain is not."""
+    stream = make_stream(two_domains.data, "validation")
+    first = next(run(two_domains))
+    input_format = InputFormat(two_domains.data, 32, 3, CPU)
+    (batch,) = evaluation_batches(stream.evaluate, stream.tasks[1].eval_rows, input_format, 100)
+    with torch.no_grad():
+        predicted = first.model(batch.images).argmax(1)
+    right = stream.class_of[predicted] == stream.class_of[batch.labels]
+    assert first.metrics["acc/ahead"] == pytest.approx(float(right.float().mean()))
+
+
+@pytest.mark.parametrize("classifier", ["linear", "aligned", "ncm", "lda", "qda", "ranpac"])
+def test_every_classifier_learns_domains(classifier, two_domains):
+    """A domain's classes are outputs of their own to all of them; those of any domain may answer."""
+    settings = {"classifier": classifier} | ({"classifier.features": 50} if classifier == "ranpac" else {})
+    metrics = list(run(override(two_domains, settings | {"optim.epochs": 1})))[-1].metrics
+    assert {"acc/final", "acc/task_identity", "bwt", "fwt"} <= metrics.keys()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class DataSettings(Settings):
         """The number of tasks that are learnt one after another.
 
         Raises:
-            ConfigError: A name is in the place of numbers (``inflora.setup.in_numbers``).
+            ConfigError: A name is in the place of numbers (``inflora.data.tasks.in_numbers``).
         """
         if self.joint:
             return 1
