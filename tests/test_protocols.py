@@ -106,7 +106,9 @@ def test_a_named_stream_is_trained_and_recorded_in_numbers(tiny, tmp_path):
     assert len(next(run(config)).classes) == 6
     train_into(tmp_path, config, "validation")
     assert load_config(tmp_path / "config.yaml").data.tasks == (6, 4)
-    assert json.loads((tmp_path / "result.json").read_text())["identity"]["stream"] == "B6-Inc4"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["identity"]["stream"] == "B6-Inc4"
+    assert not {"acc/ahead", "fwt"} & result["metrics"].keys(), "no class can be answered with before it is learnt"
 
 
 def test_the_command_takes_a_name_and_goes_on_from_it(tiny, tmp_path):
