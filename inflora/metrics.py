@@ -159,8 +159,8 @@ ALIASES = (
         "fwt",
         "FWT",
         "1/(T-1) sum_{j>1} a[j-1][j] - 1/C",
-        "of domains alone: where classes arrive no output means a class before it is learnt, so a[j-1][j] is 0 and "
-        "FWT -1/C, whatever the learner",
+        "of domains with images of their own to judge on: where classes arrive no output means a class before it is "
+        "learnt, so a[j-1][j] is 0 and FWT -1/C, whatever the learner",
     ),
     Alias("acc/new", "a[i][i]", "accuracy on task i when it has just been learnt"),
     Alias("acc/task_aware", "task-IL accuracy", "as acc/seen, only the classes of the image's own task competing"),

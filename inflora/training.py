@@ -231,11 +231,15 @@ def evaluate(
         FloatingPointError: The model's answers are no longer finite numbers.
     """
     answers = RightAnswers(stream, tasks, input_format.device)
-    rows = torch.cat([task.eval_rows for task in tasks])
+    rows = stream.rows_to_evaluate(tasks)
+    # Images that all tasks share count for each of them, whose outputs for their classes are its own.
+    shifts = [task.first_label for task in tasks] if stream.shared_test else [0]
     places = torch.arange(len(rows), device=input_format.device)[distributed.rank() :: distributed.world_size()]
     for batch in evaluation_batches(stream.evaluate, rows, input_format, _EVALUATION_BATCH):
         features = model.features(batch.images)
         here, places = places.tensor_split([len(features)])
-        on_features(here, features)
-        answers.count(model.classifier(features), batch.labels)
+        logits = model.classifier(features)
+        for turn, shift in enumerate(shifts):
+            on_features(here + turn * len(rows), features)
+            answers.count(logits, batch.labels + shift)
     return answers.evaluation()

@@ -18,11 +18,11 @@ def transfer(
 ) -> dict[str, float]:
     """``acc/ahead``: the accuracy on the next task's evaluation images, not learnt yet; ``fwt`` after the last task.
 
-    ``before`` is what was known after each earlier task. Nothing where classes arrive: no output means a class before
-    it is learnt.
+    ``before`` is what was known after each earlier task. Nothing where classes arrive, no output of which means a class
+    before it is learnt, and where no domain has evaluation images of its own.
     """
     classes = len(set(stream.class_of.tolist()))
-    if len(stream.class_of) == classes:
+    if len(stream.class_of) == classes or stream.shared_test:
         return {}
     if tasks_done < len(stream.tasks):
         ((ahead),) = evaluate(model, stream, [stream.tasks[tasks_done]], input_format)

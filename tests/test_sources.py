@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from inflora.cli import app
 from inflora.config import AugmentSettings, ConfigError, DataSettings, RunConfig, override, parse_config
 from inflora.continual import run
-from inflora.data import DATASETS, ensure_store, prepare_store, samples
+from inflora.data import DATASETS, core50, ensure_store, office_home, prepare_store, samples
 from inflora.data.archives import FolderTree, open_tree
 from inflora.data.augment import Crops, central_views, sample_crops
 from inflora.data.domainnet import DOMAINS
@@ -42,6 +43,8 @@ TINY = {
     "options": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
 }
 everywhere = pytest.mark.parametrize("name", SAMPLES)
+DOMAINS_OF = {"domainnet": DOMAINS, "office_home": office_home.DOMAINS, "core50": core50.SESSIONS}
+OFFICIALLY_COUNTED = [name for name in SAMPLES if name != "image_folder"]
 files_only = pytest.mark.parametrize("name", [name for name in SAMPLES if name != "cifar100"])
 
 
@@ -89,12 +92,12 @@ def test_every_dataset_that_needs_files_has_a_sample_of_them():
 @everywhere
 def test_a_distribution_becomes_a_store_with_all_its_images(name, stores):
     manifest = read_manifest(stores / name)
-    domains = len(DOMAINS) if name == "domainnet" else 1
     assert len(manifest.classes) == CLASSES
-    assert manifest.domains == (list(DOMAINS) if name == "domainnet" else [])
-    assert manifest.splits["train"].images == CLASSES * PER_CLASS * domains
+    assert manifest.domains == list(DOMAINS_OF.get(name, []))
+    assert manifest.splits["train"].images == CLASSES * PER_CLASS * max(1, len(manifest.domains))
     for split, facts in manifest.splits.items():
         images = open_split(stores / name, split)
+        domains = max(1, len(manifest.domains_of(split)))
         assert min(facts.per_class) > 0
         assert len(images.pixels) == len(images.labels) == facts.images
         assert images.labels.bincount().tolist() == facts.per_class
@@ -133,6 +136,10 @@ def test_the_store_does_not_depend_on_the_order_of_files_on_disk(name, sources, 
         for file in sorted((f for f in sources[name].rglob("*") if f.is_file()), reverse=True):
             (source / file.relative_to(sources[name])).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, source / file.relative_to(sources[name]))
+    elif zipfile.is_zipfile(sources[name]):
+        with zipfile.ZipFile(sources[name]) as packed, zipfile.ZipFile(source, "w") as reversed_zip:
+            for member in reversed(packed.infolist()):
+                reversed_zip.writestr(member, packed.read(member))
     else:
         with tarfile.open(sources[name]) as tar, tarfile.open(source, "w") as reversed_tar:
             for member in reversed(tar.getmembers()):
@@ -141,13 +148,20 @@ def test_the_store_does_not_depend_on_the_order_of_files_on_disk(name, sources, 
     assert read_manifest(tmp_path / "root" / name).content_hash == read_manifest(stores / name).content_hash
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    if zipfile.is_zipfile(archive):
+        zipfile.ZipFile(archive).extractall(folder)
+        return
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # not in the first releases of Python 3.11
+        tar.extractall(folder)
+
+
 @everywhere
 def test_what_an_archive_unpacks_to_is_a_source_too(name, sources, stores, tmp_path):
     if sources[name].is_dir():
         return
-    with tarfile.open(sources[name]) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # not in the first releases of Python 3.11
-        tar.extractall(tmp_path / "unpacked")
+    unpack(sources[name], tmp_path / "unpacked")
     prepared(name, tmp_path / "unpacked", tmp_path / "root")
     assert read_manifest(tmp_path / "root" / name).content_hash == read_manifest(stores / name).content_hash
 
@@ -165,12 +179,23 @@ def test_a_run_learns_from_the_store(name, stores):
     assert len(list(run(config))) == 2
 
 
-@pytest.mark.parametrize("name", ["cifar100", "imagenet_r", "imagenet_a", "domainnet", "cub200"])
+@pytest.mark.parametrize("name", OFFICIALLY_COUNTED)
 def test_other_numbers_of_images_than_the_official_are_refused_unless_accepted(name, sources, tmp_path):
     line = refused("data", "prepare", name, "--source", sources[name], "--root", tmp_path)
     official = DATASETS[name].read(sources[name], Options(), tmp_path).official
     assert f"expected {official['classes']}" in line and "--subset" in line
     assert not (tmp_path / name).exists()
+
+
+def test_the_archives_of_cars_unpacked_are_a_source_too(sources, stores, tmp_path):
+    (tmp_path / "cars").mkdir()
+    for file in sources["cars"].iterdir():
+        if file.suffix == ".tgz":
+            unpack(file, tmp_path / "cars")
+        else:
+            shutil.copy(file, tmp_path / "cars")
+    prepared("cars", tmp_path / "cars", tmp_path / "root")
+    assert read_manifest(tmp_path / "root" / "cars").content_hash == read_manifest(stores / "cars").content_hash
 
 
 # Forms of CIFAR-100, splits of ImageNet-R, domains of DomainNet.

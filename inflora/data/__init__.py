@@ -7,7 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inflora.config import ConfigError
-from inflora.data import cifar100, cub200, digits, domainnet, generated, image_folder, imagenet_variants, remote
+from inflora.data import (
+    cars,
+    cifar100,
+    core50,
+    cub200,
+    digits,
+    domainnet,
+    generated,
+    image_folder,
+    imagenet_variants,
+    office_home,
+    pilot,
+    remote,
+)
 from inflora.data.manifest import read_manifest
 from inflora.data.preparation import Progress, check_name, prepare
 from inflora.data.source import Dataset, Options
@@ -26,6 +39,18 @@ DATASETS: dict[str, Dataset] = {
     ),
     "domainnet": Dataset(domainnet.read, "a folder with DomainNet's zips and list files", frozenset({"domains"})),
     "cub200": Dataset(cub200.read, "CUB_200_2011.tgz or the folder in it"),
+    "cars": Dataset(
+        cars.read, "a folder with cars_train.tgz, cars_test.tgz, car_devkit.tgz and the labelled test .mat"
+    ),
+    "objectnet": Dataset(pilot.reader(pilot.OBJECTNET), "PILOT's zip of ObjectNet or the folder in it"),
+    "omnibenchmark": Dataset(pilot.reader(pilot.OMNIBENCHMARK), "PILOT's zip of OmniBenchmark or the folder in it"),
+    "vtab": Dataset(pilot.reader(pilot.VTAB), "PILOT's zip of VTAB or the folder in it"),
+    "office_home": Dataset(
+        office_home.read,
+        "OfficeHomeDataset_10072016.zip or the folder in it",
+        frozenset({"domains", "split_seed"}),
+    ),
+    "core50": Dataset(core50.read, "core50_128x128.zip or the folder in it", frozenset({"domains"})),
     "image_folder": Dataset(image_folder.read, "a folder, tar or zip with train/<class>/* and test/<class>/*"),
 }
 

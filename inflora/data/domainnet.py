@@ -6,7 +6,7 @@ from inflora.data.archives import FolderTree, JoinedTree, Tree, ZipTree, file_or
 from inflora.data.errors import DataError
 from inflora.data.files import read_file
 from inflora.data.manifest import Split
-from inflora.data.source import Entry, Files, Options, Source, number, read_list, readable
+from inflora.data.source import Entry, Files, Options, Source, chosen_domains, number, read_list, readable
 
 CLASSES = 345
 # Images of the official lists, training and test; clipart's are those that the six add up to 409,832 and 176,743 with.
@@ -27,11 +27,7 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     Raises:
         DataError: A domain, a list or a listed image is missing, or a label belongs to two classes.
     """
-    domains = options.domains or DOMAINS
-    if unknown := [name for name in domains if name not in DOMAINS]:
-        raise DataError(f"--domains: {', '.join(map(repr, unknown))} unknown; known: {', '.join(DOMAINS)}")
-    if len(set(domains)) < len(domains):
-        raise DataError(f"--domains must name each domain once, got {', '.join(domains)}")
+    domains = chosen_domains(options, DOMAINS)
     if not source.is_dir():
         raise DataError(f"--source {source} must be the folder with DomainNet's zips and list files")
     trees, origins = zip(*(_open_domain(source, domain) for domain in domains), strict=True)

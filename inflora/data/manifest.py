@@ -62,6 +62,8 @@ class Manifest(_Written):
     source: str
     classes: Annotated[list[str], Field(min_length=1)]
     domains: list[str]
+    # Those of the test images, where these are others: no domain that is learnt is tested on images of its own.
+    test_domains: Annotated[list[str], Field(exclude_if=lambda names: not names)] = []
     form: Form
     channels: PositiveInt
     whole: bool = False  # as many classes and images as the dataset officially has
@@ -82,6 +84,10 @@ class Manifest(_Written):
         if self.format == FORMAT and self.sha256 not in ("", self._own_hash()):
             raise ValueError("its text is not what was written")
         return self
+
+    def domains_of(self, split: Split) -> list[str]:
+        """The names of the domains that the images of a split are of."""
+        return self.test_domains or self.domains if split == "test" else self.domains
 
     def _own_hash(self) -> str:
         return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()

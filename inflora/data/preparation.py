@@ -154,6 +154,7 @@ def _written(partial: Path, plan: _Plan, on_progress: Callable[[Progress], None]
         source=plan.origin,
         classes=list(content.classes),
         domains=list(content.domains),
+        test_domains=list(content.test_domains),
         form=plan.form,
         channels=_channels(content),
         whole=plan.whole,

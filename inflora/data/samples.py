@@ -9,7 +9,7 @@ import json
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from inflora.data import core50 as core50_source
+from inflora.data import office_home as office_home_source
 from inflora.data.domainnet import DOMAINS
 
 
@@ -125,6 +127,74 @@ def cub200(folder: Path, classes: int, per_class: int) -> Path:
     return archive
 
 
+def cars(folder: Path, classes: int, per_class: int) -> Path:
+    """A folder with the archives of images and of the devkit, and the labelled annotations of the test images."""
+    from scipy.io import savemat
+
+    random = np.random.default_rng(0)
+    rows = [(label, f"{number + 1:05}.jpg") for number, label in enumerate(_labels(classes, per_class))]
+    devkit: dict[str, bytes] = {}
+    for split in ("train", "test"):
+        images = {f"cars_{split}/{image}": encoded(label, classes, random) for label, image in rows}
+        (folder / f"cars_{split}.tgz").write_bytes(gzip.compress(_tar(images)))
+        corners = dict.fromkeys(("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"), 1)
+        listed = [{**corners, "class": label + 1, "fname": image} for label, image in rows]
+        kinds = [(name, object) for name in listed[0]]
+        struct = np.array([[tuple(row.values()) for row in listed]], dtype=kinds)
+        buffer = io.BytesIO()
+        savemat(buffer, {"annotations": struct}, do_compression=True)
+        devkit[f"devkit/cars_{split}_annos.mat"] = buffer.getvalue()
+    (folder / "cars_test_annos_withlabels.mat").write_bytes(devkit.pop("devkit/cars_test_annos.mat"))
+    buffer = io.BytesIO()
+    names = np.array([[f"Maker Model {label}" for label in range(classes)]], dtype=object)
+    savemat(buffer, {"class_names": names}, do_compression=True)
+    devkit["devkit/cars_meta.mat"] = buffer.getvalue()
+    (folder / "car_devkit.tgz").write_bytes(gzip.compress(_tar(devkit)))
+    return folder
+
+
+def objectnet(folder: Path, classes: int, per_class: int) -> Path:
+    """A zip of image folders."""
+    return _split_zip(folder / "objectnet.zip", "objectnet", [f"kind_{n}" for n in range(classes)], per_class)
+
+
+def omnibenchmark(folder: Path, classes: int, per_class: int) -> Path:
+    """A zip of image folders that are called by numbers."""
+    names = [str(number) for number in range(classes)]
+    return _split_zip(folder / "omnibenchmark.zip", "omnibenchmark", names, per_class)
+
+
+def vtab(folder: Path, classes: int, per_class: int) -> Path:
+    """A zip of image folders that are called by numbers from 10."""
+    names = [str(10 + number) for number in range(classes)]
+    return _split_zip(folder / "vtab-cil.zip", "vtab-cil/vtab", names, per_class)
+
+
+def office_home(folder: Path, classes: int, per_class: int) -> Path:
+    """``OfficeHomeDataset_10072016.zip``: class folders in domain folders; a fifth of the images become test images."""
+    random = np.random.default_rng(0)
+    path = folder / "OfficeHomeDataset_10072016.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for domain in office_home_source.DOMAINS:
+            for number, label in enumerate(_labels(classes, per_class + max(1, per_class // 4))):
+                name = f"{path.stem}/{domain}/Kind_{label}/{number:05}.jpg"
+                archive.writestr(name, encoded(label, classes, random))
+    return path
+
+
+def core50(folder: Path, classes: int, per_class: int) -> Path:
+    """``core50_128x128.zip``: frames of objects in sessions."""
+    random = np.random.default_rng(0)
+    path = folder / "core50_128x128.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for session in (*core50_source.SESSIONS, *core50_source.TEST_SESSIONS):
+            for number, label in enumerate(_labels(classes, per_class)):
+                frame = f"C_{int(session[1:]):02}_{label + 1:02}_{number:03}.png"
+                name = f"{path.stem}/{session}/o{label + 1}/{frame}"
+                archive.writestr(name, encoded(label, classes, random, "PNG"))
+    return path
+
+
 def image_folder(folder: Path, classes: int, per_class: int) -> Path:
     """A folder with ``train/<class>/*.png`` and ``test/<class>/*.png``."""
     random = np.random.default_rng(0)
@@ -143,6 +213,12 @@ SAMPLES: dict[str, Callable[[Path, int, int], Path]] = {
     "imagenet_a": imagenet_a,
     "domainnet": domainnet,
     "cub200": cub200,
+    "cars": cars,
+    "objectnet": objectnet,
+    "omnibenchmark": omnibenchmark,
+    "vtab": vtab,
+    "office_home": office_home,
+    "core50": core50,
     "image_folder": image_folder,
 }
 """Dataset -> what writes ``(folder, classes, images per class)`` in its form; the result is its ``--source``."""
@@ -158,6 +234,21 @@ def _wordnet_tar(path: Path, classes: int, per_class: int) -> Path:
     words = "".join(f"n{label:08} kind {label}\n" for label in range(classes))
     path.write_bytes(_tar({f"{path.stem}/README.txt": words.encode(), **files}))
     return path
+
+
+def _split_zip(path: Path, top: str, names: Sequence[str], per_class: int) -> Path:
+    random = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for split in ("train", "test"):
+            for number, label in enumerate(_labels(len(names), per_class)):
+                content = encoded(label, len(names), random)
+                archive.writestr(f"{top}/{split}/{names[label]}/{number}.jpg", content)
+    return path
+
+
+def _labels(classes: int, per_class: int) -> list[int]:
+    """Labels of images, one class after the other, over and over."""
+    return [label for _ in range(per_class) for label in range(classes)]
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:

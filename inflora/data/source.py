@@ -1,7 +1,7 @@
 """A dataset's own distribution, read but not yet stored: classes, domains, labelled images."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
     ``origin`` says what it was read from (names and hashes); ``official`` how many "classes", "train" and "test" images
     the whole dataset has, as far as that is known. ``gaps``: a class may have no images in a split (DomainNet's
-    paintings show no t-shirt to train on).
+    paintings show no t-shirt to train on). ``test_domains``: those of the test images, where these are others.
     """
 
     origin: str
@@ -49,6 +49,7 @@ class Source(NamedTuple):
     domains: tuple[str, ...] = ()
     official: Mapping[str, int] = {}
     gaps: bool = False
+    test_domains: tuple[str, ...] = ()
 
 
 class Options(NamedTuple):
@@ -69,6 +70,20 @@ class Dataset(NamedTuple):
     read: Callable[[Path, Options, Path], Source]
     needs: str | None
     options: frozenset[str] = frozenset()
+
+
+def chosen_domains(options: Options, known: Sequence[str]) -> tuple[str, ...]:
+    """The domains of ``--domains`` in its order, all that are ``known`` without it.
+
+    Raises:
+        DataError: One is unknown, or named twice.
+    """
+    chosen = options.domains or tuple(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise DataError(f"--domains: {', '.join(map(repr, unknown))} unknown; known: {', '.join(known)}")
+    if len(set(chosen)) < len(chosen):
+        raise DataError(f"--domains must name each domain once, got {', '.join(chosen)}")
+    return chosen
 
 
 def is_image(name: str) -> bool:

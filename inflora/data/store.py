@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inflora.data.errors import DataError, brief
 from inflora.data.files import file_size, open_file
-from inflora.data.manifest import Form, Manifest, Shard, Split, SplitManifest, damaged, read_manifest
+from inflora.data.manifest import Form, Manifest, Shard, Split, damaged, read_manifest
 from inflora.data.pixels import FilePixels, Pixels, RawPixels
 
 HASHED_BYTES = 1 << 28
@@ -98,7 +98,7 @@ def open_split(folder: Path, split: Split) -> Images:
     )
     columns = [table.column("image").chunk(0) for table in tables]
     sizes = torch.stack([heights, widths], 1)
-    if reason := _disagreement(manifest, held, labels, domains, sizes, columns):
+    if reason := _disagreement(manifest, split, labels, domains, sizes, columns):
         raise damaged(folder, f"its {split} images {reason}")
     if manifest.form == "raw":
         height, width = sizes[0].tolist()
@@ -133,16 +133,16 @@ def _is_schema(schema: pa.Schema, form: Form) -> bool:
 
 
 def _disagreement(
-    manifest: Manifest, held: SplitManifest, labels: Tensor, domains: Tensor, sizes: Tensor, columns: Sequence[pa.Array]
+    manifest: Manifest, split: Split, labels: Tensor, domains: Tensor, sizes: Tensor, columns: Sequence[pa.Array]
 ) -> str | None:
     """The first way in which a split's columns are not as the manifest says; None where they agree."""
-    classes, areas = len(manifest.classes), sizes.long().prod(1)
+    classes, named, areas = len(manifest.classes), len(manifest.domains_of(split)), sizes.long().prod(1)
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         return f"have labels outside of its {classes} classes"
-    if labels.bincount(minlength=classes).tolist() != held.per_class:
+    if labels.bincount(minlength=classes).tolist() != manifest.splits[split].per_class:
         return "are not as many of each class as its manifest says"
-    if not 0 <= int(domains.min()) <= int(domains.max()) < max(1, len(manifest.domains)):
-        return f"have domains outside of its {len(manifest.domains)}"
+    if not 0 <= int(domains.min()) <= int(domains.max()) < max(1, named):
+        return f"have domains outside of its {named}"
     if int(sizes.min()) < 1:
         return "have sizes that no image has"
     if manifest.form == "raw" and bool((sizes != sizes[0]).any()):

@@ -1,6 +1,7 @@
 """The stream of tasks: class order, tasks, and the split into training and validation images."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -36,7 +37,8 @@ class Stream(NamedTuple):
     another one for every label when classes arrive, the same ones again in every task when domains do.
     ``split_hash`` identifies the division into training and validation images.
     ``train`` and ``evaluate`` hold all tasks' images (memory-mapped, uint8); tasks name rows of them. ``manifest`` is
-    that of the store they come from.
+    that of the store they come from. ``shared_test``: all tasks are evaluated on the same images, of domains that none
+    of them learns (CORe50); the labels of ``evaluate`` are then those of the first task.
     """
 
     tasks: tuple[Task, ...]
@@ -46,6 +48,7 @@ class Stream(NamedTuple):
     class_order: tuple[int, ...]
     split_hash: str
     manifest: Manifest
+    shared_test: bool = False
 
     def merged(self) -> "Stream":
         """The same images as one single task: joint training."""
@@ -55,12 +58,17 @@ class Stream(NamedTuple):
             first_label=0,
             classes=tuple(classes[label] for label in range(len(classes))),
             train_rows=torch.cat([task.train_rows for task in self.tasks]),
-            eval_rows=torch.cat([task.eval_rows for task in self.tasks]),
+            eval_rows=self.rows_to_evaluate(self.tasks),
         )
         train, evaluate = (
             images._replace(labels=self.class_of[images.labels]) for images in (self.train, self.evaluate)
         )
-        return self._replace(tasks=(whole,), train=train, evaluate=evaluate, class_of=torch.arange(len(classes)))
+        names = torch.arange(len(classes))
+        return self._replace(tasks=(whole,), train=train, evaluate=evaluate, class_of=names, shared_test=False)
+
+    def rows_to_evaluate(self, tasks: Sequence[Task]) -> Tensor:
+        """The rows of ``evaluate`` that some tasks are evaluated on, each once."""
+        return tasks[0].eval_rows if self.shared_test else torch.cat([task.eval_rows for task in tasks])
 
     def resident_on(self, device: torch.device) -> "Stream":
         """The same stream with its images kept on the device, where they fit there easily."""
@@ -109,6 +117,8 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
     place[torch.tensor(order)] = torch.arange(len(order))
     classes = len(manifest.classes)
 
+    shared_test = settings.scenario == "domain" and evaluate_on == "test" and bool(manifest.test_domains)
+
     def renumbered(images: Images) -> Images:
         if settings.scenario == "domain":
             return images._replace(labels=place[images.domains] * classes + images.labels)
@@ -120,7 +130,7 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
     else:
         names = [manifest.classes[label] for label in order]
         class_of = torch.arange(classes)
-    train, evaluate = renumbered(train), renumbered(evaluate)
+    train, evaluate = renumbered(train), evaluate if shared_test else renumbered(evaluate)
     starts = [0, *accumulate(sizes)]
     tasks = tuple(
         Task(
@@ -128,7 +138,7 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
             first_label=first,
             classes=tuple(names[first : first + size]),
             train_rows=_rows_of_labels(train.labels, train_rows, first, size),
-            eval_rows=_rows_of_labels(evaluate.labels, eval_rows, first, size),
+            eval_rows=eval_rows if shared_test else _rows_of_labels(evaluate.labels, eval_rows, first, size),
         )
         for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
     )
@@ -139,7 +149,7 @@ def make_stream(settings: DataSettings, evaluate_on: EvaluateOn) -> Stream:
                 raise ConfigError(
                     f"task {task.index} of data.tasks ({held}) has no {images} images in {settings.dataset}"
                 )
-    stream = Stream(tasks, train, evaluate, class_of, order, split_hash, manifest)
+    stream = Stream(tasks, train, evaluate, class_of, order, split_hash, manifest, shared_test)
     return stream.merged() if settings.joint else stream
 
 
