@@ -1,9 +1,9 @@
-"""Vision transformers from timm: build, load weights, identify, and watch what their ``qkv`` layers read."""
+"""Vision models from timm with attention: build, load weights, identify, and watch what their adapted layers read."""
 
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from inspect import signature
@@ -14,10 +14,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.attention import attention_blocks, input_shape, why_no_attention
 from inflora.config import BackboneSettings, ConfigError, cut, shown
 from inflora.lora import adapted_layers
 from inflora.precision import products
-from inflora.pretrained import from_cache, load_weights, reason_of, require_finite, require_hub, unavailable
+from inflora.pretrained import (
+    from_cache,
+    is_resized,
+    load_weights,
+    reason_of,
+    require_finite,
+    require_hub,
+    unavailable,
+)
 
 GLYPH_VIT: dict[str, Any] = {
     "img_size": 32,
@@ -39,15 +48,14 @@ class BackboneShape(NamedTuple):
     image_size: int
 
 
-def build_backbone(settings: BackboneSettings) -> VisionTransformer:
-    """The vision transformer with its weights, without a classifier.
+def build_backbone(settings: BackboneSettings) -> nn.Module:
+    """The model with its weights, without a classifier: from images to pooled features (B x D).
 
     Raises:
-        ConfigError: An unknown name, a model of another kind, or weights that are missing or do not fit.
+        ConfigError: An unknown name, a model without attention blocks or pooled features, or weights that are missing
+            or do not fit.
     """
-    from_hub = settings.weights is None and settings.pretrained and settings.name != "glyph_vit"
-    if settings.options or from_hub:  # what does not fit is said before anything is computed or fetched
-        meta_backbone(settings)
+    meta_backbone(settings)  # what does not fit is said before anything is computed or fetched
     if settings.weights is not None:
         return load_weights(_random(settings), settings.weights)
     if not settings.pretrained:
@@ -58,85 +66,103 @@ def build_backbone(settings: BackboneSettings) -> VisionTransformer:
     return _from_hub(settings)
 
 
-def meta_backbone(settings: BackboneSettings) -> VisionTransformer:
+def meta_backbone(settings: BackboneSettings) -> nn.Module:
     """The model without weights or memory for them, to check settings against.
 
     Raises:
         ConfigError: As ``build_backbone``, but for the weights.
     """
-    _require_known_options(settings)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers without numbers: those are refused
-        vit = _create(settings)
-        numbers = sum(tensor.numel() for tensor in vit.state_dict().values())
+        _require_known_options(settings)
+        model = _create(settings)
+        numbers = sum(tensor.numel() for tensor in model.state_dict().values())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if 4 * numbers > memory:
             raise ConfigError(
                 f"the weights of {cut(repr(settings.name))} with backbone.options {shown(settings.options)} need "
                 f"{4 * numbers:.3g} bytes, this machine has {memory:.3g}"
             )
-        if settings.options:
-            _require_usable(vit, settings)
-    return vit
+        if settings.options or not isinstance(model, VisionTransformer):
+            _require_usable(model, settings)
+    return model
 
 
-_OPTIONS = sorted(signature(VisionTransformer).parameters.keys() - {"num_classes", "device", "dtype"})
-_LARGEST = {"depth": 200} | {name: 1 for name in _OPTIONS if name.endswith("_rate")}
-"""More than any model's; of all other numbers, 16,384 is."""
+def _options_of(kind: type[nn.Module]) -> list[str]:
+    """The keyword arguments of a class of models that a user may give."""
+    named = {name for name, given in signature(kind).parameters.items() if given.kind is not given.VAR_KEYWORD}
+    return sorted(named - {"num_classes", "device", "dtype", "cfg", "args"})
+
+
+_LARGEST = {"depth": 200, "depths": 200}
+"""More than any model's; of rates, 1 is, and of all other numbers, 16,384."""
 
 
 def _require_known_options(settings: BackboneSettings) -> None:
+    if not settings.options:
+        return
+    plain = settings.model_copy(update={"options": {}})
+    known = _options_of(VisionTransformer if settings.name == "glyph_vit" else type(_create(plain)))
     for name, value in settings.options.items():
-        if name not in _OPTIONS:
-            raise ConfigError(f"unknown backbone.options {cut(repr(name))}; known: {', '.join(_OPTIONS)}")
-        largest = _LARGEST.get(name, 16_384)
+        if name not in known:
+            raise ConfigError(f"unknown backbone.options {cut(repr(name))}; known: {', '.join(known)}")
+        largest = 1 if name.endswith("_rate") else _LARGEST.get(name, 16_384)
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
         if any(not 0 <= number <= largest for number in numbers):
             raise ConfigError(f"backbone.options {name} must be from 0 to {largest}, got {shown(value)}")
 
 
-def _require_usable(vit: VisionTransformer, settings: BackboneSettings) -> None:
+def _require_usable(model: nn.Module, settings: BackboneSettings) -> None:
     """Raise ConfigError unless the model computes, and is one that the named weights fit; nothing is computed."""
-    shape = shape_of(vit)
+    shape = shape_of(model)
     try:
-        features = vit.eval()(torch.empty(1, shape.channels, shape.image_size, shape.image_size))
+        features = model.eval()(torch.empty(1, shape.channels, shape.image_size, shape.image_size))
     except Exception as error:  # whatever layers make of options that they do not take
         raise _unfit(settings, reason_of(error)) from None
-    if features.shape != (1, shape.width):
-        raise _unfit(settings, f"it gives features of shape {tuple(features.shape)}")
-    if settings.pretrained and settings.weights is None:
+    if not isinstance(features, Tensor) or features.shape != (1, shape.width):
+        given = (
+            f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"as a {type(features).__name__}"
+        )
+        raise _unfit(settings, f"it gives features {given}, not pooled ones of width {shape.width}")
+    if settings.options and settings.pretrained and settings.weights is None:
         plain = _tensors_of(_create(settings.model_copy(update={"options": {}})))
-        changed = sorted(plain ^ _tensors_of(vit))
+        changed = sorted(plain ^ _tensors_of(model))
         if changed:
             names = ", ".join(dict.fromkeys(name for name, _ in changed))
             raise _unfit(settings, f"they must leave the weights' names and shapes as they are, and change {names}")
 
 
-def _tensors_of(vit: VisionTransformer) -> set[tuple[str, torch.Size]]:
-    """Names and shapes; the shape of position embeddings, which are resized, does not count."""
-    return {(name, tensor.shape if name != "pos_embed" else torch.Size()) for name, tensor in vit.state_dict().items()}
+def _tensors_of(model: nn.Module) -> set[tuple[str, torch.Size]]:
+    """Names and shapes; the shape of what is resized to the input does not count."""
+    return {(name, torch.Size() if is_resized(name) else tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _unfit(settings: BackboneSettings, reason: str) -> ConfigError:
-    return ConfigError(
-        f"backbone.options {shown(settings.options)} do not fit {cut(repr(settings.name))}: {cut(reason, 250)}"
-    )
+    name, reason = cut(repr(settings.name)), cut(reason, 250)
+    if not settings.options:
+        return ConfigError(f"backbone.name {name} cannot be used: {reason}")
+    return ConfigError(f"backbone.options {shown(settings.options)} do not fit {name}: {reason}")
 
 
-def shape_of(vit: VisionTransformer) -> BackboneShape:
-    """The measures of a vision transformer.
+def shape_of(model: nn.Module) -> BackboneShape:
+    """The measures of a model.
 
     Raises:
         ConfigError: It has no blocks, gives no pooled features, or its input is not square.
     """
-    height, width = vit.patch_embed.img_size
-    if height != width or not len(vit.blocks) or not vit.global_pool:
+    (channels, height, width), depth = input_shape(model) or (0, 0, 0), len(attention_blocks(model))
+    pool = getattr(model, "global_pool", "") if isinstance(model, VisionTransformer) else "its own"
+    if height != width or not height or not depth or not pool:
         raise ConfigError(
             "backbone.options must leave a square input, at least one block and pooled features, got "
-            f"{height} x {width}, {len(vit.blocks)} blocks, global_pool {vit.global_pool!r}"
+            f"{height} x {width}, {depth} blocks, global_pool {pool!r}"
         )
-    first = next(module for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
-    return BackboneShape(vit.embed_dim, len(vit.blocks), first.in_channels, height)
+    return BackboneShape(_feature_width(model), depth, channels, height)
+
+
+def _feature_width(model: nn.Module) -> int:
+    width = getattr(model, "embed_dim" if isinstance(model, VisionTransformer) else "head_hidden_size", None)
+    return cast(int, model.num_features if width is None else width)
 
 
 def backbone_hash(vit: nn.Module) -> str:
@@ -148,14 +174,14 @@ def backbone_hash(vit: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _random(settings: BackboneSettings) -> VisionTransformer:
+def _random(settings: BackboneSettings) -> nn.Module:
     """The same random weights at every call, whatever the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _create(settings)
 
 
-def _create(settings: BackboneSettings) -> VisionTransformer:
+def _create(settings: BackboneSettings) -> nn.Module:
     """The model without the weights that its name means."""
     name, options = settings.name, cast(dict[str, Any], settings.options)
     if name != "glyph_vit" and not timm.is_model(name):
@@ -169,10 +195,10 @@ def _create(settings: BackboneSettings) -> VisionTransformer:
         model = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except Exception as error:  # whatever timm makes of options that it does not take
         raise _unfit(settings, reason_of(error)) from None
-    return _vision_transformer(name, model)
+    return _adaptable(model, settings)
 
 
-def _from_hub(settings: BackboneSettings) -> VisionTransformer:
+def _from_hub(settings: BackboneSettings) -> nn.Module:
     """The model with the weights that its name means."""
     name, options = settings.name, cast(dict[str, Any], settings.options)
     overlay = from_cache(name)
@@ -187,13 +213,30 @@ def _from_hub(settings: BackboneSettings) -> VisionTransformer:
                 f"cannot read the cached {cached['file']} ({reason_of(error)}); delete it, or download it again"
             ) from None
         raise unavailable(name, error) from None
-    return _vision_transformer(name, model)
+    return _adaptable(model, settings)
 
 
-def _vision_transformer(name: str, model: nn.Module) -> VisionTransformer:
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"backbone.name {name!r} is a {type(model).__name__}; only a VisionTransformer is adapted")
+def _adaptable(model: nn.Module, settings: BackboneSettings) -> nn.Module:
+    """timm's model as it can be adapted: it calls the layers that it has, and says what images it reads."""
+    if not attention_blocks(model):
+        kind = type(model).__name__
+        raise ConfigError(
+            f"backbone.name {settings.name!r} is a {kind}, which cannot be adapted: {why_no_attention(model)}"
+        )
+    for module in model.modules():
+        # BEiT's, EVA's and Swin v2's attention gives the weight of ``qkv`` to a function, unless it adds biases later.
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # type: ignore[assignment]
+    _record_input(model, settings.options)
     return model
+
+
+def _record_input(model: Any, options: Mapping[str, Any]) -> None:
+    """Keep the size of the input among what timm keeps of the model's weights, as some models say it nowhere else."""
+    if size := model.pretrained_cfg.get("input_size"):
+        sides = options.get("img_size") or size[1:]
+        sides = (sides, sides) if isinstance(sides, int) else sides
+        model.pretrained_cfg = model.pretrained_cfg | {"input_size": (options.get("in_chans", size[0]), *sides)}
 
 
 class InputCovariance:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from inflora.adapters import Adapter, make_adapter
 from inflora.backbone import shape_of
@@ -12,7 +12,7 @@ from inflora.model import ContinualModel
 
 
 def make_learner(
-    config: RunConfig, backbone: VisionTransformer, precision: Precision = "fp32"
+    config: RunConfig, backbone: nn.Module, precision: Precision = "fp32"
 ) -> tuple[ContinualModel, Adapter[Any]]:
     """The model before its first task, and the adapter that has prepared it.
 

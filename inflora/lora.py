@@ -46,7 +46,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 out[:, part].addmm_(read_MR, B_part.T)
         ctx.rows, ctx.sizes, ctx.input_shape, ctx.factor_dtype = rows, sizes, x_BND.shape, lora_B.dtype
         ctx.save_for_backward(read_MR, weight, A_RD, B_OR, x_MD if lora_A.requires_grad else None)
-        return out.view(*x_BND.shape[:-1], -1)
+        # Not a view to autograd: some attentions (EVA's) add their biases to it in place.
+        return torch.ops.aten._unsafe_view(out, [*x_BND.shape[:-1], out.shape[-1]])
 
     @staticmethod
     @once_differentiable
@@ -82,6 +83,8 @@ def _summed(weight: Tensor, A_RD: Tensor, B_OR: Tensor, rows: Sequence[slice], s
 def in_autocast(x: Tensor) -> Tensor:
     """``x`` as a matrix product would cast it: once, where several products read it."""
     kind = x.device.type
+    if kind == "meta":  # where nothing is computed, there is no precision to compute in
+        return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
@@ -245,5 +248,9 @@ def merge_all(model: nn.Module, share: float = 1.0) -> dict[str, Tensor]:
 
 
 def short_name(layer: str) -> str:
-    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics."""
-    return re.sub(r"^.*blocks\.(\d+)\.(.*)$", r"block\1.\2", layer).removesuffix(".attn.qkv")
+    """``backbone.blocks.3.attn.qkv`` as ``block3``, its other layers as ``block3.mlp.fc1``: for names of metrics.
+
+    Models whose blocks are in several lists: ``backbone.layers.1.blocks.3.attn.qkv`` as ``layers.1.blocks.3``.
+    """
+    name = layer.removeprefix("backbone.").removesuffix(".attn.qkv")
+    return re.sub(r"^blocks\.(\d+)", r"block\1", name)

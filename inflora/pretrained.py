@@ -1,10 +1,12 @@
-"""Weights of vision transformers, from local files of four kinds and from the hub; none of them may run code.
+"""Weights of vision models, from local files of four kinds and from the hub; none of them may run code.
 
-What is loaded has the names and shapes of the model, all of them and no others; only position embeddings are resized.
+What is loaded has the names and shapes of the model, all of them and no others; only weights of positions are resized.
 """
 
 import re
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora.config import ConfigError, cut
@@ -26,7 +29,12 @@ _HUB_PATIENCE_S = 5.0
 """Seconds that the hub may take to say that it has a file."""
 
 
-def load_weights(vit: VisionTransformer, path: Path) -> VisionTransformer:
+def is_resized(name: str) -> bool:
+    """True of weights that stand for positions: they are resized where the input's size differs."""
+    return name.rpartition(".")[2] in ("pos_embed", "relative_position_bias_table")
+
+
+def load_weights(vit: nn.Module, path: Path) -> nn.Module:
     """Load a local file; position embeddings are resized where the input's size differs, classifiers are left out.
 
     Raises:
@@ -65,17 +73,27 @@ def reason_of(error: Exception) -> str:
     return cut(f"{type(error).__name__}: {error}", 250)
 
 
-def _load_tensors(vit: VisionTransformer, path: Path) -> None:
+def _load_tensors(vit: nn.Module, path: Path) -> None:
     """From safetensors, or a PyTorch checkpoint."""
     tensors = _backbone_tensors(load_file(path) if path.suffix == ".safetensors" else _load_pickled(path))
-    if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise TypeError(f"{strange[0]} is of type {tensors[strange[0]].dtype}")
-    fitted = checkpoint_filter_fn({name: tensor.float() for name, tensor in tensors.items()}, vit)
+    own = {name: tensor.dtype for name, tensor in vit.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and tensor.dtype != own.get(name):
+            raise TypeError(f"{name} is of type {tensor.dtype}")
+    numbers = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    fitted = _filter_of(vit)(numbers, vit)
     for name, tensor in fitted.items():
-        if name != "pos_embed" and name in tensors and tensors[name].numel() != tensor.numel():
+        if not is_resized(name) and name in tensors and tensors[name].numel() != tensor.numel():
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, the model's has {tuple(tensor.shape)}")
-    foreign = [name for name in fitted if name.split(".")[0] in ("head", "head_dist")]
+    foreign = {name for name in fitted if name.split(".")[0] in ("head", "head_dist") and name not in own}
     vit.load_state_dict({name: tensor for name, tensor in fitted.items() if name not in foreign})
+
+
+def _filter_of(vit: nn.Module) -> Callable[[dict[str, Tensor], Any], dict[str, Tensor]]:
+    """timm's function for a model's files, which knows older names and resizes; as they are where it has none."""
+    if isinstance(vit, VisionTransformer):  # of whatever module
+        return vision_transformer.checkpoint_filter_fn
+    return getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda tensors, _: tensors)
 
 
 def _load_pickled(path: Path) -> dict[str, Any]:
@@ -87,8 +105,10 @@ def _load_pickled(path: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _load_jax(vit: VisionTransformer, path: Path) -> None:
+def _load_jax(vit: nn.Module, path: Path) -> None:
     """From the original JAX release."""
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f".npz is the JAX release's form of a VisionTransformer, this is a {type(vit).__name__}")
     kept = _numbers({name: tensor for name, tensor in vit.state_dict().items() if "pos_embed" not in name})
     with np.load(path, allow_pickle=False) as arrays:
         there = {name: arrays[name] for name in arrays.files}

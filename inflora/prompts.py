@@ -84,12 +84,21 @@ class PrefixAttention(Attention):
         return prefix.expand(batch, -1, -1).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
+def require_promptable(vit: nn.Module) -> None:
+    """Raise ConfigError of models whose tokens prompts could not join: positions, windows and poolings of others."""
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(
+            f"{type(vit).__name__} cannot be prompted: only timm's VisionTransformer can; adapt its layers"
+        )
+
+
 def make_promptable(vit: nn.Module, blocks: int, setting: str) -> None:
     """Give the attention of the first ``blocks`` blocks room for prefixes, in place.
 
     Raises:
         ConfigError: There are fewer blocks, or their attention is of another kind.
     """
+    require_promptable(vit)
     layers = getattr(vit, "blocks", ())
     if blocks > len(layers):
         raise ConfigError(f"{setting} must be at most the backbone's depth {len(layers)}, got {blocks}")

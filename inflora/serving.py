@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, ImageStat
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from inflora.attention import input_shape
 from inflora.backbone import backbone_hash, build_backbone, shape_of
 from inflora.config import RunConfig, load_config
 from inflora.cuda import pick_device
@@ -76,8 +77,8 @@ class Served(Protocol):
 def load(path: str | PathLike[str]) -> nn.Module:
     """The model that a run's folder (``config.yaml`` and ``state/``) holds: on the CPU, in float32, in eval mode.
 
-    A plain timm ``VisionTransformer``: adapters merged, the classifier as its head. Where prompts are learnt, features
-    are both models', or the classifier is not linear in them, it is a ``ContinualModel``. Either gives logits (B x
+    A plain timm model: adapters merged, the classifier as its head. Where prompts are learnt, features are both
+    models', or the classifier is not linear in what timm's reads, it is a ``ContinualModel``. Either gives logits (B x
     outputs) and has
 
     - ``class_names``: the class that each output means. In domain-incremental runs every domain has outputs of its
@@ -127,15 +128,23 @@ def _load_run(folder: Path) -> tuple[RunConfig, RunState]:
     return config, state
 
 
-def _as_timm(learnt: ContinualModel) -> VisionTransformer | None:
+def _as_timm(learnt: ContinualModel) -> nn.Module | None:
     """The backbone alone, with everything learnt in it; None where timm's model could not compute the same."""
     head = learnt.classifier.as_linear()
     if head is None or learnt.prompts is not None or learnt.frozen is not None:
         return None
-    vit = cast(VisionTransformer, learnt.backbone)
-    vit.reset_classifier(head.out_features)
-    cast(nn.Linear, vit.head).load_state_dict(head.state_dict())
-    return vit
+    model, image = cast(Any, learnt.backbone), torch.rand(1, *(input_shape(learnt.backbone) or ()))
+    with torch.no_grad():
+        expected = learnt(image)
+        try:
+            model.reset_classifier(head.out_features)
+            model.get_classifier().load_state_dict(head.state_dict())
+            if type(model) is VisionTransformer or torch.allclose(model(image), expected, rtol=1e-4, atol=1e-5):
+                return cast(nn.Module, model)
+        except (AttributeError, RuntimeError):  # some have two classifiers, or one that is no linear layer
+            pass
+        model.reset_classifier(0)
+    return None
 
 
 @torch.no_grad()

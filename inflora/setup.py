@@ -16,6 +16,7 @@ from inflora.data.tasks import check_tasks, in_numbers, name_of_stream
 from inflora.draws import Draws
 from inflora.integrity import check_state, facts_of
 from inflora.learner import make_learner
+from inflora.lora import adapted_layers
 from inflora.model import ContinualModel
 from inflora.precision import pick_precision
 from inflora.replay import Replay
@@ -93,9 +94,10 @@ def check(config: RunConfig) -> Replay:
     backbone = meta_backbone(config.backbone)
     shape = shape_of(backbone)
     rank = getattr(config.adapter, "rank", 1)
-    if isinstance(rank, int) and rank > shape.width:
-        raise ConfigError(f"adapter.rank must be at most the backbone's width {shape.width}, got {rank}")
     model, _ = make_learner(config, backbone)
+    widths = [shape.width, *(layer.in_features for _, layer in adapted_layers(model))]
+    if isinstance(rank, int) and rank > min(widths):
+        raise ConfigError(f"adapter.rank must be at most the backbone's width {min(widths)}, got {rank}")
     if config.compile and model.prompts is not None:
         raise ConfigError(f"compile must be false with adapter {config.adapter.name}: prompts change the model's code")
     total_tasks = getattr(config.adapter, "total_tasks", None)

@@ -221,8 +221,12 @@ def test_weights_that_cannot_be_read_or_do_not_fit_are_refused_in_one_line(kind,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "'resnet18' is a ResNet; only a VisionTransformer is adapted"),
-        ("eva02_tiny_patch14_224", "'eva02_tiny_patch14_224' is a Eva; only a VisionTransformer is adapted"),
+        ("resnet18", "'resnet18' is a ResNet, which cannot be adapted: it has no attention blocks"),
+        ("levit_128", r"is a LevitDistilled, which cannot be adapted: stages\.0\.blocks\.0\.attn\.qkv is a LinearNorm"),
+        (
+            "qwen3_vit_88m_enc",
+            r"'qwen3_vit_88m_enc' cannot be used: it gives features of shape \(1, .*, not pooled ones",
+        ),
         ("vit_tiny_patch99_224", "unknown backbone.name 'vit_tiny_patch99_224'; known: glyph_vit and timm's"),
         ("", "unknown backbone.name ''; known: glyph_vit and timm's"),
     ],
@@ -233,13 +237,10 @@ def test_a_name_that_is_no_vision_transformer_is_refused_in_one_line(name, messa
     assert one_line(error)
 
 
-def test_a_vision_transformer_without_fused_qkv_is_refused_in_one_line():
+def test_two_attentions_side_by_side_in_a_block_are_both_adapted():
     settings = BackboneSettings(name="vit_small_patch16_18x2_224", pretrained=False, options={"depth": 1})
-    with pytest.raises(
-        ConfigError, match=r"VisionTransformer cannot be adapted: blocks\.0\.attn has no fused"
-    ) as error:
-        inject(build_backbone(settings))
-    assert one_line(error)
+    inject(vit := build_backbone(settings))
+    assert [name for name, _ in adapted_layers(vit)] == [f"blocks.0.attns.{index}.attn.qkv" for index in (0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_training_on_the_validation_images_is_refused_while_choosing(tiny):
         ({"adapter.blocks": 3}, r"adapter\.blocks must be at most the backbone's depth 2, got 3"),
         ({"data.tasks": 3}, r"data\.tasks must divide the 10 classes"),
         ({"data.dataset": "mnist"}, r"unknown data\.dataset 'mnist'; known: .*digits"),
-        ({"backbone": {"name": "resnet18", "pretrained": False}}, "only a VisionTransformer is adapted"),
+        ({"backbone": {"name": "resnet18", "pretrained": False}}, "it has no attention blocks"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused_in_one_line_before_anything_heavy(

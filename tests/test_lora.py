@@ -198,15 +198,15 @@ def test_all_adapters_of_a_model_merge_at_once(plain, x):
 @pytest.mark.parametrize(
     ("vit", "message"),
     [
-        (nn.Linear(2, 2), "Linear cannot be adapted: it has no list of transformer blocks"),
-        (stack(), "cannot be adapted: it has no list of transformer blocks"),
-        (stack(None), "blocks.0.attn has no fused linear 'qkv'"),
-        (stack(nn.Linear(WIDTH, 3 * WIDTH), nn.Conv2d(1, 3, 1)), "blocks.1.attn has no fused linear 'qkv'"),
-        (stack(nn.Linear(WIDTH, 2 * WIDTH)), "blocks.0.attn has no fused linear 'qkv'"),
-        (nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}), "blocks.0.attn has no fused linear 'qkv'"),
+        (nn.Linear(2, 2), "Linear cannot be adapted: it has no attention blocks"),
+        (stack(), "cannot be adapted: it has no attention blocks"),
+        (stack(None), "cannot be adapted: it has no attention blocks"),
+        (stack(nn.Conv2d(1, 3, 1)), "blocks.0.attn.qkv is a Conv2d, no linear layer"),
+        (stack(nn.Linear(WIDTH, 2 * WIDTH)), "the 16 outputs of blocks.0.attn.qkv are not q, k and v"),
+        (nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}), "it has no attention blocks"),
     ],
 )
-def test_a_model_without_fused_qkv_is_refused_in_one_line(vit, message):
+def test_a_model_without_linear_q_k_and_v_is_refused_in_one_line(vit, message):
     with pytest.raises(ConfigError, match=message) as error:
         inject(vit)
     assert len(str(error.value).splitlines()) == 1
@@ -215,6 +215,33 @@ def test_a_model_without_fused_qkv_is_refused_in_one_line(vit, message):
 def test_more_blocks_than_there_are_are_refused(plain):
     with pytest.raises(ConfigError, match=r"adapter\.blocks must be at most the backbone's depth 1, got 2"):
         inject(stack(plain), 2)
+
+
+# Layers of their own for q, k and v.
+
+
+def separate(names: tuple[str, ...], widths: tuple[int, ...]) -> nn.Module:
+    vit = stack(None)
+    for name, width in zip(names, widths, strict=True):
+        setattr(vit.blocks[0].attn, name, nn.Linear(WIDTH, width))
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("names", "widths", "of_k_and_v"),
+    [
+        (("q", "k", "v"), (8, 8, 8), {"k": [(0, 8)], "v": [(0, 8)]}),
+        (("q_proj", "k_proj", "v_proj"), (8, 4, 4), {"k_proj": [(0, 4)], "v_proj": [(0, 4)]}),
+        (("q", "kv"), (8, 16), {"kv": [(0, 16)]}),
+        (("qk", "v"), (16, 8), {"qk": [(8, 16)], "v": [(0, 8)]}),
+    ],
+    ids=str,
+)
+def test_q_k_and_v_mean_the_same_however_many_layers_make_them(names, widths, of_k_and_v):
+    vit = separate(names, widths)
+    inject(vit)
+    found = {name.removeprefix("blocks.0.attn."): layer.rows for name, layer in adapted_layers(vit)}
+    assert {name: [(part.start, part.stop) for part in rows] for name, rows in found.items()} == of_k_and_v
 
 
 # Other targets.
@@ -259,7 +286,7 @@ def test_other_layers_have_an_adapter_of_their_own_on_their_own_inputs(target, r
 
 
 def test_a_target_that_the_model_does_not_have_is_refused_in_one_line(plain):
-    with pytest.raises(ConfigError, match=r"blocks\.0\.mlp has no linear 'fc1'"):
+    with pytest.raises(ConfigError, match=r"blocks\.0 has no linear layer 'mlp.fc1'"):
         inject(stack(plain), targets=("mlp.fc1",))
 
 

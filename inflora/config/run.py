@@ -142,14 +142,14 @@ class DataSettings(Settings):
 
 
 class BackboneSettings(Settings):
-    """The frozen vision transformer: ``glyph_vit`` (shipped), or any timm ``VisionTransformer`` by its name."""
+    """The frozen model: ``glyph_vit`` (shipped), or any of timm by its name that has attention (docs/backbones.md)."""
 
     name: Name = Field(default="glyph_vit", description="or one of timm, e.g. vit_base_patch16_224.augreg_in21k")
     weights: File | None = Field(
         default=None, description="a local file (.safetensors, .npz, .pth) instead of the named weights"
     )
     pretrained: Flag = Field(default=True, description="False: seeded random weights, for tests and timings")
-    options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's VisionTransformer")
+    options: dict[str, JsonValue] = Field(default={}, description="keyword arguments of timm's class, e.g. img_size")
 
 
 Precision = Literal["fp32", "tf32", "bf16"]

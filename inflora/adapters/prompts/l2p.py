@@ -9,7 +9,7 @@ from torch import Tensor
 from inflora.adapters.prompts.base import PromptAdapter, begin_at_random, similarity
 from inflora.config import L2PSettings
 from inflora.model import ContinualModel
-from inflora.prompts import Encoded, Prompts, prepended_features, query
+from inflora.prompts import Encoded, Prompts, prepended_features, query, require_promptable
 
 
 class PromptPool(Prompts):
@@ -40,4 +40,5 @@ class L2P(PromptAdapter[L2PSettings]):
     """Every task trains the whole pool and its keys; the classifiers see the mean of the prompts' outputs."""
 
     def prepare(self, model: ContinualModel) -> None:
+        require_promptable(model.backbone)
         model.prompts = PromptPool(self.settings)
