@@ -89,9 +89,14 @@ def meta_backbone(settings: BackboneSettings) -> nn.Module:
 
 
 def _options_of(kind: type[nn.Module]) -> list[str]:
-    """The keyword arguments of a class of models that a user may give."""
-    named = {name for name, given in signature(kind).parameters.items() if given.kind is not given.VAR_KEYWORD}
-    return sorted(named - {"num_classes", "device", "dtype", "cfg", "args"})
+    """The keyword arguments of a class of models that a user may give: also its bases', where it passes them on."""
+    named: set[str] = set()
+    for each in kind.__mro__[: -len(nn.Module.__mro__)]:
+        given = signature(each).parameters.values()
+        named |= {one.name for one in given if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+        if not any(one.kind is one.VAR_KEYWORD for one in given):
+            break
+    return sorted(named - {"num_classes", "device", "dtype", "cfg"})
 
 
 _LARGEST = {"depth": 200, "depths": 200}

@@ -87,9 +87,7 @@ class PrefixAttention(Attention):
 def require_promptable(vit: nn.Module) -> None:
     """Raise ConfigError of models whose tokens prompts could not join: positions, windows and poolings of others."""
     if not isinstance(vit, VisionTransformer):
-        raise ConfigError(
-            f"{type(vit).__name__} cannot be prompted: only timm's VisionTransformer can; adapt its layers"
-        )
+        raise ConfigError(f"{type(vit).__name__} cannot be prompted: only timm's VisionTransformer can be")
 
 
 def make_promptable(vit: nn.Module, blocks: int, setting: str) -> None:
