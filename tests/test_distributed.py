@@ -42,6 +42,12 @@ RUNS = {
     "inflora": {},
     "every target": {"adapter.targets": ["q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2"]},
     "aligned": {"classifier": pair_of("inflora", "aligned")["classifier"]},
+    "q, k and v by layers of their own": {
+        "backbone.name": "eva02_base_patch14_224",
+        "backbone.options.img_size": 32,
+        "backbone.options.patch_size": 8,
+        "backbone.options.in_chans": 1,
+    },
 }
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
