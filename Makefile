@@ -9,7 +9,10 @@ export OMP_NUM_THREADS ?= 1
 # Tests wait now and then, for a process or a clock: one more at a time than there are cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
-.PHONY: sweep gpu-check site test unit fuzz cluster slow chaos hosts slurm compare bench check format clean
+# A file of pip constraints for the environment: versions other than the newest that pyproject.toml admits.
+CONSTRAINTS ?=
+
+.PHONY: sweep gpu-check site test unit fuzz cluster slow chaos hosts slurm lowest release compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -51,6 +54,12 @@ hosts: $(READY)  ## three machines on this one, brought up with cluster/local.ya
 slurm: $(READY)  ## a real Slurm with two nodes on this machine (needs root and slurm-wlm); six minutes beyond `test`'s half hour
 	$(BIN)/python -m pytest -m hosts tests/cluster/test_slurm.py
 
+lowest:  ## unit tests and real clusters with the oldest libraries that pyproject.toml admits, in .venv-lowest
+	$(MAKE) unit cluster VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt
+
+release: $(READY)  ## dist/: the wheel and the sdist
+	$(BIN)/python -m build
+
 compare: $(READY)  ## every adapter with every classifier, tuned and tested alike: docs/results.md (hours)
 	$(BIN)/python benchmarks/pairs.py
 	$(BIN)/python benchmarks/controls.py
@@ -70,7 +79,7 @@ format: $(READY)  ## the code, and what docs/architecture.md says of it
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable ".[dev]"
 	touch $@
 
 $(VENV)/.ready-site: $(READY)
@@ -78,4 +87,4 @@ $(VENV)/.ready-site: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build/site results
+	rm -rf $(VENV) .venv-lowest build dist results

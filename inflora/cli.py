@@ -27,7 +27,7 @@ from inflora.config import (
     settings_of_method,
 )
 from inflora.config.listing import lines_of_settings
-from inflora.console import OneLineGroup, path
+from inflora.console import OneLineGroup, Version, path
 from inflora.metrics import ALIASES, Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
 
@@ -44,7 +44,7 @@ app.add_typer(data_app, name="data")
 
 
 @app.callback()
-def _main() -> None:
+def _main(version: Version = False) -> None:
     """Continual learning with interference-free low-rank adaptation."""
 
 

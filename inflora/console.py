@@ -5,10 +5,11 @@ import platform
 import sys
 import tempfile
 import traceback
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from typer import BadParameter, Exit
+from typer import BadParameter, Exit, Option
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
@@ -25,6 +26,16 @@ def path(text: str) -> Path:
     if not str(text).strip():
         raise BadParameter("a path must not be empty")
     return Path(text)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"inflora-sweeps {version('inflora-sweeps')}")
+        raise Exit
+
+
+Version = Annotated[bool, Option("--version", callback=_say_version, is_eager=True, help="Say the version and end.")]
+"""The option of a program that ends it with a line: the version of what is installed, as pyproject.toml has it."""
 
 
 class _EndsInOneLine:

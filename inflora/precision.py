@@ -55,7 +55,8 @@ def pick_precision(name: str, device: torch.device, width: int) -> Precision:
         has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
         where = torch.cuda.get_device_name(device)
     else:
-        found = torch.cpu.get_capabilities()
+        # PyTorch 2.9 cannot tell: auto is fp32 there.
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16, has_tf32 = True, False  # every CPU computes bfloat16, if slowly
         pays = width >= BF16_WIDTH and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
         where = "a CPU"

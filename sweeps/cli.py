@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inflora.config import ConfigError, checked, dump_config, parse_seeds
-from inflora.console import OneLineGroup
+from inflora.console import OneLineGroup, Version, path
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import BestBy
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
@@ -45,7 +45,7 @@ Shared = Annotated[
 
 
 @app.callback()
-def _main() -> None:
+def _main(version: Version = False) -> None:
     """Search, export and train: what comes after a recipe."""
     quiet_libraries()
 
@@ -74,6 +74,17 @@ def gpu_check(
 
     if not check_gpu(device, storage_root(storage) / "gpu-check.log", say_to_stdout, ALL_CHECKS):
         raise typer.Exit(1)
+
+
+@app.command("cluster-files")
+def cluster_files(
+    folder: Annotated[Path, typer.Argument(parser=path, help="A new folder.")] = Path("inflora-project"),
+) -> None:
+    """Write the installed project as a folder: cluster files, recipes and code; cluster/README.md goes on from it."""
+    from sweeps.engine.run.project import lay_out
+
+    lay_out(folder)
+    print(f"{folder}: go there, and on with cluster/README.md")
 
 
 @app.command()

@@ -73,6 +73,7 @@ FLOORS = {
         "sweeps.engine.run.actors",
         "sweeps.engine.run.gpu_use",
         "sweeps.engine.run.nodes",
+        "sweeps.engine.run.project",
         "sweeps.engine.run.session",
         "sweeps.engine.show.output",
         "sweeps.engine.show.pieces",
@@ -241,7 +242,8 @@ def test_a_recipe_is_values_only(name):
 
 def test_nothing_beside_the_recipes_bears_the_name_of_something_importable(tmp_path):
     """``python sweeps/x.py`` puts ``sweeps/`` first on the import path."""
-    names = {path.stem for path in (ROOT / "sweeps").iterdir() if not path.name.startswith(("__", "."))}
+    beside = [path for path in (ROOT / "sweeps").iterdir() if path.suffix in ("", ".py")]
+    names = {path.stem for path in beside if not path.name.startswith("__")}
     script = f"import importlib.util as u; print([n for n in {sorted(names)} if u.find_spec(n)])"
     done = run_python(script, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
