@@ -4,19 +4,17 @@ The authors' page is gone; copies keep its files. The devkit's annotations of te
 ``cars_test_annos_withlabels.mat``.
 """
 
-import io
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-
-import numpy as np
+from typing import Any
 
 from inflora.data.archives import FolderTree, JoinedTree, Opened, Tree, by_path, find, folder_origin, open_tree
 from inflora.data.errors import DataError, brief
+from inflora.data.matlab import variables
 from inflora.data.source import Entry, Files, Options, Source, is_image
 
 OFFICIAL = {"classes": 196, "train": 8_144, "test": 8_041}
 ARCHIVES = ("cars_train.tgz", "cars_test.tgz", "car_devkit.tgz")
-_MOST_BYTES = 1 << 23
-"""Of a file of annotations; it may be packed. The official ones have some hundred thousand."""
 
 
 def read(source: Path, options: Options, scratch: Path) -> Source:
@@ -49,8 +47,8 @@ def _listed(tree: Tree, file: str, folder: str, classes: int) -> Files:
     labels: dict[str, int] = {}
     for row in _variable(tree, file, "annotations"):
         try:
-            image, label = str(row["fname"]), int(row["class"])
-        except (IndexError, KeyError, TypeError, ValueError):
+            image, label = str(row["fname"]), int(row["class"][0])
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise DataError(f"{file} has annotations without fname and class: a wrong or damaged file") from None
         if image not in images:
             raise DataError(f"{file} lists {image}, which is not in {folder}/: an incomplete source")
@@ -60,14 +58,13 @@ def _listed(tree: Tree, file: str, folder: str, classes: int) -> Files:
     return Files(tree, tuple(Entry(images[image], labels[image] - 1) for image in sorted(labels)))
 
 
-def _variable(tree: Tree, file: str, name: str) -> np.ndarray:
-    """A variable of a MATLAB file, as a row of its elements. Such files hold values alone: nothing in them is run."""
-    from scipy.io import loadmat  # a moment, for this dataset alone
-
+def _variable(tree: Tree, file: str, name: str) -> Sequence[Any]:
+    """A variable of one of the MATLAB files, as a list of its elements."""
     content = tree.read(find(tree, file))
-    if len(content) > _MOST_BYTES:
-        raise DataError(f"{file} has {len(content):,} bytes, at most {_MOST_BYTES:,} are read: a wrong or damaged file")
     try:
-        return np.atleast_1d(loadmat(io.BytesIO(content), variable_names=[name], squeeze_me=True)[name]).ravel()
-    except Exception as error:  # whatever a damaged file makes of itself
+        found = variables(content)[name]
+    except (KeyError, ValueError) as error:
         raise DataError(f"{file} is no MATLAB file with {name}, or a damaged one ({brief(error)})") from None
+    if not isinstance(found, list):
+        raise DataError(f"{file} has no list {name}: a wrong file")
+    return found
