@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments
+from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments, parse_duration_s
 from inflora.console import OneLineCommand
 from sweeps.cli import Address, Shared, Storage, TrackingUri, find_sweep, front_of, quiet_libraries, storage_root
 from sweeps.engine.ledger.records import TrialRecord, describe
@@ -171,14 +170,6 @@ def replaced(sweep: Sweep, changes: Mapping[str, object]) -> Sweep:
 def without_none(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def parse_duration_s(text: str) -> float:
-    """``"90"``, ``"90s"``, ``"30m"`` or ``"8h"`` in seconds."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", text)
-    if match is None or not float(match[1]):
-        raise ConfigError(f"a time is given as 90 (seconds), 30m or 8h, got {text!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _print_what_next(sweep: Sweep, folder: Path, uri: str, records: list[TrialRecord], known: Estimates | None) -> None:

@@ -44,6 +44,7 @@ from inflora.config.reading import (
     override,
     parse_assignments,
     parse_config,
+    parse_duration_s,
     parse_seeds,
 )
 from inflora.config.renamed import refuse_old_names

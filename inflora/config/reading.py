@@ -108,6 +108,18 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
     return seeds
 
 
+def parse_duration_s(text: str) -> float:
+    """``"90"``, ``"90s"``, ``"30m"`` or ``"8h"`` in seconds.
+
+    Raises:
+        ConfigError: Anything else, or no time at all.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", text)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"a time is given as 90 (seconds), 30m or 8h, got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def load_config(path: Path) -> RunConfig:
     """The config in a YAML file.
 

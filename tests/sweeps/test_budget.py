@@ -5,7 +5,7 @@ import inspect
 import pytest
 from pydantic import ValidationError
 
-from inflora.config import ConfigError
+from inflora.config import ConfigError, parse_duration_s
 from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome
@@ -13,7 +13,7 @@ from sweeps.engine.show.status import status_lines
 from sweeps.engine.space import estimate as estimate_module
 from sweeps.engine.space.estimate import estimate
 from sweeps.engine.space.spec import Budget, Constraint, Sweep
-from sweeps.recipe import parse_duration_s, with_budget_options
+from sweeps.recipe import with_budget_options
 
 from .conftest import learn_all, report
 
