@@ -29,9 +29,10 @@ from rich.table import Table
 from torch import nn
 
 from inflora.adapters import make_adapter
-from inflora.backbone import build_backbone, gather_covariance, shape_of
+from inflora.backbone import build_backbone, shape_of
 from inflora.classifiers.linear import Linear
 from inflora.config import BackboneSettings, InfLoRASettings, LinearSettings, OptimSettings, Precision
+from inflora.covariance import gather_covariance
 from inflora.data.loader import Batch
 from inflora.data.stream import Task
 from inflora.lora import adapted_layers

@@ -1,10 +1,9 @@
-"""Vision models from timm with attention: build, load weights, identify, and watch what their adapted layers read."""
+"""Vision models from timm with attention: build, load weights, measure, identify."""
 
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from inspect import signature
 from typing import Any, NamedTuple, cast
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from inflora.attention import attention_blocks, input_shape, why_no_attention
 from inflora.config import BackboneSettings, ConfigError, cut, shown
-from inflora.lora import adapted_layers
-from inflora.precision import products
 from inflora.pretrained import (
     from_cache,
     is_resized,
@@ -242,52 +239,3 @@ def _record_input(model: Any, options: Mapping[str, Any]) -> None:
         sides = options.get("img_size") or size[1:]
         sides = (sides, sides) if isinstance(sides, int) else sides
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (options.get("in_chans", size[0]), *sides)}
-
-
-class InputCovariance:
-    """Running sums of ``h h^T`` (float64 sums of float32 products) and ``h`` over a layer's inputs, and their number.
-
-    The products are made for the upper triangle only, in strips; ``mirror`` completes the sum.
-    """
-
-    STRIP = 256  # narrower ones multiply more slowly than they save
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.sum_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.sum_D = torch.zeros(width, dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, inputs_BND: Tensor) -> None:
-        flat = inputs_BND.detach().flatten(0, -2).float()
-        # Layers are watched while the model computes, in whatever precision that is.
-        with products("fp32", flat.device):
-            for start in range(0, flat.shape[1], self.STRIP):
-                end = start + self.STRIP
-                self.sum_DD[start:end, start:] += flat[:, start:end].T @ flat[:, start:]
-        self.sum_D += flat.sum(0, dtype=torch.float64)
-        self.count += len(flat)
-
-    def mirror(self) -> None:
-        """Complete the sum when all inputs have been added."""
-        self.sum_DD = self.sum_DD.triu() + self.sum_DD.triu(1).T
-
-
-@contextmanager
-def gather_covariance(model: nn.Module) -> Iterator[dict[str, InputCovariance]]:
-    """Watch every adaptable layer while the context is open: layer name -> covariance of what it has read.
-
-    The sums are complete when the context is left. A compiled model runs as it is written meanwhile.
-    """
-    seen: dict[str, InputCovariance] = {}
-    hooks = []
-    for name, layer in adapted_layers(model):
-        seen[name] = InputCovariance(layer.in_features, layer.weight.device)
-        hooks.append(layer.register_forward_pre_hook(lambda _, args, to=seen[name]: to.add(args[0])))
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for covariance in seen.values():
-            covariance.mirror()

@@ -39,6 +39,7 @@ FLOORS = {
     3: (
         "inflora.attention",
         "inflora.class_token",
+        "inflora.covariance",
         "inflora.peft_export",
         "inflora.drift",
         "inflora.draws",

@@ -8,15 +8,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from inflora.backbone import (
-    InputCovariance,
-    backbone_hash,
-    build_backbone,
-    gather_covariance,
-    meta_backbone,
-    shape_of,
-)
+from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
 from inflora.config import BackboneSettings, ConfigError, parse_config
+from inflora.covariance import InputCovariance, gather_covariance
 from inflora.injection import inject
 from inflora.lora import adapted_layers
 from inflora.setup import check

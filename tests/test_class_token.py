@@ -9,9 +9,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from inflora.backbone import gather_covariance
 from inflora.class_token import ClassTokenBlock, hold_weights, read_class_token_only
 from inflora.config import Target
+from inflora.covariance import gather_covariance
 from inflora.injection import inject
 from inflora.lora import adapted_layers, adapter_parameters
 

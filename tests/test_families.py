@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import inflora
-from inflora.backbone import backbone_hash, build_backbone, gather_covariance, meta_backbone, shape_of
+from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
 from inflora.class_token import ClassTokenBlock, hold_weights, read_class_token_only
 from inflora.config import BackboneSettings, ConfigError, RunConfig, load_config, override, parse_config
 from inflora.continual import TaskResult, run
+from inflora.covariance import gather_covariance
 from inflora.injection import inject
 from inflora.lora import LoRALinear, adapted_layers
 from inflora.runs import train_into

@@ -4,8 +4,8 @@ import pytest
 import torch
 from timm.layers import Attention
 
-from inflora.backbone import gather_covariance
 from inflora.config import ConfigError
+from inflora.covariance import gather_covariance
 from inflora.lora import LoRALinear
 from inflora.precision import float32_products, pick_precision, products
 from inflora.prompts import PrefixAttention

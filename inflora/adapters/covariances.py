@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inflora import distributed
-from inflora.backbone import gather_covariance
+from inflora.covariance import gather_covariance
 from inflora.model import ContinualModel
 from inflora.task_data import TaskData
 
