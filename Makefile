@@ -64,6 +64,7 @@ compare: $(READY)  ## every adapter with every classifier, tuned and tested alik
 	$(BIN)/python benchmarks/pairs.py
 	$(BIN)/python benchmarks/controls.py
 	$(BIN)/python benchmarks/fifty.py
+	$(BIN)/python benchmarks/two_phase.py
 
 bench: $(READY)  ## data path, engine, start of a trial and training step, each against its floor; under ten minutes
 	$(BIN)/python benchmarks/data.py --seconds 2

@@ -26,7 +26,7 @@ SECTIONS = {
     "Concepts": ["concepts.md", "architecture.md"],
     "How-to": ["how-to/dataset.md", "how-to/adapter.md", "how-to/classifier.md", "cluster.md", "data.md", "gpu.md"],
     "Reference": list(PAGES),
-    "Results": ["results.md"],
+    "Results": ["results.md", "results/reproduced.md"],
     "Search": ["search.md"],
     "Faults": ["faults.md"],
     "More": [],

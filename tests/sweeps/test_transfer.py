@@ -202,6 +202,8 @@ def test_the_share_of_the_gain_that_transfers_is_told():
     planned, found = judged(half, GOOD)
     assert found.share == pytest.approx(0.5)
     assert "Of the gain of the settings found there, +20.2 points, 50% transfers." in lines_of(planned, found)
+    little = [0.52, 0.51, 0.53]
+    assert lines_of(*judged(little, GOOD))[-1].endswith("5% transfers, within seed noise of nothing.")
     worse = [own - 0.1 for own in OWN]
     assert judged(worse, GOOD)[1].share == pytest.approx(-0.1 / 0.2017, rel=1e-3), "less than nothing"
 

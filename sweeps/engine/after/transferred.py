@@ -79,7 +79,8 @@ def _share_line(planned: Transfer, judged: Judged) -> list[str]:
     if judged.share is None:
         return ["The settings found there are not better than its own beyond seed noise: there is no gain to share."]
     gain = judged.against[FOUND_THERE, THERE].difference.mean
-    return [f"Of the gain of the settings found there, {100 * gain:+.1f} points, {judged.share:.0%} transfers."]
+    doubt = ", within seed noise of nothing" * (judged.against[planned.label, THERE].verdict == "within seed noise")
+    return [f"Of the gain of the settings found there, {100 * gain:+.1f} points, {judged.share:.0%} transfers{doubt}."]
 
 
 def write_transfer(planned: Transfer, judged: Judged, out: Path) -> str:
