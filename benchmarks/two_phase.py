@@ -1,7 +1,8 @@
 """Two-phase between streams: settings that were found on one, used on the other (arXiv 2403.09066).
 
-python benchmarks/two_phase.py           writes its part of docs/results.md; what is done is not done again (18 runs, ten
-                                         minutes of one CPU)
+python benchmarks/two_phase.py           writes its part of docs/results.md; what is done is not done again
+
+18 runs, ten minutes of one processor.
 
 The settings are those that pairs.py has chosen for InfLoRA + lda on validation images of each stream. They are put into
 the other stream's run by what ``sweeps final --on`` does, trained on all its training images with three seeds in its
