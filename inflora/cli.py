@@ -205,7 +205,7 @@ def prepare(
     shorter_side: Annotated[int | None, typer.Option(min=1, help="Decode once, shrunk to this.")] = None,
     split_seed: Annotated[int | None, typer.Option(min=0, help="Draws test images of unsplit datasets.")] = None,
     test_list: Annotated[Path | None, typer.Option(parser=path, help="File with the names of the test images.")] = None,
-    domains: Annotated[str | None, typer.Option(help="Some of the domains: clipart,real")] = None,
+    domains: Annotated[str | None, typer.Option(help="Some of the domains, in this order: clipart,real")] = None,
     subset: Annotated[bool, typer.Option("--subset", help="Accept other numbers of images than the official.")] = False,
 ) -> None:
     """Read a dataset once and write its store; verifies one that is there, goes on where it was interrupted."""
