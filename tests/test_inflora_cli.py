@@ -97,7 +97,7 @@ BAD_SETTINGS = {
     "unknown backbone": ["backbone.name=vit_none"],
     "not a transformer": ["backbone={name: resnet18, pretrained: false}"],
     "unadaptable": [
-        "backbone={name: vit_small_patch16_18x2_224, pretrained: false, options: {depth: 1}}",
+        "backbone={name: resnet18, pretrained: false}",
         "adapter=inflora",
     ],
     "heads that do not divide": ["backbone.options.num_heads=3"],
