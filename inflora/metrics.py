@@ -120,10 +120,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def forward_transfer(ahead: Sequence[float], classes: int) -> float:
-    """Mean over j > 0 of a[j-1][j] - 1/C: the accuracy on each task before it is learnt, above chance; 0 for one task.
+    """Mean over j > 0 of ``a[j-1][j] - 1/C``: accuracy on tasks not yet learnt, above chance; 0 for one task.
 
-    ``ahead`` are a[0][1], a[1][2], ... 1/C is the expected accuracy of a classifier drawn at random: no class is
-    then likelier than another, whatever the features.
+    ``ahead`` are ``a[0][1]``, ``a[1][2]``, ... 1/C is the expected accuracy of a classifier drawn at random: no class
+    is then likelier than another, whatever the features.
     """
     return sum(ahead) / len(ahead) - 1 / classes if ahead else 0.0
 
@@ -160,12 +160,12 @@ ALIASES = (
         "FWT",
         "1/(T-1) sum_{j>1} a[j-1][j] - 1/C",
         "of domains with images of their own to judge on: where classes arrive no output means a class before it is "
-        "learnt, so a[j-1][j] is 0 and FWT -1/C, whatever the learner",
+        "learnt: its accuracy is then 0 and FWT -1/C, whatever the learner",
     ),
-    Alias("acc/new", "a[i][i]", "accuracy on task i when it has just been learnt"),
+    Alias("acc/new", "accuracy of the new task", "a[i][i], task i just learnt"),
     Alias("acc/task_aware", "task-IL accuracy", "as acc/seen, only the classes of the image's own task competing"),
     Alias(
         "acc/task_identity", "task inference accuracy", "images whose predicted class lies in their task / all images"
     ),
 )
-"""The field's names with formulas: a[i][j] as above but from 1, T tasks, C classes. ``inflora metrics`` lists them."""
+"""The field's names with formulas: ``a[i][j]`` as above but from 1; T tasks, C classes. `inflora metrics` has them."""
