@@ -181,6 +181,18 @@ def test_a_fifth_of_every_class_of_every_domain_are_test_images_and_the_seed_dra
     assert first != second
 
 
+@pytest.mark.parametrize("spelling", ["Real_World", "RealWorld"])
+def test_copies_spell_the_real_world_otherwise(spelling, sources, tmp_path):
+    with zipfile.ZipFile(sources["office_home"]) as packed, zipfile.ZipFile(tmp_path / "copy.zip", "w") as copy:
+        for name in packed.namelist():
+            copy.writestr(name.replace("Real World", spelling), packed.read(name))
+    hashes = {
+        read_manifest(prepared("office_home", source, tmp_path / source.stem)).content_hash
+        for source in (sources["office_home"], tmp_path / "copy.zip")
+    }
+    assert len(hashes) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "part", "missing"),
     [("office_home", "/Product/", "Product"), ("core50", "/s7/", "s7"), ("core50", "/s9/", "s9")],

@@ -25,8 +25,9 @@ def read(source: Path, options: Options, scratch: Path) -> Source:
     domains = chosen_domains(options, DOMAINS)
     tree, origin = open_tree(source, scratch)
     parts = {name: PurePosixPath(name).parts[-3:] for name in tree.names if is_image(name)}
-    # Copies write Real_World: a folder's name cannot have a blank everywhere.
-    placed = {name: (path[0].replace("_", " "), *path[1:]) for name, path in parts.items() if len(path) == 3}
+    # Copies write Real_World or RealWorld: a folder's name cannot have a blank everywhere.
+    spelt = {domain.replace(" ", blank): domain for domain in DOMAINS for blank in (" ", "_", "")}
+    placed = {name: (spelt.get(path[0], ""), *path[1:]) for name, path in parts.items() if len(path) == 3}
     images = by_path({name: "/".join(path) for name, path in placed.items() if path[0] in domains})
     paths = sorted(images)
     if absent := [domain for domain in domains if not any(path.startswith(f"{domain}/") for path in paths)]:
