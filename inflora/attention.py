@@ -20,7 +20,7 @@ _PROJECTIONS: tuple[dict[str, tuple[Target, ...]], ...] = (
     {"qk": ("q", "k"), "v": ("v",)},
 )
 """The layers of an attention by name, and which of q, k, v the equal parts of their outputs are."""
-_ATTENTION_ALONE = {name for layers in _PROJECTIONS for name in layers} - {"v"}
+_ATTENTION_ALONE = {"query"} | {name for layers in _PROJECTIONS for name in layers} - {"v"}
 _OTHERS: dict[Target, tuple[tuple[str, ...], ...]] = {
     "attn.proj": (("proj",), ("out_proj",), ("o_proj",)),
     "mlp.fc1": (("fc1",), ("fc1_g", "fc1_x"), ("gate_proj", "up_proj")),

@@ -115,7 +115,7 @@ def admission(example: str) -> str:
     try:
         return f"yes: {_adapted(example, ('k', 'v'))}"
     except ConfigError as error:
-        refused = str(error).partition(": ")[2]
+        refused = re.sub(r"^(backbone.name|\w+ cannot be adapted)[^:]*: ", "", str(error))
     if "adapter.targets=q,k,v" not in refused:
         return f"no: {refused}"
     return f"with `adapter.targets=q,k,v`: {_adapted(example, ('q', 'k', 'v'))}"
