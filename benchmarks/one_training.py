@@ -21,9 +21,10 @@ from inflora.data.stream import EvaluateOn
 from inflora.features import Features, features_of
 from inflora.metrics import Evaluation, accuracy_row, metrics_after
 from inflora.model import ContinualModel
+from inflora.right_answers import RightAnswers
 from inflora.setup import Setup, set_up
 from inflora.task_data import TaskData
-from inflora.training import RightAnswers, train_task
+from inflora.training import train_task
 
 
 class Fit(NamedTuple):

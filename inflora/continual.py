@@ -11,6 +11,7 @@ from inflora.config import RunConfig
 from inflora.data.stream import EvaluateOn
 from inflora.drift import Probes, drifts
 from inflora.features import features_of
+from inflora.forward_transfer import transfer
 from inflora.metrics import accuracy_row, task_aware_row
 from inflora.model import ContinualModel
 from inflora.precision import BITS
@@ -18,14 +19,13 @@ from inflora.setup import set_up
 from inflora.state import RunState
 from inflora.task_data import TaskData
 from inflora.training import Epoch, EpochDone, evaluate, train_task, trainable
-from inflora.transfer import transfer
 
 
 class TaskResult(NamedTuple):
     """All that is known when a task is done.
 
     ``metrics`` are those of ``inflora.metrics`` (final ones only after the last task), the adapter's diagnostics,
-    ``params/trainable``, ``precision/bits``, ``drift/...`` and what ``inflora.transfer`` knows of domains;
+    ``params/trainable``, ``precision/bits``, ``drift/...`` and what ``inflora.forward_transfer`` knows of domains;
     ``accuracies`` is the task's row of the accuracy matrix,
     ``task_aware`` the same with the task known; ``epochs`` are the losses of every batch and the learning rates;
     ``factors`` the adapters' A and B, which are merged by now (``<layer>.lora_A``, ``<layer>.lora_B``); ``state`` all

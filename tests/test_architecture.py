@@ -43,6 +43,7 @@ FLOORS = {
         "inflora.peft_export",
         "inflora.drift",
         "inflora.draws",
+        "inflora.right_answers",
         "inflora.predictions",
         "inflora.reproduction",
     ),
@@ -52,7 +53,7 @@ FLOORS = {
     7: ("inflora.model",),
     8: ("inflora.adapters",),
     9: ("inflora.training", "inflora.learner", "inflora.replay"),
-    10: ("inflora.integrity", "inflora.transfer"),
+    10: ("inflora.integrity", "inflora.forward_transfer"),
     11: ("inflora.setup",),
     12: ("inflora.continual", "inflora.serving"),
     # The core's own tools, and whoever else uses it.
