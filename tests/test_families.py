@@ -45,14 +45,14 @@ def settings_of(family: str, **options: Any) -> BackboneSettings:
     return BackboneSettings(name=name, pretrained=False, options=small | options)
 
 
-TRAINED = ("dinov3", "eva02, q, k and v", "siglip", "distilled", "swin")
+TRAINED = ("dinov3", "eva02, q, k and v", "distilled", "swin")
 OTHERS = [family for family, (name, _) in FAMILIES.items() if "dinov2" not in name and "_clip_" not in name]
 
 
 def run_of(tiny: RunConfig, family: str, **changes: Any) -> RunConfig:
     """The tiny run in two tasks, with another backbone."""
     config = parse_config(tiny.model_dump() | {"backbone": settings_of(family).model_dump()})
-    return override(config, {"data.tasks": 2, "optim.batch_size": 256} | changes)
+    return override(config, {"data.tasks": 2, "data.validation": 0.7} | changes)
 
 
 def images(count: int = 4) -> torch.Tensor:
@@ -225,7 +225,7 @@ def test_the_jax_release_is_no_file_of_another_class(tmp_path):
 # docs/backbones.md.
 
 
-@pytest.mark.parametrize("module", ["beit", "deit", "convit", "levit", "qwen3_vit", "tiny_vit", "mobilevit"])
+@pytest.mark.parametrize("module", ["deit", "convit", "levit", "maxxvit"])
 def test_the_page_says_of_a_kind_what_becomes_of_its_example(module):
     row = next(row for row in backbones.rows_of(backbones.PAGE.read_text()) if row.module == module)
     assert backbones.admission(row.example) == row.admitted
