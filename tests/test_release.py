@@ -204,15 +204,15 @@ def user(built, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("user")
     programs, work = folder / "env" / "bin", folder / "work"
-    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
-    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built.wheel]
-    subprocess.run([programs / "python", *install], check=True)
-    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
-    (packages / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     work.mkdir()
     ours = ("INFLORA_", "RAY_", "MLFLOW_", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     told = {**kept, "PATH": f"{programs}:{kept['PATH']}", "INFLORA_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], env=told, check=True)
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built.wheel]
+    subprocess.run([programs / "python", *install], env=told, check=True)
+    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+    (packages / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
 
     def command(line: str) -> str:
         done = subprocess.run(line.split(), cwd=work, env=told, capture_output=True, text=True, timeout=600)
