@@ -22,6 +22,7 @@ from ray.util.queue import Queue
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, method_of, override
 from inflora.continual import TaskResult
 from inflora.data.stream import EvaluateOn
+from inflora.data.tasks import in_numbers
 from inflora.files import write_atomically
 from inflora.metrics import Spread, accuracy_matrix, seen, spread
 from inflora.runs import train_into
@@ -75,7 +76,7 @@ def load_by_label(paths: list[Path]) -> dict[str, RunConfig]:
     Raises:
         ConfigError: Two configs would bear the same name, or one that MLflow does not take.
     """
-    configs = [(path, load_config(path)) for path in paths]
+    configs = [(path, in_numbers(load_config(path))) for path in paths]
     methods = [method_of(config) for _, config in configs]
     labels = [m if methods.count(m) == 1 else path.stem for m, (path, _) in zip(methods, configs, strict=True)]
     if len(set(labels)) < len(labels) or not all(re.fullmatch(r"[\w.-]+", label) for label in labels):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inflora.config import ConfigError, RunConfig, load_config, override
+from inflora.data.tasks import in_numbers
 from inflora.errors import one_line
 from inflora.presets import PRESETS
 from sweeps.engine.after.export import find_best, read_trials
@@ -99,7 +100,7 @@ def config_on(on: str) -> tuple[str, RunConfig]:
             f"--on must be a recipe (.py), a config (.yaml) or a preset, got {one_line(on, 200)!r}; "
             f"presets: {', '.join(PRESETS)}"
         )
-    return name, override(config, {"data.train_on": "train+validation"})
+    return name, override(in_numbers(config), {"data.train_on": "train+validation"})
 
 
 def _sweep_of(recipe: Path, name: str) -> Sweep:

@@ -1,6 +1,9 @@
-"""The field's protocols: names of streams."""
+"""The names that the field gives to streams of classes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +27,8 @@ from inflora.data.stream import make_stream
 from inflora.data.tasks import in_numbers
 from inflora.runs import train_into
 from inflora.setup import identity
+
+ROOT = Path(__file__).parents[1]
 
 # B0-Inc10, B50-Inc10.
 
@@ -135,3 +140,12 @@ def test_a_named_stream_must_fit_the_other_settings(change, says, tiny):
 def test_where_no_dataset_is_read_a_name_has_no_number_of_tasks():
     with pytest.raises(ConfigError, match=r"data\.tasks=B0-Inc2 has a number of tasks where a dataset is read"):
         _ = DataSettings(tasks="B0-Inc2").task_count
+
+
+@pytest.mark.e2e
+def test_a_recipe_takes_a_name_too_and_refuses_one_before_anything_is_started(digits):
+    command = [sys.executable, "sweeps/digits.py", "data.tasks=B0-Inc3", "--storage", "/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.tasks=B0-Inc3 does not divide the 10 classes of digits")
+    assert len(done.stderr.splitlines()) == 1
