@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from inflora import backbone, setup, training
+from inflora import backbone, covariance, setup, training
 from inflora.adapters import inflora as inflora_adapter
 from inflora.classifiers import make_classifier
 from inflora.config import CLASSIFIERS, METHODS, LinearSettings, RunConfig, override
@@ -314,9 +314,9 @@ def beside_every_step(do: Callable[[loader.Batch], object]) -> Plant:
     return in_the_place_of(training, "train_step", lambda *args: (do(args[-1]), real(*args))[1])
 
 
-def covariance_on_the_host(covariance: backbone.InputCovariance, width: int, device: torch.device) -> None:
-    covariance.sum_DD = torch.zeros(width, width, dtype=torch.float64)
-    covariance.count = torch.zeros((), dtype=torch.float64)
+def covariance_on_the_host(sums: covariance.InputCovariance, width: int, device: torch.device) -> None:
+    sums.sum_DD = torch.zeros(width, width, dtype=torch.float64)
+    sums.count = torch.zeros((), dtype=torch.float64)
 
 
 def written_to_after_the_copy(pixels: Tensor, device: torch.device, real=staging.copy_ahead) -> Callable[[], Tensor]:
@@ -344,7 +344,7 @@ MISTAKES: dict[str, tuple[str, Plant]] = {
     ),
     "a covariance summed on the host": (
         "raw",
-        in_the_place_of(backbone.InputCovariance, "__init__", covariance_on_the_host),
+        in_the_place_of(covariance.InputCovariance, "__init__", covariance_on_the_host),
     ),
     "a memory kept on another device": (
         "raw",
