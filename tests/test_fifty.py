@@ -41,11 +41,13 @@ def test_every_classifier_that_stands_for_its_kind_is_one_of_those_that_are_comp
     assert STREAMS["letters"].data.task_count == 50
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_inflora_keeps_nine_tenths_of_what_joint_learning_reaches(folder):
     assert final("InfLoRA, a tenth merged", folder) > 0.9 * final("joint LoRA", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_goes_on_after_its_forty_ninth_task_bit_for_bit(folder, tmp_path):
     config = training("InfLoRA, the paper's").config(folder)

@@ -79,6 +79,7 @@ def test_another_device_is_refused(typed):
     assert (done.exit_code, done.stderr) == (2, "error: --device must be cuda or cpu, got 'tpu'\n")
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_the_whole_of_it_passes_on_the_cpu(tmp_path):

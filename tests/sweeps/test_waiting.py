@@ -172,7 +172,11 @@ def test_who_reads_the_study_learns_of_it_while_a_driver_is_there(ledger, tiny_s
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("executor", "head_drives", "needs"),
-    [("inline", 0, "1 CPU"), ("train", 2, "1 CPU"), ("train", 0, "a machine with room for a trial")],
+    [
+        ("inline", 0, "1 CPU"),
+        pytest.param("train", 2, "1 CPU", marks=pytest.mark.slow),
+        pytest.param("train", 0, "a machine with room for a trial", marks=pytest.mark.slow),
+    ],
 )
 def test_a_trial_without_room_is_told_of_and_what_it_needs(
     nodes, tiny_sweep, tmp_path, monkeypatch, executor, head_drives, needs
