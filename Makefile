@@ -38,7 +38,7 @@ fuzz: $(READY)  ## malformed inputs by the hundred, each a right answer or one l
 	$(BIN)/python -m pytest -m fuzz -n auto --dist worksteal
 
 cluster: $(READY)  ## real Ray clusters, a real MLflow server, the commands as a user runs them
-	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" -n 2 --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m "(cluster or e2e) and not hosts and not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 slow: $(READY)  ## what would make `test` longer than half an hour
 	$(BIN)/python -m pytest -m slow --ignore tests/sweeps/test_chaos.py --ignore tests/sweeps/test_stops.py
