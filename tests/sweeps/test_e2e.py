@@ -103,6 +103,7 @@ def test_the_exported_config_trains_as_it_is(swept):
     )
 
 
+@pytest.mark.slow
 def test_final_sets_the_methods_side_by_side_over_seeds_with_their_models(swept):
     line = "sweeps final digits.yaml digits-frozen.yaml --seeds 0,1"
     out = ok(swept(line))
