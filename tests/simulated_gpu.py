@@ -469,7 +469,9 @@ def simulated_gpu(free_bytes: int = 80 * 2**30) -> Iterator[Gpu]:
         patch.setattr(torch, "autocast", lambda kind, *args, **options: real_autocast("cpu", *args, **options))
         for name in ("get_autocast_dtype", "is_autocast_enabled"):
             patch.setattr(torch, name, functools.partial(_of_the_cpu, getattr(torch, name)))
-        patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
+        # The second is its name in PyTorch 2.9.
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            patch.setattr(torch.optim.Optimizer, name, lambda optimizer: None, raising=False)
         patch.setattr(
             sys.modules["torch.optim.optimizer"], "_foreach_supported_types", [Tensor, torch.nn.Parameter, DeviceTensor]
         )

@@ -34,6 +34,7 @@ def training(record):
     return first.time_ms - 1000 * first.seconds, last.time_ms
 
 
+@pytest.mark.slow
 def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gpu_on(nodes, tiny_sweep, tmp_path):
     nodes(3, {"num_cpus": 1, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1}, head_drives=3)
     learns, cannot_learn = PAPER | {"optim.lr": 5e-3}, PAPER | {"optim.lr": 1e-12}

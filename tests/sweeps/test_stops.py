@@ -143,6 +143,7 @@ def test_ctrl_c_at_twenty_moments_of_the_first_seconds(recipe):
     assert_as_if_never_stopped(recipe)
 
 
+@pytest.mark.slow
 def test_kills_while_its_databases_are_made_and_ctrl_c_while_it_starts(recipe):
     assert kill_when_it_appears(recipe, set(), "/.study.db.new")
     assert kill_when_it_appears(recipe, set(), "/.mlflow.db.new")
