@@ -387,7 +387,7 @@ def _check(func: Any, packet: Any, args: Any, kwargs: Any, tensors: list[Tensor]
             if index.dtype in (torch.bool, torch.uint8):
                 gpu.synchronise("an index of truth values")
         foreign = [tensor for tensor in foreign if all(tensor is not index for index in indices)]
-    # Before 2.11 (2.9 and 2.10 were tried) PyTorch's own gradient of topk makes zeros in C++, which knows no DeviceTensor.
+    # Before 2.11 (2.9 and 2.10 were tried) topk's gradient begins with zeros made in C++, which knows no DeviceTensor.
     if packet is aten.scatter and torch.__version__ < (2, 11):
         foreign = [tensor for tensor in foreign if tensor is not args[0]]
     # As CUDA does: a single number may come from the host, but is no place to write to.

@@ -152,6 +152,7 @@ class Unbiased(BaseEstimator):
 
 
 def test_qda_over_three_tasks_answers_as_scikit_learns_on_all_images():
+    pytest.importorskip("sklearn", minversion="1.8", reason="it takes an estimator of covariances from 1.8 on")
     tasks = tasks_of()
     images = in_one(tasks)
     theirs = QuadraticDiscriminantAnalysis(solver="eigen", covariance_estimator=Unbiased())

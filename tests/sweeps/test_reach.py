@@ -83,7 +83,7 @@ def test_the_environments_address_is_asked_too(ports, monkeypatch):
         ("http://127.0.0.1:WEB", "is no MLflow server"),
         ("http://", "does not answer"),
         ("mysql://somebody:secret@localhost/runs", "needs a driver that is not installed"),
-        ("postgresql://somebody:secret@127.0.0.1:NOBODY/runs", "does not answer"),
+        ("postgresql+psycopg://somebody:secret@127.0.0.1:NOBODY/runs", "does not answer"),
         ("postgresql+nodriver://localhost/runs", "is no database URI"),
         ("sqlite:///FOLDER/none/mlflow.db", "there is no folder"),
         ("sqlite:///FOLDER", "is no file"),
