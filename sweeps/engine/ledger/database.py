@@ -100,7 +100,7 @@ def storage_to_write(url: str) -> optuna.storages.RDBStorage:
         event.listen(storage.engine, "connect", _write_ahead)
     else:
         options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
-        storage = optuna.storages.RDBStorage(_driven(url), options)
+        storage = optuna.storages.RDBStorage(with_driver(url), options)
         event.listen(storage.engine, "do_connect", partial(_connect_patiently, storage.engine.url))
     storage.engine.dispose()  # connections made before know nothing of it
     return storage
@@ -109,12 +109,12 @@ def storage_to_write(url: str) -> optuna.storages.RDBStorage:
 def storage_to_read(url: str) -> optuna.storages.RDBStorage | None:
     """The database on a server as it is; None where it has no tables of Optuna's, which are then not made."""
     options: dict[str, Any] = {"poolclass": NullPool, "connect_args": {"connect_timeout": _CONNECT_S}}
-    if not inspect(create_engine(_driven(url), **options)).has_table("version_info"):
+    if not inspect(create_engine(with_driver(url), **options)).has_table("version_info"):
         return None
-    return optuna.storages.RDBStorage(_driven(url), options, skip_compatibility_check=True, skip_table_creation=True)
+    return optuna.storages.RDBStorage(with_driver(url), options, skip_compatibility_check=True, skip_table_creation=True)
 
 
-def _driven(url: str) -> str:
+def with_driver(url: str) -> str:
     """With the driver that is installed: where none is named SQLAlchemy before 2.1 looks for an older one."""
     return url.replace("postgresql://", "postgresql+psycopg://", 1)
 

@@ -21,6 +21,7 @@ from sqlalchemy.pool import NullPool
 from inflora.config import ConfigError
 from inflora.errors import one_line
 from inflora.patience import NoAnswerError, within
+from sweeps.engine.ledger.database import with_driver
 from sweeps.engine.ledger.snapshot import snapshot
 from sweeps.engine.show.output import check_can_write
 
@@ -64,7 +65,7 @@ def reachable_study(url: str) -> None:
     Raises:
         ConfigError: It does not.
     """
-    _within(PATIENCE_S, f"--study {one_line(url, 300)}", lambda: _ask_database(url))
+    _within(PATIENCE_S, f"--study {one_line(url, 300)}", lambda: _ask_database(with_driver(url)))
 
 
 def store_scheme(uri: str) -> str:
