@@ -108,10 +108,10 @@ def storage_to_write(url: str) -> optuna.storages.RDBStorage:
 
 def storage_to_read(url: str) -> optuna.storages.RDBStorage | None:
     """The database on a server as it is; None where it has no tables of Optuna's, which are then not made."""
-    options: dict[str, Any] = {"poolclass": NullPool, "connect_args": {"connect_timeout": _CONNECT_S}}
-    if not inspect(create_engine(with_driver(url), **options)).has_table("version_info"):
+    url, options = with_driver(url), {"poolclass": NullPool, "connect_args": {"connect_timeout": _CONNECT_S}}
+    if not inspect(create_engine(url, **options)).has_table("version_info"):
         return None
-    return optuna.storages.RDBStorage(with_driver(url), options, skip_compatibility_check=True, skip_table_creation=True)
+    return optuna.storages.RDBStorage(url, options, skip_compatibility_check=True, skip_table_creation=True)
 
 
 def with_driver(url: str) -> str:
