@@ -92,7 +92,7 @@ def export(
     sweep: SweepName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The config file to write.")] = Path("best.yaml"),
     best_by: Annotated[
-        BestBy, typer.Option("--best", help="The best is the one whose score is so by estimate, or as observed.")
+        BestBy, typer.Option("--best", help="Choose the best trial by its estimated score, or by its own (observed).")
     ] = BestBy.ESTIMATE,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -195,7 +195,10 @@ def final(
         typer.Argument(metavar="CONFIG... | SWEEP", help="Exported configs to compare, or a sweep to judge first."),
     ],
     seeds: Annotated[str, typer.Option(help="Seeds to train each config with, comma-separated.")] = "0,1,2",
-    orders: Annotated[str, typer.Option(help="Class orders (seeds) to train on; default: each config's own.")] = "",
+    orders: Annotated[
+        str,
+        typer.Option(help="Class orders (seeds) to train on; default: a sweep's judge_orders, else each config's own."),
+    ] = "",
     top: Annotated[int, typer.Option(min=1, help="Of a sweep: how many of its best trials are judged.")] = 3,
     on: Annotated[
         str | None,
@@ -205,7 +208,10 @@ def final(
         str | None, typer.Option(help="With --on: a sweep there (or its export), whose settings are judged too.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and report; default: final/ in the storage.")
+        Path | None,
+        typer.Option(
+            help="Folder for runs and report; default: final/ in the sweep's folder, of configs in the storage."
+        ),
     ] = None,
     shared: Annotated[
         str | None,

@@ -226,7 +226,7 @@ def test_the_classifier_that_the_readme_adds_learns_and_is_served(tmp_path, data
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_the_pages_followed_with_a_sweep_of_two_short_trials(shell):
-    sweep = ".venv/bin/python sweeps/digits.py --num-trials 2 optim.epochs=2"
+    sweep = ".venv/bin/python sweeps/digits.py --num-trials 2 optim.epochs=1"
     follow(shell, {"make sweep": f"{sweep} && .venv/bin/sweeps export digits -o results/digits.yaml"})
 
 

@@ -48,8 +48,11 @@ AWAY_S = 10.0
 DRIVES = {"trial_driver": 1}
 """What a node offers that drives the trial that it trains."""
 
-SPARE_GB, HOG_GB = 4, 5.5
-"""The memory that may still be filled before Ray kills what learns, and what is filled to have it do so."""
+SPARE_GB, HOG_GB = 7, 8
+"""The memory that may still be filled before Ray kills what learns, and what is filled to have it do so.
+
+All that a sweep lives on takes four of it, which the machine must not be short of for longer than the fault.
+"""
 
 BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
 """Other tests run at the same time, whose memory comes and goes: it is then not filled."""

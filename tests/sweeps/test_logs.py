@@ -92,7 +92,7 @@ def test_a_trial_tells_of_its_log_before_anything_of_it_can_fail(tiny_sweep, mon
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("executor", ["inline", "train"])
+@pytest.mark.parametrize("executor", ["inline", pytest.param("train", marks=pytest.mark.slow)])
 def test_the_file_that_is_named_holds_what_the_trial_printed(tiny_sweep, tmp_path, executor):
     sweep = tiny_sweep.model_copy(update={"trials": 2, "executor": executor, "early_stopping": "none"})
     for record in run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print).records:

@@ -57,6 +57,7 @@ def test_more_drivers_than_gpus_wait_their_turn_and_a_stopped_trial_hands_its_gp
     assert max(started) < in_turn[0][1], "all three drivers were there while the first trial learnt"
 
 
+@pytest.mark.slow
 def test_fractions_fill_the_gpus_of_all_nodes_and_no_more(nodes, tiny_sweep, tmp_path):
     nodes(4, {"num_cpus": 4, "num_gpus": 1}, {"num_cpus": 4, "num_gpus": 1})
     sweep = tiny_sweep.model_copy(
