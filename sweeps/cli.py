@@ -18,6 +18,8 @@ from sweeps.engine.ledger.records import BestBy
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
 
 if TYPE_CHECKING:
+    import optuna
+
     from sweeps.engine.after.transfer import Found, Transfer
 
 app = typer.Typer(cls=OneLineGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -113,16 +115,16 @@ def export(
     records, known = read_trials(spec, study)
     best = find_best(spec, records, known, best_by)
     uri = tracking_uri or default_tracking_uri(Path(address))
-    config = export_config(spec, best, records, known, _run_id(uri, spec, best.number), best_by)
+    config = export_config(spec, best, records, known, _run_id(uri, spec, study, best.number), best_by)
     deliver(output, dump_config(config), f"{output}: trial {best.number} of {spec.name}")
 
 
-def _run_id(uri: str, sweep: Sweep, number: int) -> str | None:
+def _run_id(uri: str, sweep: Sweep, study: "optuna.Study", number: int) -> str | None:
     """The trial's MLflow run; the study alone is enough to export, so a server that is away only costs this line."""
     from sweeps.engine.show.mlflow_store import find_trial_run
 
     try:
-        return find_trial_run(uri, sweep.base.data.dataset, sweep.study_name, number)
+        return find_trial_run(uri, sweep.base.data.dataset, study, number)
     except ConfigError as error:
         print(f"without the trial's MLflow run id: {error}", file=sys.stderr)
         return None

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from inflora.config import ConfigError
 from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.ledger.trials import seal
 from sweeps.engine.show.description import NOTE
 from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.show.mirror import Mirror
@@ -205,10 +206,34 @@ def test_looking_a_run_up_changes_nothing(ledger, tiny_sweep, tmp_path):
     three_trials(ledger)
     Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
     _, (parent,), children = all_runs(sqlite_uri(tmp_path))
-    found = find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, 0)
+    found = find_trial_run(sqlite_uri(tmp_path), "digits", ledger.study, 0)
     assert found == children[0].info.run_id
-    assert find_trial_run(sqlite_uri(tmp_path), "digits", tiny_sweep.study_name, 99) is None
+    assert find_trial_run(sqlite_uri(tmp_path), "digits", ledger.study, 99) is None
     assert all_runs(sqlite_uri(tmp_path))[1][0].info.status == parent.info.status == "FINISHED"
+
+
+def test_a_sweep_that_is_begun_anew_or_by_somebody_else_has_runs_of_its_own(tiny_sweep, tmp_path):
+    uri, found = sqlite_uri(tmp_path), []
+    for folder, accuracy in (("mine", 0.9), ("theirs", 0.5)):
+        ledger = Ledger(tiny_sweep, tmp_path / folder)
+        learn_all(ledger, ledger.propose().number, [accuracy] * 5)
+        Mirror(tiny_sweep, tmp_path / folder, uri, TAGS).finish(complete=True)
+        found.append(find_trial_run(uri, "digits", ledger.study, 0))
+    client = MlflowClient(uri)
+    assert [client.get_run(run).data.metrics["acc/final"] for run in found] == [0.9, 0.5]
+    assert len({client.get_run(run).data.tags["mlflow.parentRunId"] for run in found}) == 2
+
+
+def test_a_study_of_an_earlier_version_goes_on_in_its_runs(tiny_sweep, tmp_path):
+    ledger = Ledger(tiny_sweep, tmp_path)
+    ledger.study.set_user_attr("key", seal(""))
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).sync()
+    again = Ledger(tiny_sweep, tmp_path)
+    learn_all(again, again.propose().number, [0.8] * 5)
+    Mirror(tiny_sweep, tmp_path, sqlite_uri(tmp_path), TAGS).sync()
+    _, parents, children = all_runs(sqlite_uri(tmp_path))
+    assert (len(parents), sorted(children)) == (1, [0, 1])
 
 
 def test_sending_twice_is_sending_once_also_for_a_second_driver(ledger, tiny_sweep, tmp_path):
@@ -237,7 +262,7 @@ def test_a_server_that_dies_and_returns_misses_nothing(ledger, tiny_sweep, tmp_p
         tracker.start()
         number = ledger.propose().number
         ledger.report(number, report(1, 0.9))
-        until(lambda: find_trial_run(server.uri, "digits", tiny_sweep.study_name, number))
+        until(lambda: find_trial_run(server.uri, "digits", ledger.study, number))
         server.kill()
         start = time.monotonic()
         for done in range(2, 6):
@@ -272,7 +297,7 @@ def test_a_password_is_in_nothing_that_is_said_of_a_server_that_does_not_answer(
     assert "MLflow has not taken everything" in caplog.text
     assert "127.0.0.1" in caplog.text and "secret" not in caplog.text
     with pytest.raises(ConfigError) as refused:
-        find_trial_run(uri, "digits", tiny_sweep.study_name, 0)
+        find_trial_run(uri, "digits", ledger.study, 0)
     shown = [*how_to_look(uri, "digits"), how_to_export(tmp_path, uri), str(refused.value)]
     assert [line for line in shown if "secret" in line or "127.0.0.1" not in line] == []
 
@@ -298,8 +323,8 @@ def is_over(pid):
         return True
 
 
-def steps_in_mlflow(uri, study_name, number):
-    run = find_trial_run(uri, "digits", study_name, number)
+def steps_in_mlflow(uri, study, number):
+    run = find_trial_run(uri, "digits", study, number)
     return [m.step for m in MlflowClient(uri).get_metric_history(run, "acc/seen")] if run else []
 
 
@@ -311,11 +336,11 @@ def test_a_process_that_is_killed_is_replaced_and_what_it_had_not_sent_is_sent(l
     tracker.start()
     number = ledger.propose().number
     ledger.report(number, report(1, 0.9))
-    until(lambda: steps_in_mlflow(uri, tiny_sweep.study_name, number) == [1])
+    until(lambda: steps_in_mlflow(uri, ledger.study, number) == [1])
     first = tracker.pid
     os.kill(first, signal.SIGKILL)
     ledger.report(number, report(2, 0.9))
-    until(lambda: steps_in_mlflow(uri, tiny_sweep.study_name, number) == [1, 2])
+    until(lambda: steps_in_mlflow(uri, ledger.study, number) == [1, 2])
     assert tracker.pid != first
     assert "has ended (exit code -9)" in caplog.text
     os.kill(tracker.pid, signal.SIGKILL)
@@ -374,7 +399,7 @@ def test_a_server_on_postgresql_that_dies_and_returns_misses_nothing(ledger, tin
         tracker = Tracker(tiny_sweep, tmp_path, server.uri, TAGS, every_s=0.1)
         tracker.start()
         three_trials(ledger)
-        until(lambda: find_trial_run(server.uri, "digits", tiny_sweep.study_name, 0))
+        until(lambda: find_trial_run(server.uri, "digits", ledger.study, 0))
         server.kill()
         learn_all(ledger, ledger.propose().number, [0.9, 0.9, 0.8, 0.8, 0.8])
         server = Server(tmp_path, port, store=database.uri).ready()

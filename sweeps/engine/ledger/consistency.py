@@ -7,7 +7,7 @@ import optuna
 from optuna.trial import FixedTrial, FrozenTrial
 
 from sweeps.engine.ledger.records import Outcome, TrialRecord
-from sweeps.engine.ledger.trials import bill_so_far, hours_so_far, read_records, validation_images, waiting
+from sweeps.engine.ledger.trials import bill_so_far, hours_so_far, key_of, read_records, validation_images, waiting
 from sweeps.engine.space import domains
 from sweeps.engine.space.objectives import Metric, direction, measure
 from sweeps.engine.space.spec import Sweep
@@ -19,6 +19,7 @@ def check_consistency(sweep: Sweep, study: optuna.Study) -> None:
         raise ValueError(f"it looks for another direction of {', '.join(sweep.objectives)}")
     if not (math.isfinite(hours_so_far(study)) and hours_so_far(study) >= 0):
         raise ValueError(f"its hours are {hours_so_far(study)}")
+    key_of(study)
     validation_images(study)
     waiting(study)
     bill_so_far(study)

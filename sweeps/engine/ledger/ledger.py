@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -26,6 +27,7 @@ from sweeps.engine.ledger.trials import (
     STATES,
     bill_so_far,
     hours_so_far,
+    key_of,
     new_record,
     place_of,
     read_records,
@@ -81,6 +83,8 @@ class Ledger:
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(0),  # never asked: every trial's settings are enqueued
         )
+        if not self.study.get_trials(deepcopy=False) and not key_of(self.study):
+            self.study.set_user_attr("key", seal(uuid4().hex))
         for trial in self._trials(TrialState.RUNNING):
             if "same_as" in trial.user_attrs:  # the driver died between naming the twin and dropping the trial
                 self.study.tell(trial.number, state=TrialState.FAIL)

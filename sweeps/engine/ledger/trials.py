@@ -93,6 +93,11 @@ def stored_bytes(study: optuna.Study) -> int:
     return int(unseal(study.user_attrs.get("stored_bytes", 0)))
 
 
+def key_of(study: optuna.Study) -> str:
+    """What tells a study from others of the same sweep; empty where a version before 0.2 has begun it."""
+    return str(unseal(study.user_attrs.get("key", "")))
+
+
 def validation_images(study: optuna.Study) -> int | None:
     """The number of images that all trials are judged on; None where an older version began the study.
 

@@ -33,6 +33,7 @@ from sweeps.engine.show.mlflow_store import (
     mlflow_metrics,
     params_of,
     params_of_sweep,
+    tag_of,
     tagged_runs,
 )
 from sweeps.engine.show.tracking import BEHIND, DELIVERED, CloseMessage, StartMessage
@@ -120,7 +121,7 @@ class Mirror:
     def _find_or_create_parent(self) -> str:
         self._experiment = experiment_id(self.client, self.sweep.base.data.dataset, self.sweep.objective)
         parents = []
-        for run in tagged_runs(self.client, self._experiment, "inflora.sweep", self.sweep.study_name):
+        for run in tagged_runs(self.client, self._experiment, *tag_of(self.study)):
             number = run.data.tags.get("inflora.trial")
             if number is None:
                 parents.append(run)
@@ -142,6 +143,7 @@ class Mirror:
     def _own_tags(self) -> dict[str, str]:
         return {
             "inflora.sweep": self.sweep.study_name,
+            **dict([tag_of(self.study)]),
             "inflora.objective": ", ".join(self.sweep.objectives),
             "inflora.protocol": self.sweep.protocol,
         }

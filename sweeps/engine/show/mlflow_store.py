@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from inflora.config import ConfigError, RunConfig
 from inflora.errors import one_line
 from sweeps.engine.ledger.snapshot import snapshot
+from sweeps.engine.ledger.trials import key_of
 from sweeps.engine.run.reach import reachable_store, sqlite_file, store_scheme, without_password
 from sweeps.engine.show import plots
 from sweeps.engine.show.description import NOTE
@@ -114,7 +116,13 @@ def _artifacts(uri: str) -> Path:
     return Path(named or Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").absolute()
 
 
-def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str | None:
+def tag_of(study: optuna.Study) -> tuple[str, str]:
+    """A tag that all runs of a study carry, and no others: the same sweep may have been begun anew, or elsewhere."""
+    key = key_of(study)
+    return ("inflora.study", key) if key else ("inflora.sweep", study.study_name)
+
+
+def find_trial_run(uri: str, dataset: str, study: optuna.Study, number: int) -> str | None:
     """The run id of a sweep's trial, if MLflow has it; nothing is written.
 
     Raises:
@@ -123,15 +131,15 @@ def find_trial_run(uri: str, dataset: str, study_name: str, number: int) -> str 
     reachable_store(uri)
     try:
         with _to_read(uri) as store:
-            return None if store is None else _find_trial_run(make_client(store), dataset, study_name, number)
+            return None if store is None else _find_trial_run(make_client(store), dataset, study, number)
     except Exception as error:  # foreign bytes and a foreign server: what they raise is why there is no answer
         reason = without_password(f"{one_line(uri, 300)} does not answer: {one_line(str(error), 200)}")
         raise ConfigError(f"the tracking store {reason}") from None
 
 
-def _find_trial_run(client: MlflowClient, dataset: str, study_name: str, number: int) -> str | None:
+def _find_trial_run(client: MlflowClient, dataset: str, study: optuna.Study, number: int) -> str | None:
     experiment = client.get_experiment_by_name(experiment_name(dataset))
-    runs = tagged_runs(client, experiment.experiment_id, "inflora.sweep", study_name) if experiment else []
+    runs = tagged_runs(client, experiment.experiment_id, *tag_of(study)) if experiment else []
     return next((run.info.run_id for run in runs if run.data.tags.get("inflora.trial") == str(number)), None)
 
 
