@@ -66,28 +66,31 @@ def node_of(reason: str) -> str | None:
 def change_for(failed: Sequence[Tried], retries: int, gpus_per_worker: float) -> str | None:
     """The change with which a trial that failed in these ways is tried again; None: not any more.
 
-    Tries since the last finished task count: a trial that gets on, loss after loss, ends some day. Running out of a
-    GPU's memory is deterministic where a trial has its GPUs to itself; where it shares one, a GPU of its own may be
-    enough. A machine may be full of others' processes. An unknown error is given one more try.
+    Tries since the last finished task count: a trial that gets on, loss after loss, ends some day. And those of one
+    kind: a machine that was lost, one that was full and a place that was away are three accidents, and no fault of the
+    trial's. Running out of a GPU's memory is deterministic where a trial has its GPUs to itself; where it shares one, a
+    GPU of its own may be enough. A machine may be full of others' processes. An unknown error is given one more try.
     """
-    kind, tries = kind_of(failed[-1].reason), in_vain(failed)
-    before = kind_of(failed[-2].reason) if tries > 1 else None
-    if kind is Failure.HOPELESS or tries > retries:
+    kind, reasons = kind_of(failed[-1].reason), alike_in_vain(failed)
+    is_first = len(reasons) == 1
+    if kind is Failure.HOPELESS or len(reasons) > retries:
         return None
     if kind is Failure.GPU_MEMORY and gpus_per_worker:
-        return None if gpus_per_worker >= 1 or before is kind else "with a GPU of its own"
+        return "with a GPU of its own" if gpus_per_worker < 1 and is_first else None
     if kind is Failure.NODE:
         # The same node again: there is no other.
-        return None if before is kind and node_of(failed[-2].reason) == node_of(failed[-1].reason) else "elsewhere"
-    if kind is Failure.UNKNOWN and before is not None:
+        return "elsewhere" if is_first or node_of(reasons[-2]) != node_of(reasons[-1]) else None
+    if kind is Failure.UNKNOWN and not is_first:
         return None
     is_memory = kind in (Failure.GPU_MEMORY, Failure.HOST_MEMORY)
     return "when there may be more memory" if is_memory else "from its last finished task"
 
 
-def in_vain(failed: Sequence[Tried]) -> int:
-    """The number of last tries that have not finished a task."""
-    return sum(each.tasks_done == failed[-1].tasks_done for each in failed)
+def alike_in_vain(failed: Sequence[Tried]) -> list[str]:
+    """The reasons of the last tries that have not finished a task and failed as the last one has, in kind."""
+    last = failed[-1]
+    in_vain = [each.reason for each in failed if each.tasks_done == last.tasks_done]
+    return [reason for reason in in_vain if kind_of(reason) is kind_of(last.reason)]
 
 
 def alike(reasons: Sequence[str]) -> bool:

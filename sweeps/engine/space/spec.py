@@ -155,7 +155,9 @@ class Sweep(Settings):
     reduction: Annotated[Whole, Field(ge=2, le=1_000)] = Field(
         default=2, description="1/reduction of the trials pass each rung (asha, hyperband)"
     )
-    retries: Tries = Field(default=2, description="how often a trial is tried again where that can help")
+    retries: Tries = Field(
+        default=2, description="how often a trial is tried again after failures of one kind, where that can help"
+    )
     give_up_after: Annotated[Tries, Field(ge=1)] = Field(
         default=3, description="first trials that all fail alike end the sweep"
     )
