@@ -172,6 +172,16 @@ def test_a_state_evaluated_on_other_images_is_refused(tiny, results):
         next(run(tiny, results[0].state, evaluate_on="test"))
 
 
+@pytest.mark.parametrize("name", ["content_hash", "split_hash"])
+def test_a_state_is_not_continued_on_a_store_prepared_from_other_images_or_split_otherwise(name, tiny, results):
+    state = results[3].state
+    assert len(getattr(state.data, name)) == 16
+    other, older = (state._replace(data=state.data.model_copy(update={name: said})) for said in ("0" * 16, None))
+    with pytest.raises(StateError, match="of another digits than is here"):
+        next(run(tiny, other))
+    assert len(list(run(tiny, older))) == 1
+
+
 def test_a_state_is_not_continued_on_another_backbones_weights(tiny, tmp_path):
     configs = []
     for name in "ab":
