@@ -115,6 +115,13 @@ def check(config: RunConfig) -> Replay:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
+    for name in ("mean", "std"):
+        value = getattr(config.data, name)
+        if isinstance(value, tuple) and len(value) != shape.channels:
+            raise ConfigError(
+                f"data.{name} must be one number with backbone {config.backbone.name}, which reads {shape.channels} "
+                f"channel(s), got {len(value)}"
+            )
     draws = Replay(config)
     require_device(config.device)
     return draws

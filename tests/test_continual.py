@@ -255,6 +255,8 @@ def test_training_on_the_validation_images_is_refused_while_choosing(tiny):
         ({"data.tasks": 3}, r"data\.tasks must divide the 10 classes"),
         ({"data.dataset": "mnist"}, r"unknown data\.dataset 'mnist'; known: .*digits"),
         ({"backbone": {"name": "resnet18", "pretrained": False}}, "it has no attention blocks"),
+        ({"data.mean": [0.5, 0.5, 0.5]}, r"data\.mean must be one number with backbone glyph_vit"),
+        ({"data.std": [0.5, 0.5, 0.5]}, r"data\.std must be one number with backbone glyph_vit"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused_in_one_line_before_anything_heavy(
