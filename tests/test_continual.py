@@ -207,6 +207,15 @@ def test_a_finished_run_leaves_its_config_its_state_and_its_result(tiny, results
     assert result["identity"] == identity(tiny)
 
 
+def test_resuming_a_finished_run_keeps_the_versions_that_it_was_trained_with(tiny, tmp_path, monkeypatch):
+    config = of_method(tiny, "joint")
+    train_into(tmp_path, config, "validation")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr("inflora.setup.version", lambda package: "a later one")
+    train_into(tmp_path, config, "validation", resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
 def test_resuming_a_run_that_was_killed_between_two_files_completes_it(lost, tiny, tmp_path):
     config = of_method(tiny, "joint")
