@@ -67,6 +67,9 @@ class _EndsInOneLine:
         except Abort:
             return 1
         except Exception as error:  # the last resort
+            if _is_gpu_full(error):
+                print("error: not enough GPU memory; try a smaller optim.batch_size", file=sys.stderr)
+                return MENDABLE
             print(_report(error), file=sys.stderr)
             return INTERNAL
 
@@ -89,6 +92,12 @@ def _usage(error: TyperException) -> int:
     where = f" (see {context.command_path} --help)" if context else ""
     print(f"error: {one_line(message).rstrip('.')}{where}", file=sys.stderr)
     return MENDABLE
+
+
+def _is_gpu_full(error: Exception) -> bool:
+    """True of PyTorch's error about it, which nothing raises where torch is not imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _report(error: Exception) -> str:

@@ -34,6 +34,8 @@ def facts_of(stream: Stream) -> DataFacts:
         channels=stream.manifest.channels,
         raw=stream.manifest.form == "raw",
         brightness=_brightness(stream),
+        content_hash=stream.manifest.content_hash,
+        split_hash=stream.split_hash,
     )
 
 

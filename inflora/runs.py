@@ -39,6 +39,7 @@ def train_into(
     config = in_numbers(config)
     folder = out / "state"
     state = _claim(out, resume=resume)
+    is_whole = state is not None and state.is_complete and all((out / name).exists() for name in _FILES)
     with of_folder(folder):
         for result in run(config, state, evaluate_on=evaluate_on, on_epoch=on_epoch):
             if result.factors:
@@ -49,6 +50,8 @@ def train_into(
             on_task(result)
             state = result.state
     assert state is not None and state.is_complete
+    if is_whole:  # with the versions that it was trained with
+        return state
     write_atomically(out / "config.yaml", dump_config(config).encode())
     write_atomically(out / "result.json", result_of(config, state).model_dump_json(indent=2).encode())
     return state

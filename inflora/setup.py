@@ -78,8 +78,9 @@ def _check_goes_on(config: RunConfig, state: RunState, fresh: RunState) -> None:
             "start in an empty folder"
         )
     check_state(config, state)
-    said, is_now = ((facts.classes, facts.channels, facts.raw) for facts in (state.data, fresh.data) if facts)
-    if said != is_now:
+    names = ("classes", "channels", "raw", "content_hash", "split_hash")
+    facts = [(getattr(state.data, name), getattr(fresh.data, name)) for name in names]
+    if any(said != is_now for said, is_now in facts if said is not None):  # older states know no hashes
         raise StateError(f"the saved state is of another {config.data.dataset} than is here; start in an empty folder")
 
 
@@ -114,6 +115,13 @@ def check(config: RunConfig) -> Replay:
             f"{config.data.dataset} has {manifest.channels} channels, "
             f"backbone {config.backbone.name} reads {shape.channels}"
         )
+    for name in ("mean", "std"):
+        value = getattr(config.data, name)
+        if isinstance(value, tuple) and len(value) != shape.channels:
+            raise ConfigError(
+                f"data.{name} must be one number with backbone {config.backbone.name}, which reads {shape.channels} "
+                f"channel(s), got {len(value)}"
+            )
     draws = Replay(config)
     require_device(config.device)
     return draws

@@ -34,7 +34,8 @@ class DataFacts(BaseModel):
 
     ``class_of`` has an entry for every output of the whole stream: the class, a place in ``classes``, that it means.
     ``raw``: images were stored as arrays of ``channels`` channels; otherwise as files, read as RGB. ``brightness``: the
-    least and the greatest mean pixel (0 black, 1 white) of some training images.
+    least and the greatest mean pixel (0 black, 1 white) of some training images. ``content_hash`` is the store's,
+    ``split_hash`` that of the division into training and validation images. Older versions wrote down neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,6 +45,8 @@ class DataFacts(BaseModel):
     channels: int
     raw: bool
     brightness: tuple[_Share, _Share] | None = None
+    content_hash: str | None = None
+    split_hash: str | None = None
 
     @model_validator(mode="after")
     def _grey_or_rgb(self) -> "DataFacts":

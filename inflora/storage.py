@@ -33,6 +33,8 @@ class SharedFolder:
             raise ConfigError(
                 f"shared storage must be a folder or s3://bucket/path, got {address!r}: {error}"
             ) from None
+        if isinstance(self._files, LocalFileSystem):
+            self.address = self._path  # also of file:///path
 
     @property
     def is_local(self) -> bool:

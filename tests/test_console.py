@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -51,6 +52,14 @@ def test_a_command_that_succeeds_says_only_what_it_says(kind):
 def test_a_user_s_mistake_is_one_line_and_exit_code_two(error, kind):
     result = ending(error, kind)
     assert (result.exit_code, result.stderr) == (2, f"error: {' '.join(str(error).split())}\n")
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_try_and_exit_code_two(kind):
+    result = ending(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), kind)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: not enough GPU memory; try a smaller optim.batch_size\n",
+    )
 
 
 def test_any_other_error_is_one_line_exit_code_seventy_and_a_file_with_the_traceback(kind, tmp_path, monkeypatch):

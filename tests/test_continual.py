@@ -172,6 +172,16 @@ def test_a_state_evaluated_on_other_images_is_refused(tiny, results):
         next(run(tiny, results[0].state, evaluate_on="test"))
 
 
+@pytest.mark.parametrize("name", ["content_hash", "split_hash"])
+def test_a_state_is_not_continued_on_a_store_prepared_from_other_images_or_split_otherwise(name, tiny, results):
+    state = results[3].state
+    assert len(getattr(state.data, name)) == 16
+    other, older = (state._replace(data=state.data.model_copy(update={name: said})) for said in ("0" * 16, None))
+    with pytest.raises(StateError, match="of another digits than is here"):
+        next(run(tiny, other))
+    assert len(list(run(tiny, older))) == 1
+
+
 def test_a_state_is_not_continued_on_another_backbones_weights(tiny, tmp_path):
     configs = []
     for name in "ab":
@@ -195,6 +205,15 @@ def test_a_finished_run_leaves_its_config_its_state_and_its_result(tiny, results
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == results[-1].metrics
     assert result["identity"] == identity(tiny)
+
+
+def test_resuming_a_finished_run_keeps_the_versions_that_it_was_trained_with(tiny, tmp_path, monkeypatch):
+    config = of_method(tiny, "joint")
+    train_into(tmp_path, config, "validation")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr("inflora.setup.version", lambda package: "a later one")
+    train_into(tmp_path, config, "validation", resume=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
@@ -245,6 +264,8 @@ def test_training_on_the_validation_images_is_refused_while_choosing(tiny):
         ({"data.tasks": 3}, r"data\.tasks must divide the 10 classes"),
         ({"data.dataset": "mnist"}, r"unknown data\.dataset 'mnist'; known: .*digits"),
         ({"backbone": {"name": "resnet18", "pretrained": False}}, "it has no attention blocks"),
+        ({"data.mean": [0.5, 0.5, 0.5]}, r"data\.mean must be one number with backbone glyph_vit"),
+        ({"data.std": [0.5, 0.5, 0.5]}, r"data\.std must be one number with backbone glyph_vit"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused_in_one_line_before_anything_heavy(

@@ -1,7 +1,7 @@
 """E2-LoRA: old updates let go of outputs that they hardly use, and a new task writes to those alone."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -90,10 +90,15 @@ def weights(model: ContinualModel) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(scope="module")
-def learnt(tiny: RunConfig) -> Learnt:
+def merging(share: float) -> dict[str, Any]:
+    """The tiny run's settings, of whose updates this share stays."""
+    return pair_of("e2lora") | {"adapter.merge": share}
+
+
+@pytest.fixture(scope="module", params=[1.0, 0.3])
+def learnt(tiny: RunConfig, request: pytest.FixtureRequest) -> Learnt:
     fresh = make_learner(tiny, build_backbone(tiny.backbone))[0]
-    model, adapter, data = begun(tiny, pair_of("e2lora"), 2)
+    model, adapter, data = begun(tiny, merging(request.param), 2)
     assert isinstance(adapter, E2LoRA)
     named = {name for name, _ in adapted_layers(model)}
     plain = {name: tensor for name, tensor in fresh.state_dict().items() if name.removesuffix(".weight") in named}
@@ -126,8 +131,9 @@ def test_a_task_begins_with_no_update_of_its_own(learnt):
     assert not any(layer.lora_A.any() for _, layer in adapted_layers(learnt.model) if layer.lora_A is not None)
 
 
-def test_what_a_task_changes_is_orthogonal_to_what_old_ones_keep(tiny):
-    model, adapter, data = begun(tiny, pair_of("e2lora"), 2)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_what_a_task_changes_is_orthogonal_to_what_old_ones_keep(tiny, share):
+    model, adapter, data = begun(tiny, merging(share), 3)
     assert isinstance(adapter, E2LoRA)
     old, begin = dict(adapter.kept), weights(model)
     train_task(model, adapter, data, lambda _: None)
@@ -143,8 +149,9 @@ def test_what_a_task_changes_is_orthogonal_to_what_old_ones_keep(tiny):
         )
 
 
-def test_the_factors_of_a_task_are_the_whole_change_of_the_weights(tiny):
-    model, adapter, data = begun(tiny, pair_of("e2lora"), 1)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_factors_of_a_task_are_the_whole_change_of_the_weights(tiny, share):
+    model, adapter, data = begun(tiny, merging(share), 1)
     train_task(model, adapter, data, lambda _: None)
     adapter.end_task(model, data)
     first = weights(model)

@@ -1,6 +1,7 @@
 """Prompts in a frozen vision transformer: prefixes in attention, tokens before it, and how they are matched."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from inflora.adapters import make_adapter
+from inflora.adapters.prompts import codaprompt
 from inflora.adapters.prompts.base import similarity
 from inflora.adapters.prompts.codaprompt import ComponentPrompts, orthogonal_rows, overlap
 from inflora.adapters.prompts.dualprompt import DualPrompts
@@ -135,6 +137,31 @@ def test_an_image_picks_the_prompts_with_the_nearest_keys():
     features, (penalty,) = prompts(vit, IMAGES)
     assert penalty.item() == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(features, prepended_features(vit, IMAGES, prompts.get_parameter("pool_PLD")))
+
+
+def test_keys_are_compared_in_float32_while_the_backbone_runs_in_bfloat16():
+    """Two keys whose cosines with the query, 1 and 0.99995, are one number in bfloat16."""
+    query_BD, keys_KD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.01], [1.0, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        match_BK = similarity(query_BD.bfloat16(), keys_KD)
+    assert torch.equal(match_BK, similarity(query_BD, keys_KD)) and match_BK.argmax(1).tolist() == [1]
+
+
+def test_component_weights_and_the_overlap_are_in_float32_while_the_backbone_runs_in_bfloat16(monkeypatch):
+    vit = vit_of()
+    make_promptable(vit, 1, "adapter.blocks")
+    prompts = ComponentPrompts(CODAPromptSettings(components=2, length=2, blocks=1, orthogonality=0.5))
+    prompts.begin(vit, 0, seed=0)
+    with torch.no_grad():
+        for parameter in prompts.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    seen, queries = [], query(vit, IMAGES).bfloat16()
+    monkeypatch.setattr(codaprompt, "query", lambda vit, images: queries)
+    monkeypatch.setattr(codaprompt, "prefixed", lambda vit, given: seen.append(given[0]) or nullcontext())
+    exact = prompts(vit, IMAGES).penalties
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prompts(vit, IMAGES).penalties == exact
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 def test_the_expert_of_the_nearest_key_is_asked_when_the_task_is_not_known():

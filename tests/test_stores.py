@@ -14,7 +14,7 @@ from inflora.data import DATASETS, ensure_store, prepare_store, samples, store
 from inflora.data.errors import DataError
 from inflora.data.manifest import read_manifest
 from inflora.data.source import Options
-from inflora.data.store import open_split, verify_split
+from inflora.data.store import default_root, open_split, verify_split
 from tests.test_inflora_cli import inflora, refused
 
 TRAIN = "train-00000.arrow"
@@ -38,6 +38,16 @@ def stores(tmp_path_factory) -> dict[str, Path]:
 def copy(stores, tmp_path):
     """Makes a copy of a store that can be damaged."""
     return lambda form: Path(shutil.copytree(stores[form], tmp_path / "root" / "mine"))
+
+
+def test_the_variable_of_the_stores_is_a_folder_or_says_nothing(monkeypatch):
+    for said in ("", "  "):
+        monkeypatch.setenv("INFLORA_DATA", said)
+        assert default_root() == Path.home() / ".cache" / "inflora" / "data"
+    monkeypatch.setenv("INFLORA_DATA", "~/stores")
+    assert default_root() == Path.home() / "stores"
+    monkeypatch.setenv("INFLORA_DATA", "s3://bucket/stores")
+    assert refused(inflora("data", "info", "digits"))
 
 
 def edited(folder: Path, change) -> Path:

@@ -90,13 +90,16 @@ class E2LoRA(Adapter[E2LoRASettings]):
 
         What comes back is the whole change of the weights: where an old update was let go, that is taken off.
         """
-        factors = merge_all(model, self.settings.share_merged(data.task.index))
+        share = self.settings.share_merged(data.task.index)
+        factors = merge_all(model, share)
         covariances = input_covariances(model, data, "after", centred=True)
         for name, cov_DD in covariances.items():
             lora_A, lora_B = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
             if name in self.released:
-                update = joined(self.kept[name], turned(lora_B, lora_A, cov_DD, data.task.index))
-                factors[f"{name}.lora_A"] = lora_A - self.released.pop(name).A_OD
+                # The share belongs to A: the basis stays orthonormal.
+                released, merged_A = self.released.pop(name), share * lora_A
+                update = joined(self.kept[name], turned(released.basis_OO, merged_A, cov_DD, data.task.index))
+                factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = merged_A - released.A_OD, released.basis_OO
             else:
                 update = turned(torch.eye(len(lora_B)).to(lora_B), lora_B @ lora_A, cov_DD, data.task.index)
             self.kept[name] = Update(*(broadcast(part).cpu() for part in update))

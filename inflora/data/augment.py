@@ -74,11 +74,14 @@ def sample_crops(sizes: Tensor, settings: AugmentSettings, generator: torch.Gene
 
 
 def _central_boxes(height: Tensor, width: Tensor, ratio: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """torchvision's answer when no attempt fits: the largest central box within the ratio's bounds."""
+    """torchvision's answer when no attempt fits: the largest central box within the ratio's bounds.
+
+    Of a pixel at least: torchvision's is empty where the ratio is beyond an image's side.
+    """
     too_narrow, too_wide = width / height < ratio[0], width / height > ratio[1]
     return (
-        torch.where(too_narrow, (width / ratio[0]).round(), height),
-        torch.where(too_wide, (height * ratio[1]).round(), width),
+        torch.where(too_narrow, (width / ratio[0]).round().clamp_min(1), height),
+        torch.where(too_wide, (height * ratio[1]).round().clamp_min(1), width),
     )
 
 

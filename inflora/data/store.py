@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from inflora.config import ConfigError
 from inflora.data.errors import DataError, brief
 from inflora.data.files import file_size, open_file
 from inflora.data.manifest import Form, Manifest, Shard, Split, damaged, read_manifest
@@ -47,8 +48,15 @@ class Rows(NamedTuple):
 
 
 def default_root() -> Path:
-    """The folder in which stores live unless ``data.root`` says otherwise."""
-    return Path(os.environ.get("INFLORA_DATA", Path.home() / ".cache" / "inflora" / "data"))
+    """The folder in which stores live unless ``data.root`` says otherwise: ``$INFLORA_DATA``, where that is set.
+
+    Raises:
+        ConfigError: It is a URI: copies of what lies at those need a folder of this machine.
+    """
+    root = os.environ.get("INFLORA_DATA", "")
+    if "://" in root:
+        raise ConfigError(f"$INFLORA_DATA must be a folder of this machine, got {root!r}; a URI is given as data.root")
+    return Path(root).expanduser() if root.strip() else Path.home() / ".cache" / "inflora" / "data"
 
 
 def write_shard(path: Path, rows: Rows, form: Form) -> Shard:

@@ -117,6 +117,9 @@ def test_an_address_that_is_neither_is_refused():
 def test_a_relative_folder_is_the_one_seen_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert SharedFolder("shared").address == str(tmp_path / "shared")
+    assert SharedFolder(f"file://{tmp_path}/shared").address == str(tmp_path / "shared")
+    with pytest.raises(ConfigError, match="must be a folder or s3://bucket/path"):
+        SharedFolder("file://machine/shared")
 
 
 def test_a_node_with_other_code_or_data_does_not_work(data_root):

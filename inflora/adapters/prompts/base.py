@@ -10,6 +10,7 @@ from inflora.adapters.base import Adapter
 from inflora.config import PromptSettings
 from inflora.data.loader import seeded
 from inflora.model import ContinualModel
+from inflora.precision import products
 from inflora.prompts import Prompts
 from inflora.task_data import TaskData
 
@@ -52,5 +53,9 @@ def begin_at_random(prompts: Prompts, vit: VisionTransformer, task: int, seed: i
 
 
 def similarity(query_BD: Tensor, keys_KD: Tensor) -> Tensor:
-    """Cosine of every image's query with every key (B x K)."""
-    return nn.functional.normalize(query_BD, dim=1) @ nn.functional.normalize(keys_KD, dim=1).T
+    """Cosine of every image's query with every key (B x K), in float32 whatever the backbone's products are.
+
+    Rounded to bfloat16, near keys would be equally near.
+    """
+    with products("fp32", query_BD.device):
+        return nn.functional.normalize(query_BD.float(), dim=1) @ nn.functional.normalize(keys_KD, dim=1).T

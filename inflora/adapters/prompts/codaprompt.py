@@ -11,6 +11,7 @@ from inflora.adapters.prompts.base import PromptAdapter
 from inflora.config import CODAPromptSettings
 from inflora.data.loader import seeded
 from inflora.model import ContinualModel
+from inflora.precision import products
 from inflora.prompts import Encoded, Prompts, attention, make_promptable, prefixed, query
 
 
@@ -46,16 +47,17 @@ class ComponentPrompts(Prompts):
 
     def forward(self, vit: VisionTransformer, images: Tensor, task: int | None = None) -> Encoded:
         """Also the paper's equation 8: ``orthogonality`` times the overlaps of P, K and A among themselves."""
-        query_BD = query(vit, images)
+        query_BD = query(vit, images).float()
         parts = [torch.cat(self.of_tasks(name), dim=1) for name in ("components", "keys", "attentions")]
         prefixes = {}
-        for block, (components_MLW, keys_MD, attentions_MD) in enumerate(zip(*parts, strict=True)):
-            attended_BMD = nn.functional.normalize(query_BD[:, None] * attentions_MD, dim=-1)
-            weights_BM = (attended_BMD * nn.functional.normalize(keys_MD, dim=-1)).sum(-1)
-            prompt_BLW = (weights_BM @ components_MLW).unflatten(1, (self.settings.length, -1))
-            keys_BLW, values_BLW = prompt_BLW.chunk(2, dim=1)
-            prefixes[block] = (keys_BLW, values_BLW)
-        penalty = torch.stack([overlap(part) for part in parts]).sum()
+        with products("fp32", images.device):  # as in ``similarity``
+            for block, (components_MLW, keys_MD, attentions_MD) in enumerate(zip(*parts, strict=True)):
+                attended_BMD = nn.functional.normalize(query_BD[:, None] * attentions_MD, dim=-1)
+                weights_BM = (attended_BMD * nn.functional.normalize(keys_MD, dim=-1)).sum(-1)
+                prompt_BLW = (weights_BM @ components_MLW).unflatten(1, (self.settings.length, -1))
+                keys_BLW, values_BLW = prompt_BLW.chunk(2, dim=1)
+                prefixes[block] = (keys_BLW, values_BLW)
+            penalty = torch.stack([overlap(part) for part in parts]).sum()
         with prefixed(vit, prefixes):
             return Encoded(vit(images), (self.settings.orthogonality * penalty,))
 
