@@ -96,7 +96,10 @@ class NodeWatch(Watch):
 
 
 class Watchdog(Watch):
-    """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
+    """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes.
+
+    A trial tells of its tasks, and of the epochs of long ones.
+    """
 
     every_s = 1.0  # what a stopped trial holds, the next one waits for
 
