@@ -15,7 +15,7 @@ from sweeps.engine.ledger.bill import Machine
 from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord, Waiting, now_ms, sick_nodes
-from sweeps.engine.run.actors import is_made_by_trial, remove_groups_of_dead_actors, waiting_groups
+from sweeps.engine.run.actors import remove_groups_of_dead_actors, waiting_for_room, waiting_groups
 from sweeps.engine.run.cluster import DRIVER, has_drivers, may_grow
 from sweeps.engine.run.machines import priced_machines
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
@@ -118,17 +118,19 @@ class Watchdog(Watch):
 
     def _wake(self, running: Sequence[Any]) -> None:
         now = time.monotonic()
-        self._heard = {trial.trial_id: self._heard.get(trial.trial_id, now) for trial in running}
+        actors = {trial.trial_id: trial.temporary_state.ray_actor for trial in running}
+        waiting = waiting_for_room([actor for actor in actors.values() if actor is not None])
+        # One that waits for room has nothing to say, and all its time yet when it has got it.
+        self._heard = {key: now if actor in waiting else self._heard.get(key, now) for key, actor in actors.items()}
         patience = longest_silence(self.ledger.records())
-        silent = [trial for trial in running if now - self._heard[trial.trial_id] > patience]
-        if not silent or any(is_made_by_trial(group) for group in waiting_groups()):
-            return  # one that waits for room has nothing to say
-        for trial in silent:
+        for trial in running:
+            if now - self._heard[trial.trial_id] <= patience:
+                continue
             self._heard[trial.trial_id] = now
             number, minutes = trial.config["number"], patience / 60
             self.say(f"trial {number:3d} has said nothing for {minutes:.0f} minutes and is started again")
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
+            if (actor := actors[trial.trial_id]) is not None:
+                ray.kill(actor)
 
 
 class WaitWatch(Watch):
