@@ -1,13 +1,17 @@
 """What the driver sees of its trials and machines between Tune's steps, by a clock of its own."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.core.generated import gcs_pb2
 
+from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run import actors, watch
-from sweeps.engine.run.watch import SILENT_FIRST_S, Watchdog
+from sweeps.engine.run.watch import ASK_AGAIN_S, SILENT_FIRST_S, NodeWatch, Watchdog
+
+from .conftest import Anywhere
 
 
 class Clock:
@@ -95,3 +99,100 @@ def test_a_trial_waits_for_room_whose_controller_has_made_a_group_that_waits(mon
         made = gcs_pb2.PlacementGroupTableData(creator_actor_id=bytes([maker] * 16), state=pending)
         monkeypatch.setattr(actors, "_groups", lambda made=made: [made])
         assert actors.waiting_for_room(trials) == waiting
+
+
+class Machines:
+    """Machines that answer what ``answers`` says of them, or nothing yet (None), with a shared place."""
+
+    def __init__(self, monkeypatch, folder):
+        self.place, self.answers, self.asked = SharedFolder(str(folder)), {}, []
+        monkeypatch.setattr(watch, "other_nodes", lambda: {node: f"10.0.0.{node}" for node in self.answers})
+        monkeypatch.setattr(watch, "ask", self._ask)
+        monkeypatch.setattr(
+            watch.ray, "wait", lambda asked, timeout: ([n for n in asked if self.answers[n] is not None],)
+        )
+        monkeypatch.setattr(watch, "problem_of", lambda node, answer, patience_s: self.answers[node])
+
+    def _answered(self, asked, timeout):
+        return [node for node in asked if self.answers[node] is not None], []
+
+    def _ask(self, node, address, mark, likeness):
+        assert self.place.read(mark) == b""
+        self.asked.append(node)
+        return node
+
+    @property
+    def marks(self):
+        return len(self.place.files(""))
+
+
+@pytest.fixture
+def machines(monkeypatch, tmp_path):
+    return Machines(monkeypatch, tmp_path / "shared")
+
+
+@pytest.fixture
+def watched(machines, ledger, said):
+    return NodeWatch(ledger, machines.place, Anywhere.likeness, said.append)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def test_a_machine_that_is_left_out_is_asked_again_after_a_while(machines, watched, clock, said):
+    machines.answers = {"1": "does not see /shared", "2": ""}
+    for _ in range(3):
+        watched.look([])
+    assert (sorted(machines.asked), machines.marks) == (["1", "2"], 0)
+    assert said == ["node 10.0.0.1 is left out: does not see /shared"]
+    machines.answers["1"] = ""  # the folder is mounted
+    clock.now_s += ASK_AGAIN_S - 1
+    watched.look([])
+    assert len(said) == 1 and set(watched._left_out()) == {"1"}
+    clock.now_s += 1
+    watched.look([])
+    assert machines.asked[2:] == ["1"]
+    assert said[1:] == ["node 10.0.0.1 is left out no more"] and not watched._left_out()
+    clock.now_s += ASK_AGAIN_S
+    watched.look([])
+    assert (len(machines.asked), machines.marks) == (3, 0)
+
+
+def test_a_machine_that_stays_as_it_is_stays_left_out_without_another_word(machines, watched, clock, said):
+    machines.answers = {"1": "has inflora-sweeps 0.1.0, the driver 0.2.0"}
+    for _ in range(5):
+        watched.look([])
+        clock.now_s += ASK_AGAIN_S
+    assert len(machines.asked) == 5 and len(said) == 1 and set(watched._left_out()) == {"1"}
+
+
+def test_a_machine_that_does_not_answer_leaves_no_file_behind_and_is_heard_when_it_does(machines, watched, clock, said):
+    machines.answers = {"1": None}
+    watched.look([])
+    machines.answers["2"] = None
+    clock.now_s += ASK_AGAIN_S - 1
+    watched.look([])
+    assert machines.marks == 2
+    clock.now_s += 1
+    watched.look([])
+    assert machines.marks == 1, "a machine that came later still has its time"
+    clock.now_s += ASK_AGAIN_S
+    watched.look([])
+    assert (machines.asked, machines.marks, said) == (["1", "2"], 0, [])
+    machines.answers["1"] = "does not see /shared"
+    watched.look([])
+    watched.look([])
+    assert machines.asked == ["1", "2", "1"]
+
+
+def test_a_place_that_is_away_costs_the_machines_no_question(machines, watched, said):
+    machines.answers = {"1": ""}
+    away = Path(machines.place.address)
+    away.write_text("")
+    watched.look([])
+    assert machines.asked == []
+    away.unlink()
+    watched.look([])
+    assert (machines.asked, machines.marks, said) == (["1"], 0, [])

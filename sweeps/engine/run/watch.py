@@ -1,9 +1,10 @@
 """Watches over a sweep's machines and trials while Tune runs them, between Tune's steps."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import ray
@@ -24,6 +25,8 @@ from sweeps.engine.show.progress import Callback
 
 WAITS_AFTER_S = 10.0
 """A trial that has so long no room waits for a machine, and not for another trial to hand its own on."""
+ASK_AGAIN_S = 60.0
+"""The time after which a machine that is left out is asked again, and after which no answer is expected any more."""
 SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
@@ -44,45 +47,68 @@ class Watch(Callback):
         raise NotImplementedError
 
 
+class _Question(NamedTuple):
+    """What a machine has been asked: the file that it must see, and when."""
+
+    answer: Answer
+    mark: str
+    since: float
+
+
 class NodeWatch(Watch):
-    """Asks every machine, also one that comes later, whether it can run trials; knows which are left out."""
+    """Asks every machine, also one that comes later, whether it can run trials; knows which are left out.
+
+    One that is left out is asked again: its shared folder may be mounted later than Ray starts.
+    """
 
     def __init__(self, ledger: Ledger, place: SharedFolder, likeness: Likeness, say: Callable[[str], None]) -> None:
         self.ledger, self.place, self.likeness, self.say = ledger, place, likeness, say
         self._refused: dict[str, str] = {}
-        self._known: set[str] = set()
-        self._answers: dict[str, Answer] = {}
-        self._mark = ""
+        self._ask_at: dict[str, float] = {}
+        self._open: dict[str, _Question] = {}
+        self._marks: set[str] = set()
         self._said: set[str] = set()
 
     def look(self, trials: Sequence[Any]) -> None:
-        """Ask the machines that are new, and hear those that have answered; none is waited for."""
-        nodes = other_nodes()
+        """Ask the machines that are new or left out, and hear those that have answered; none is waited for."""
+        nodes, now = other_nodes(), time.monotonic()
         with contextlib.suppress(OSError):  # the shared place is away: another time
-            self._ask(nodes)
-            self._hear()
+            self._ask(nodes, now)
+            self._hear(nodes)
+            self._delete_marks(now)
         for node_id, reason in self._left_out().items():
             if node_id in nodes and node_id not in self._said:
                 self._said.add(node_id)
                 self.say(f"node {nodes[node_id]} is left out: {one_line(reason, 400)}")
 
-    def _hear(self) -> None:
-        for node_id, answer in list(self._answers.items()):
-            if ray.wait([answer], timeout=0)[0]:
-                del self._answers[node_id]
-                if problem := problem_of(node_id, answer, 1.0):
-                    self._refused[node_id] = problem
-        if self._mark and not self._answers:
-            self.place.delete(self._mark)
-            self._mark = ""
+    def _ask(self, nodes: Mapping[str, str], now: float) -> None:
+        due = [node_id for node_id in nodes if node_id not in self._open and now >= self._ask_at.get(node_id, now)]
+        if due:
+            mark = new_mark(self.place)
+            self._marks.add(mark)
+            for node_id in due:
+                self._open[node_id] = _Question(ask(node_id, self.place.address, mark, self.likeness), mark, now)
 
-    def _ask(self, nodes: Mapping[str, str]) -> None:
-        new = nodes.keys() - self._known
-        if new and not self._mark:
-            self._mark = new_mark(self.place)
-        for node_id in new:
-            self._answers[node_id] = ask(node_id, self.place.address, self._mark, self.likeness)
-        self._known |= new
+    def _hear(self, nodes: Mapping[str, str]) -> None:
+        for node_id, question in list(self._open.items()):
+            if not ray.wait([question.answer], timeout=0)[0]:
+                continue
+            del self._open[node_id]
+            problem = problem_of(node_id, question.answer, 1.0)
+            self._ask_at[node_id] = question.since + ASK_AGAIN_S if problem else math.inf
+            if problem:
+                self._refused[node_id] = problem
+            elif self._refused.pop(node_id, ""):
+                self._said.discard(node_id)
+                self.say(f"node {nodes.get(node_id, node_id)} is left out no more")
+
+    def _delete_marks(self, now: float) -> None:
+        """Delete the files that no machine looks for, or for so long that it may never answer."""
+        wanted = {question.mark for question in self._open.values() if now - question.since < ASK_AGAIN_S}
+        for mark in self._marks - wanted:
+            with contextlib.suppress(FileNotFoundError):
+                self.place.delete(mark)
+            self._marks.remove(mark)
 
     def _left_out(self) -> dict[str, str]:
         return sick_nodes(self.ledger.records()) | self._refused
