@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from grpc import RpcError
 from ray.core.generated import gcs_pb2
+from ray.exceptions import GetTimeoutError, RaySystemError
 
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run import actors, watch
-from sweeps.engine.run.watch import ASK_AGAIN_S, SILENT_FIRST_S, NodeWatch, Watchdog
+from sweeps.engine.run.watch import ASK_AGAIN_S, SILENT_FIRST_S, CostWatch, NodeWatch, WaitWatch, Watchdog
 
 from .conftest import Anywhere
 
@@ -99,6 +101,21 @@ def test_a_trial_waits_for_room_whose_controller_has_made_a_group_that_waits(mon
         made = gcs_pb2.PlacementGroupTableData(creator_actor_id=bytes([maker] * 16), state=pending)
         monkeypatch.setattr(actors, "_groups", lambda made=made: [made])
         assert actors.waiting_for_room(trials) == waiting
+
+
+@pytest.mark.parametrize("error", [RpcError, RaySystemError("no"), GetTimeoutError("late")])
+@pytest.mark.parametrize("watches", [CostWatch, NodeWatch, WaitWatch, Watchdog])
+def test_a_head_that_is_busy_ends_no_sweep(monkeypatch, watches, error):
+    looked = []
+
+    def look(self, trials):
+        looked.append(self)
+        raise error
+
+    monkeypatch.setattr(watches, "look", look)
+    watched = watches.__new__(watches)  # whatever it knows
+    watched.on_step_begin(0, [])
+    assert looked == [watched]
 
 
 class Machines:

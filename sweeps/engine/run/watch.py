@@ -40,7 +40,9 @@ class Watch(Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.every_s
-            self.look(trials)
+            # The cluster's head is busy: another time. What a callback raises would end Tune.
+            with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):
+                self.look(trials)
 
     def look(self, trials: Sequence[Any]) -> None:
         """Look at Tune's ``trials``, or at what they run on; wait for nothing."""
@@ -138,9 +140,8 @@ class Watchdog(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Remove what dead trials have asked for, and wake those that are silent."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            remove_groups_of_dead_actors()
-            self._wake([trial for trial in trials if trial.status == "RUNNING"])
+        remove_groups_of_dead_actors()
+        self._wake([trial for trial in trials if trial.status == "RUNNING"])
 
     def _wake(self, running: Sequence[Any]) -> None:
         now = time.monotonic()
@@ -168,16 +169,15 @@ class WaitWatch(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Note which groups have waited for long, and what the autoscaler says."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            groups = waiting_groups()
-            now = now_ms()
-            self._since = {each.placement_group_id: self._since.get(each.placement_group_id, now) for each in groups}
-            late = [each for each in groups if now - self._since[each.placement_group_id] >= 1000 * WAITS_AFTER_S]
-            if not late:
-                self._tell(None)
-                return
-            since = min(self._since[each.placement_group_id] for each in late)
-            self._tell(Waiting(len(late), needs_of(late), since, autoscaler_problem()))
+        groups = waiting_groups()
+        now = now_ms()
+        self._since = {each.placement_group_id: self._since.get(each.placement_group_id, now) for each in groups}
+        late = [each for each in groups if now - self._since[each.placement_group_id] >= 1000 * WAITS_AFTER_S]
+        if not late:
+            self._tell(None)
+            return
+        since = min(self._since[each.placement_group_id] for each in late)
+        self._tell(Waiting(len(late), needs_of(late), since, autoscaler_problem()))
 
     def _tell(self, now: Waiting | None) -> None:
         before = self.ledger.waiting
@@ -198,11 +198,10 @@ class CostWatch(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Add what the time since the last look has cost, at the prices of now."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            machines = self._machines()
-            now = time.monotonic()
-            self.ledger.spend((now - self._looked) / 3600, machines)
-            self._looked = now
+        machines = self._machines()
+        now = time.monotonic()
+        self.ledger.spend((now - self._looked) / 3600, machines)
+        self._looked = now
 
     def _machines(self) -> list[Machine]:
         """None where one declares what is no price, which is said once."""
