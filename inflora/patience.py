@@ -1,12 +1,12 @@
 """Waiting for what may never answer, and for what will answer again."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
-
 T = TypeVar("T")
+_LONGEST_PAUSE_S = 15.0
 
 
 class NoAnswerError(Exception):
@@ -42,21 +42,24 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
 def patiently(seconds: float, do: Callable[[], T], warn: Callable[[str], object]) -> T:
     """The answer of ``do``, which is tried again for so many seconds while it raises OSError, as storage that is away.
 
-    ``warn`` is told why, once.
+    The seconds count from the first failure in a row; what has worked for longer than them begins a new one. ``warn``
+    is told why, once a row.
 
     Raises:
         OSError: The last one.
     """
-
-    def before_sleep(state: RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            warn(f"{state.outcome.exception()}; trying for {seconds / 60:.0f} minutes")
-
-    retry = Retrying(
-        retry=retry_if_exception_type(OSError),
-        wait=wait_exponential(multiplier=0.5, max=15),
-        stop=stop_after_delay(seconds),
-        before_sleep=before_sleep,
-        reraise=True,
-    )
-    return retry(do)
+    first, pause = None, 0.5
+    while True:
+        start = time.monotonic()
+        try:
+            return do()
+        except OSError as error:
+            now = time.monotonic()
+            if first is None or now - start > seconds:
+                first, pause = now, 0.5
+                if seconds:
+                    warn(f"{error}; trying for {seconds / 60:.0f} minutes")
+            if now - first >= seconds:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 from ray import tune
+from ray._private.state import actors as actor_table
 
 from inflora.data import DATASETS, prepare_store
 from inflora.data.source import Arrays, Dataset, Options
@@ -19,6 +21,7 @@ from sweeps.engine.ledger.failures import Failure, kind_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome
 from sweeps.engine.run import watch
+from sweeps.engine.run.actors import is_made_by_trial, waiting_for_room, waiting_groups
 from sweeps.engine.run.runner import run_sweep
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.space.spec import Resources
@@ -111,7 +114,10 @@ def test_what_a_dead_trial_has_asked_for_does_not_take_the_room_of_the_next(node
         target=lambda: result.append(run_sweep(sweep, tmp_path, sqlite(tmp_path), say=print)), daemon=True
     )
     sweeping.start()
-    wait_until(watch.some_group_waits, 90)
+    wait_until(lambda: any(map(is_made_by_trial, waiting_groups())), 90)
+    (actor_id,) = [key for key, told in actor_table().items() if told["ActorClassName"].startswith("ImplicitFunc")]
+    trial = SimpleNamespace(_actor_id=ray.ActorID(bytes.fromhex(actor_id)))
+    assert waiting_for_room([trial]) == [trial]
     kill_all("ImplicitFunc")
     wait_until(lambda: Ledger(sweep, tmp_path).record_of(0).tries, 60)
     late = subprocess.Popen(

@@ -86,6 +86,19 @@ def test_a_trial_killed_after_its_last_task_still_tells_its_result(tiny_sweep):
     assert [without_times(r) for r in again.reports] == [without_times(whole.reports[-1])]
 
 
+def test_a_trial_in_a_long_task_says_after_an_epoch_that_it_lives(tiny_sweep, monkeypatch):
+    whole, often = MemorySession(), MemorySession()
+    settings = settings_of(override(tiny_sweep.base, {"optim.epochs": 3}), tasks=2)
+    learn(settings, whole)
+    monkeypatch.setattr("sweeps.engine.run.trial.ALIVE_EVERY_S", 0.0)
+    learn(settings, often)
+    assert ["report" in told for told in whole.heard] == [True] * 2, "seldom: each costs the driver a little"
+    assert ["report" in told for told in often.heard] == [False, False, False, True] * 2
+    alive, reports = often.heard[0], [TaskReport.model_validate_json(often.heard[at]["report"]) for at in (3, 7)]
+    assert list(alive) == ["acc/seen"], "the one metric without which Tune refuses a report"
+    assert [without_times(r) for r in reports] == [without_times(r) for r in whole.reports]
+
+
 def test_a_loss_that_is_not_a_number_is_told_as_the_trials_failure(tiny_sweep):
     session = MemorySession()
     learn(settings_of(override(tiny_sweep.base, {"optim.lr": 1e30, "optim.epochs": 3})), session)

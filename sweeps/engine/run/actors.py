@@ -1,12 +1,14 @@
 """Tune and Train, told what they do not know of actors that are gone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import ray
 from ray._private.grpc_utils import init_grpc_channel
+from ray._private.state import actors as actor_table
 from ray.air.execution._internal import RayActorManager
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -58,6 +60,20 @@ def is_made_by_trial(group: Any) -> bool:
 def waiting_groups() -> list[Any]:
     """The placement groups of this driver's job that wait for room: for a trial, or for a trial's workers."""
     return [group for group in _groups() if group.state in (_State.PENDING, _State.RESCHEDULING)]
+
+
+def waiting_for_room(actors: Sequence[Any]) -> list[Any]:
+    """Those of the running trials' actors that wait for room for their workers."""
+    # The actor has made a controller, which has made the group; of the controller's maker only the address is told.
+    controllers = [group.creator_actor_id.hex() for group in waiting_groups() if is_made_by_trial(group)]
+    makers = [_told(controller).get("OwnerAddress") for controller in controllers]
+    return [actor for actor in actors if makers and _told(actor._actor_id.hex()).get("Address") in makers]
+
+
+@cache
+def _told(actor_id: str) -> Any:
+    """What Ray knows of an actor that has started, of which neither address nor maker changes any more."""
+    return actor_table(actor_id)
 
 
 def _groups() -> list[Any]:

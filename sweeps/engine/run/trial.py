@@ -4,6 +4,7 @@ In a worker of Ray Train (``train_worker``) or inside the Tune trial itself (``i
 what differs is the ``Session``, where a state comes from and where results go.
 """
 
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -19,12 +20,16 @@ from inflora.errors import one_line
 from inflora.integrity import check_state
 from inflora.state import RunState, StateError
 from inflora.storage import SharedFolder
+from inflora.training import EpochDone
 from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.run.gpu_use import Gpu, GpuMeter, gpu_of
 from sweeps.engine.run.nodes import Likeness, faults_named, require_like_driver
 from sweeps.engine.run.reports import begin_log, task_report
 from sweeps.engine.run.session import InlineSession, Session, TrainSession
 from sweeps.engine.space.spec import Resources
+
+ALIVE_EVERY_S = 60.0
+"""The least time between two signs of life: each is a report, which the driver must take."""
 
 
 def run_trial(settings: dict[str, Any], session: Session) -> None:
@@ -61,13 +66,27 @@ def learn(settings: dict[str, Any], session: Session, gpu: Gpu | None = None) ->
     left = None if tasks is None else tasks - (state.tasks_done if state else 0)
     try:
         with GpuMeter(gpu) as meter:
-            for result in islice(run(config, state), left):
+            for result in islice(run(config, state, on_epoch=signs_of_life(session)), left):
                 told = task_report(result.state, result.state.tasks_done, tasks, result.seconds, meter.take())
                 session.report(told, result.state)
     except (FloatingPointError, torch.cuda.OutOfMemoryError, MemoryError) as error:
         if distributed.world_size() > 1:
             raise  # the other workers wait for this one: only Train can end them all
         session.report({"acc/seen": 0.0, "failure": f"{type(error).__name__}: {error}"}, None)
+
+
+def signs_of_life(session: Session) -> Callable[[EpochDone], None]:
+    """What reports after an epoch that the trial lives: a task may take hours, in which nothing else is heard of it."""
+    last = time.monotonic()
+
+    def tell(_: EpochDone) -> None:
+        nonlocal last
+        # All workers or none: Train waits for a report of each, and their clocks differ.
+        if distributed.all_true(time.monotonic() - last >= ALIVE_EVERY_S):
+            session.report({"acc/seen": 0.0}, None)
+            last = time.monotonic()
+
+    return tell
 
 
 def restored(session: Session, config: RunConfig) -> tuple[RunState | None, str]:

@@ -1,9 +1,10 @@
 """Watches over a sweep's machines and trials while Tune runs them, between Tune's steps."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import ray
@@ -15,7 +16,7 @@ from sweeps.engine.ledger.bill import Machine
 from sweeps.engine.ledger.failures import alike
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TrialRecord, Waiting, now_ms, sick_nodes
-from sweeps.engine.run.actors import is_made_by_trial, remove_groups_of_dead_actors, waiting_groups
+from sweeps.engine.run.actors import remove_groups_of_dead_actors, waiting_for_room, waiting_groups
 from sweeps.engine.run.cluster import DRIVER, has_drivers, may_grow
 from sweeps.engine.run.machines import priced_machines
 from sweeps.engine.run.nodes import Answer, Likeness, ask, new_mark, other_nodes, problem_of
@@ -24,6 +25,8 @@ from sweeps.engine.show.progress import Callback
 
 WAITS_AFTER_S = 10.0
 """A trial that has so long no room waits for a machine, and not for another trial to hand its own on."""
+ASK_AGAIN_S = 60.0
+"""The time after which a machine that is left out is asked again, and after which no answer is expected any more."""
 SILENT_TASKS, SILENT_S, SILENT_FIRST_S = 10, 900.0, 3600.0
 """The longest silence of a trial: so many times the longest task so far, but at least so long; so long before any."""
 
@@ -37,52 +40,77 @@ class Watch(Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.every_s
-            self.look(trials)
+            # The cluster's head is busy: another time. What a callback raises would end Tune.
+            with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):
+                self.look(trials)
 
     def look(self, trials: Sequence[Any]) -> None:
         """Look at Tune's ``trials``, or at what they run on; wait for nothing."""
         raise NotImplementedError
 
 
+class _Question(NamedTuple):
+    """What a machine has been asked: the file that it must see, and when."""
+
+    answer: Answer
+    mark: str
+    since: float
+
+
 class NodeWatch(Watch):
-    """Asks every machine, also one that comes later, whether it can run trials; knows which are left out."""
+    """Asks every machine, also one that comes later, whether it can run trials; knows which are left out.
+
+    One that is left out is asked again: its shared folder may be mounted later than Ray starts.
+    """
 
     def __init__(self, ledger: Ledger, place: SharedFolder, likeness: Likeness, say: Callable[[str], None]) -> None:
         self.ledger, self.place, self.likeness, self.say = ledger, place, likeness, say
         self._refused: dict[str, str] = {}
-        self._known: set[str] = set()
-        self._answers: dict[str, Answer] = {}
-        self._mark = ""
+        self._ask_at: dict[str, float] = {}
+        self._open: dict[str, _Question] = {}
+        self._marks: set[str] = set()
         self._said: set[str] = set()
 
     def look(self, trials: Sequence[Any]) -> None:
-        """Ask the machines that are new, and hear those that have answered; none is waited for."""
-        nodes = other_nodes()
+        """Ask the machines that are new or left out, and hear those that have answered; none is waited for."""
+        nodes, now = other_nodes(), time.monotonic()
         with contextlib.suppress(OSError):  # the shared place is away: another time
-            self._ask(nodes)
-            self._hear()
+            self._ask(nodes, now)
+            self._hear(nodes)
+            self._delete_marks(now)
         for node_id, reason in self._left_out().items():
             if node_id in nodes and node_id not in self._said:
                 self._said.add(node_id)
                 self.say(f"node {nodes[node_id]} is left out: {one_line(reason, 400)}")
 
-    def _hear(self) -> None:
-        for node_id, answer in list(self._answers.items()):
-            if ray.wait([answer], timeout=0)[0]:
-                del self._answers[node_id]
-                if problem := problem_of(node_id, answer, 1.0):
-                    self._refused[node_id] = problem
-        if self._mark and not self._answers:
-            self.place.delete(self._mark)
-            self._mark = ""
+    def _ask(self, nodes: Mapping[str, str], now: float) -> None:
+        due = [node_id for node_id in nodes if node_id not in self._open and now >= self._ask_at.get(node_id, now)]
+        if due:
+            mark = new_mark(self.place)
+            self._marks.add(mark)
+            for node_id in due:
+                self._open[node_id] = _Question(ask(node_id, self.place.address, mark, self.likeness), mark, now)
 
-    def _ask(self, nodes: Mapping[str, str]) -> None:
-        new = nodes.keys() - self._known
-        if new and not self._mark:
-            self._mark = new_mark(self.place)
-        for node_id in new:
-            self._answers[node_id] = ask(node_id, self.place.address, self._mark, self.likeness)
-        self._known |= new
+    def _hear(self, nodes: Mapping[str, str]) -> None:
+        for node_id, question in list(self._open.items()):
+            if not ray.wait([question.answer], timeout=0)[0]:
+                continue
+            del self._open[node_id]
+            problem = problem_of(node_id, question.answer, 1.0)
+            self._ask_at[node_id] = question.since + ASK_AGAIN_S if problem else math.inf
+            if problem:
+                self._refused[node_id] = problem
+            elif self._refused.pop(node_id, ""):
+                self._said.discard(node_id)
+                self.say(f"node {nodes.get(node_id, node_id)} is left out no more")
+
+    def _delete_marks(self, now: float) -> None:
+        """Delete the files that no machine looks for, or for so long that it may never answer."""
+        wanted = {question.mark for question in self._open.values() if now - question.since < ASK_AGAIN_S}
+        for mark in self._marks - wanted:
+            with contextlib.suppress(FileNotFoundError):
+                self.place.delete(mark)
+            self._marks.remove(mark)
 
     def _left_out(self) -> dict[str, str]:
         return sick_nodes(self.ledger.records()) | self._refused
@@ -96,7 +124,10 @@ class NodeWatch(Watch):
 
 
 class Watchdog(Watch):
-    """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes."""
+    """Frees what dead trials hold, and starts a trial again that is silent for much longer than a task takes.
+
+    A trial tells of its tasks, and of the epochs of long ones.
+    """
 
     every_s = 1.0  # what a stopped trial holds, the next one waits for
 
@@ -109,23 +140,24 @@ class Watchdog(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Remove what dead trials have asked for, and wake those that are silent."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            remove_groups_of_dead_actors()
-            self._wake([trial for trial in trials if trial.status == "RUNNING"])
+        remove_groups_of_dead_actors()
+        self._wake([trial for trial in trials if trial.status == "RUNNING"])
 
     def _wake(self, running: Sequence[Any]) -> None:
         now = time.monotonic()
-        self._heard = {trial.trial_id: self._heard.get(trial.trial_id, now) for trial in running}
+        actors = {trial.trial_id: trial.temporary_state.ray_actor for trial in running}
+        waiting = waiting_for_room([actor for actor in actors.values() if actor is not None])
+        # One that waits for room has nothing to say, and all its time yet when it has got it.
+        self._heard = {key: now if actor in waiting else self._heard.get(key, now) for key, actor in actors.items()}
         patience = longest_silence(self.ledger.records())
-        silent = [trial for trial in running if now - self._heard[trial.trial_id] > patience]
-        if not silent or any(is_made_by_trial(group) for group in waiting_groups()):
-            return  # one that waits for room has nothing to say
-        for trial in silent:
+        for trial in running:
+            if now - self._heard[trial.trial_id] <= patience:
+                continue
             self._heard[trial.trial_id] = now
             number, minutes = trial.config["number"], patience / 60
             self.say(f"trial {number:3d} has said nothing for {minutes:.0f} minutes and is started again")
-            if trial.temporary_state.ray_actor is not None:
-                ray.kill(trial.temporary_state.ray_actor)
+            if (actor := actors[trial.trial_id]) is not None:
+                ray.kill(actor)
 
 
 class WaitWatch(Watch):
@@ -137,16 +169,15 @@ class WaitWatch(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Note which groups have waited for long, and what the autoscaler says."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            groups = waiting_groups()
-            now = now_ms()
-            self._since = {each.placement_group_id: self._since.get(each.placement_group_id, now) for each in groups}
-            late = [each for each in groups if now - self._since[each.placement_group_id] >= 1000 * WAITS_AFTER_S]
-            if not late:
-                self._tell(None)
-                return
-            since = min(self._since[each.placement_group_id] for each in late)
-            self._tell(Waiting(len(late), needs_of(late), since, autoscaler_problem()))
+        groups = waiting_groups()
+        now = now_ms()
+        self._since = {each.placement_group_id: self._since.get(each.placement_group_id, now) for each in groups}
+        late = [each for each in groups if now - self._since[each.placement_group_id] >= 1000 * WAITS_AFTER_S]
+        if not late:
+            self._tell(None)
+            return
+        since = min(self._since[each.placement_group_id] for each in late)
+        self._tell(Waiting(len(late), needs_of(late), since, autoscaler_problem()))
 
     def _tell(self, now: Waiting | None) -> None:
         before = self.ledger.waiting
@@ -167,11 +198,10 @@ class CostWatch(Watch):
 
     def look(self, trials: Sequence[Any]) -> None:
         """Add what the time since the last look has cost, at the prices of now."""
-        with contextlib.suppress(grpc.RpcError, ray.exceptions.RayError):  # the cluster's head is busy: another time
-            machines = self._machines()
-            now = time.monotonic()
-            self.ledger.spend((now - self._looked) / 3600, machines)
-            self._looked = now
+        machines = self._machines()
+        now = time.monotonic()
+        self.ledger.spend((now - self._looked) / 3600, machines)
+        self._looked = now
 
     def _machines(self) -> list[Machine]:
         """None where one declares what is no price, which is said once."""
