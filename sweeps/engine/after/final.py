@@ -238,7 +238,8 @@ class FinalTraining(NamedTuple):
         self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn, say: Callable[[str], None]
     ) -> list[FinalRun]:
         """The runs of these configs, trained unless they are there already."""
-        runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        placed = {label: self.resources.on_device(config) for label, config in configs.items()}
+        runs = plan(placed, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
         reachable_ray(self.address)
         check_can_write(folder)
         connect(self.address, say)
