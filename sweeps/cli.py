@@ -226,7 +226,7 @@ def final(
     tracking_uri: TrackingUri = None,
     address: Address = None,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one.")] = 0.0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one, 0 is the CPU.")] = 0.0,
 ) -> None:
     """Train the chosen configs over seeds on all training images, open the test set, report mean and spread.
 

@@ -59,7 +59,9 @@ def command_line(*sweeps: Sweep) -> typer.Typer:
         ] = None,
         workers: Annotated[int | None, typer.Option(help="Ray Train workers per trial.")] = None,
         cpus: Annotated[int | None, typer.Option(help="CPUs per worker.")] = None,
-        gpus: Annotated[float | None, typer.Option(help="GPUs per worker; a fraction shares one.")] = None,
+        gpus: Annotated[
+            float | None, typer.Option(help="GPUs per worker; a fraction shares one, 0 is the CPU.")
+        ] = None,
         **budget: Any,
     ) -> None:
         quiet_libraries()

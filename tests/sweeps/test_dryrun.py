@@ -8,7 +8,7 @@ import torch
 
 from inflora.config import ConfigError
 from inflora.gpu_check import BEYOND_A_TRIAL
-from sweeps.engine.run.cluster import THIS_MACHINE, Cluster
+from sweeps.engine.run.cluster import THIS_MACHINE, Cluster, trials_at_a_time
 from sweeps.engine.run.dry_run import (
     Timing,
     check_gpu_node,
@@ -105,6 +105,16 @@ def test_a_gpu_node_whose_gpu_does_not_work_is_named_before_a_trial_runs(tiny_sw
     (line,) = str(refused.value).splitlines()
     assert line.startswith("GPU check 'device' failed on node ") and "PyTorch finds no CUDA device here" in line
     assert not any(line.startswith("a tiny trial") for line in lines)
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(0, 1), (1, 0)])
+def test_trials_that_leave_a_clusters_gpus_alone_are_told_of(monkeypatch, gpus, said):
+    room = {"CPU": 4.0, "GPU": 1.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: room)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": room}])
+    lines: list[str] = []
+    trials_at_a_time(Resources(gpus_per_worker=gpus), "inline", lines.append)
+    assert lines == ["Ray: no GPU is asked for (--gpus), so device auto is the CPU"] * said
 
 
 def test_a_sweep_without_the_gpus_it_needs_says_so_before_it_asks_for_weights_or_writes(

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from inflora.config import dump_config
+from inflora.config import dump_config, override
 from inflora.runs import train_into
 from inflora.storage import SharedFolder
 from sweeps.cli import home_of
-from sweeps.engine.after.final import FinalRun, kept_as, train_by_way_of
+from sweeps.engine.after.final import FinalRun, FinalTraining, _train_one, kept_as, plan, train_by_way_of
+from sweeps.engine.ledger.failures import NodeFault
+from sweeps.engine.space.spec import Resources
 
 from .conftest import Recipe
 
@@ -73,6 +76,29 @@ def test_a_run_whose_machine_goes_amid_its_first_files_can_be_begun_again(
     learnt = []
     train_by_way_of(place, run, lambda result: learnt.append(result.task))
     assert learnt[-1] == 4
+
+
+def test_a_run_that_asks_for_a_gpu_does_not_train_where_pytorch_finds_none(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a1" * 28))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.3")
+    run = FinalRun("inflora", 0, override(config, {"device": "auto"}), tmp_path / "inflora-3" / "seed-0")
+    with pytest.raises(NodeFault, match=r"on node 10\.0\.0\.3 .*PyTorch finds no CUDA device here"):
+        _train_one(run, Resources(gpus_per_worker=1), None, None)
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "auto")])
+def test_runs_that_ask_for_no_gpu_are_planned_on_the_cpu_in_the_same_folders(
+    config, tmp_path, monkeypatch, gpus, device
+):
+    for name in ("reachable_ray", "connect", "trials_at_a_time", "check_nodes", "train_all"):
+        monkeypatch.setattr(f"sweeps.engine.after.final.{name}", lambda *_: None)
+    configs = {"inflora": override(config, {"device": "auto"})}
+    training = FinalTraining([0, 1], None, Resources(gpus_per_worker=gpus), None)
+    runs = training.train(configs, tmp_path, "test", print)
+    assert {run.config.device for run in runs} == {device}
+    assert [run.folder for run in runs] == [run.folder for run in plan(configs, [0, 1], tmp_path)]
 
 
 def test_what_becomes_of_a_sweep_is_kept_with_it(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from inflora.config import ConfigError
+from inflora.config import ConfigError, load_config
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.trials import seal
 from sweeps.engine.show.description import NOTE
@@ -26,6 +26,7 @@ from sweeps.engine.show.mirror import Mirror
 from sweeps.engine.show.mlflow_store import find_trial_run, how_to_export, how_to_look, make_client
 from sweeps.engine.show.tracking import StartMessage, Tracker
 from sweeps.engine.space.estimate import estimate
+from sweeps.engine.space.spec import Resources
 from tests.waiting import until
 
 from .conftest import PAPER, learn_all, report
@@ -68,6 +69,19 @@ def three_trials(ledger):
     learn_all(ledger, stopped, [0.2, 0.1])
     ledger.report(failed, report(1, 0.3))
     ledger.fail(failed, "FloatingPointError: the loss is nan")
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "auto")])
+def test_a_trials_run_says_that_it_was_on_the_cpu_where_it_asked_for_no_gpu(tiny_sweep, tmp_path, gpus, device):
+    changes = {"base": tiny_sweep.config({"device": "auto"}), "resources": Resources(gpus_per_worker=gpus)}
+    sweep = tiny_sweep.model_copy(update=changes)
+    ledger = Ledger(sweep, tmp_path)
+    learn_all(ledger, ledger.propose().number, [0.9] * 5)
+    Mirror(sweep, tmp_path, sqlite_uri(tmp_path), TAGS).finish(complete=True)
+    client, _, children = all_runs(sqlite_uri(tmp_path))
+    assert children[0].data.params["device"] == device
+    file = client.download_artifacts(children[0].info.run_id, "config.yaml", str(tmp_path))
+    assert load_config(Path(file)).device == device
 
 
 def test_the_store_holds_one_parent_and_every_trial_as_its_child(ledger, tiny_sweep, tmp_path):

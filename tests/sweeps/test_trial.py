@@ -4,15 +4,21 @@ import json
 
 import pytest
 
-from inflora.config import override
+from inflora.config import config_hash, override
 from inflora.continual import run
 from inflora.state import load_state, save_state
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport
 from sweeps.engine.run.driver import forget_if_torn
 from sweeps.engine.run.session import InlineSession
 from sweeps.engine.run.trial import learn
+from sweeps.engine.run.tune import StudySearcher
+from sweeps.engine.space.spec import Resources
 from tests.conftest import same_state
+from tests.simulated_gpu import simulated_gpu
+
+from .conftest import Anywhere
 
 
 class MemorySession:
@@ -116,6 +122,25 @@ def test_a_trial_works_where_no_test_image_can_be_read(tiny_sweep, tmp_path):
 
 def test_no_setting_of_a_trial_names_the_test_split(tiny_sweep):
     assert "test" not in json.dumps(settings_of(tiny_sweep.base))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_a_trial_of_device_auto_trains_on_a_gpu_if_it_asks_for_one(tiny_sweep, tmp_path, gpus):
+    base = override(tiny_sweep.base, {"device": "auto", "data.tasks": 2})
+    changes = {"base": base, "resources": Resources(gpus_per_worker=gpus)}
+    settings = StudySearcher(Ledger(tiny_sweep.model_copy(update=changes), tmp_path), Anywhere()).suggest("a")
+    with simulated_gpu() as gpu:
+        learn({**settings, "tasks": 1}, MemorySession())
+        assert (gpu.count.kernels > 0) == (gpus > 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "placed"), [("auto", 0, "cpu"), ("auto", 1, "auto"), ("cuda", 0, "cuda"), ("cpu", 1, "cpu")]
+)
+def test_a_config_is_the_same_on_the_device_that_its_resources_mean(tiny_sweep, device, gpus, placed):
+    config = override(tiny_sweep.base, {"device": device})
+    on_device = Resources(gpus_per_worker=gpus).on_device(config)
+    assert (on_device.device, config_hash(on_device)) == (placed, config_hash(config))
 
 
 # What is kept of a trial is damaged.

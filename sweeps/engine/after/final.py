@@ -21,6 +21,7 @@ from ray.util.queue import Queue
 
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, method_of, override
 from inflora.continual import TaskResult
+from inflora.cuda import require_cuda
 from inflora.data.stream import EvaluateOn
 from inflora.data.tasks import in_numbers
 from inflora.files import write_atomically
@@ -29,9 +30,10 @@ from inflora.runs import train_into
 from inflora.setup import check, identity, search_stream
 from inflora.state import MANIFEST, RunState, load_state
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.ledger.records import now_ms
 from sweeps.engine.run.cluster import connect, trials_at_a_time
-from sweeps.engine.run.nodes import check_nodes
+from sweeps.engine.run.nodes import check_nodes, faults_named
 from sweeps.engine.run.reach import reachable_ray
 from sweeps.engine.show import plots
 from sweeps.engine.show.description import NOTE, plain, within_limit
@@ -127,14 +129,14 @@ def train_all(
     Every node sees the runs' folders, or else a ``bucket``, from which they come here at their ends.
 
     Raises:
-        ConfigError: A folder holds a run with other settings.
+        ConfigError: A folder holds a run with other settings; a machine's GPU cannot be used.
     """
     news = Queue(actor_options={"num_cpus": 0})  # it only passes lines on, and must not take a run's CPU
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )
     address = bucket.address if bucket else None
-    waiting = {task.remote(run, resources.cpus_per_worker, news, address): run for run in runs}
+    waiting = {task.remote(run, resources, news, address): run for run in runs}
     while waiting:
         ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
         for line in news.get_nowait_batch(news.qsize()):
@@ -144,7 +146,7 @@ def train_all(
             try:
                 final = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ValueError | FloatingPointError):
+                if isinstance(error.cause, ValueError | FloatingPointError | NodeFault):
                     raise ConfigError(f"{_name(run)} in {run.folder}: {error.cause}") from None
                 raise
             if bucket:
@@ -154,12 +156,15 @@ def train_all(
     news.shutdown()
 
 
-def _train_one(run: FinalRun, threads: int, news: Queue, bucket: str | None) -> float:
+def _train_one(run: FinalRun, resources: Resources, news: Queue, bucket: str | None) -> float:
     def tell(result: TaskResult) -> None:
         done, seen_so_far = f"task {result.task + 1}/{result.state.tasks}", 100 * result.metrics["acc/seen"]
         news.put(f"{_name(run)} {done}  acc/seen {seen_so_far:.1f} %  {result.seconds:.0f} s")
 
-    torch.set_num_threads(threads)
+    if resources.gpus and run.config.device != "cpu":
+        with faults_named():
+            require_cuda()
+    torch.set_num_threads(resources.cpus_per_worker)
     if bucket:
         state = train_by_way_of(SharedFolder(bucket), run, tell)
     else:
@@ -233,7 +238,8 @@ class FinalTraining(NamedTuple):
         self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn, say: Callable[[str], None]
     ) -> list[FinalRun]:
         """The runs of these configs, trained unless they are there already."""
-        runs = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        placed = {label: self.resources.on_device(config) for label, config in configs.items()}
+        runs = plan(placed, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
         reachable_ray(self.address)
         check_can_write(folder)
         connect(self.address, say)

@@ -118,6 +118,8 @@ def trials_at_a_time(resources: Resources, executor: str, say: Callable[[str], N
     Raises:
         ConfigError: Nothing is declared and there is no room for a single trial.
     """
+    if not resources.gpus and ray.cluster_resources().get("GPU"):
+        say("Ray: no GPU is asked for (--gpus), so device auto is the CPU")
     if not may_grow():
         room, drivers = slots(resources), int(ray.cluster_resources().get(DRIVER, 0))
         if executor == "train" and 0 < drivers < room:

@@ -73,7 +73,7 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
             check_gpu_node(options, "cuda", say)
         first = sweep.config(sweep.first[0]) if sweep.first else configs[0]
         task = ray.remote(_time_here).options(**options)
-        timing, node_id = ray.get(task.remote(first, sweep.resources.cpus_per_worker))
+        timing, node_id = ray.get(task.remote(sweep.resources.on_device(first), sweep.resources.cpus_per_worker))
         prices = rate(sweep.resources, ray.nodes(), node_id)
     except ray.exceptions.RayTaskError as error:
         raise ConfigError(f"a tiny trial failed: {' '.join(str(error.cause).split())[:300]}") from None

@@ -120,7 +120,7 @@ def inline_trial(resources: Resources, trials: str) -> Callable[[dict[str, Any]]
 def train_worker(settings: dict[str, Any]) -> None:
     """Run a trial in a worker of Ray Train."""
     torch.set_num_threads(settings["threads"])
-    if torch.cuda.is_available():
+    if settings["config"]["device"] != "cpu" and torch.cuda.is_available():
         # Train shows all of a node's GPUs to each of its workers; "cuda" must mean this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
     run_trial(settings, TrainSession(SharedFolder(settings["trials"])))

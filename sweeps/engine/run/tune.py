@@ -51,7 +51,7 @@ class StudySearcher(Searcher):
             "avoid": sorted(self.nodes.to_avoid(self.ledger.record_of(proposal.number))),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
-            "config": config.model_dump(mode="json"),
+            "config": self.ledger.sweep.resources.on_device(config).model_dump(mode="json"),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

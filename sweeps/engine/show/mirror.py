@@ -158,7 +158,7 @@ class Mirror:
 
         ``reports_sent`` is None the first time; what a lost answer has left out of its run is then completed.
         """
-        config = self.sweep.config(record.settings)
+        config = self._config_of(record)
         run = self._children.get(record.number)
         if run is not None and _OUTCOME_TAG in run.data.tags and run.info.status in _STATUS.values():
             return  # sent to its end by an earlier start of this sweep
@@ -186,6 +186,9 @@ class Mirror:
         if record.outcome in _STATUS:
             self._end_child(run.info.run_id, record)
 
+    def _config_of(self, record: TrialRecord) -> RunConfig:
+        return self.sweep.resources.on_device(self.sweep.config(record.settings))
+
     def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
         assert self.parent is not None
         own = {
@@ -201,7 +204,7 @@ class Mirror:
         if record.reports:
             matrix = [report.accuracies for report in record.reports]
             log_accuracy(self.client, run_id, matrix, [report.metrics["acc/seen"] for report in record.reports])
-        self.client.log_text(run_id, dump_config(self.sweep.config(record.settings)), "config.yaml")
+        self.client.log_text(run_id, dump_config(self._config_of(record)), "config.yaml")
         self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
 
 

@@ -61,7 +61,7 @@ class Resources(Settings):
     workers: Machines = Field(default=1, description="processes of a trial, which share each batch")
     cpus_per_worker: Machines = Field(default=1, description="CPUs that each worker asks for")
     gpus_per_worker: Annotated[Number, Field(ge=0, le=1_000)] = Field(
-        default=0, description="GPUs that each worker asks for; a fraction shares one"
+        default=0, description="GPUs that each worker asks for; a fraction shares one, 0 is the CPU"
     )
 
     @model_validator(mode="after")
@@ -76,6 +76,13 @@ class Resources(Settings):
     def gpus(self) -> float:
         """The GPUs of one trial."""
         return self.workers * self.gpus_per_worker
+
+    def on_device(self, config: RunConfig) -> RunConfig:
+        """The config as it is run on these: where no GPU is asked for, ``device`` auto is the CPU.
+
+        Ray shows a machine's GPUs to whoever asks for none, too: all of them would train on the first.
+        """
+        return config if self.gpus or config.device != "auto" else config.model_copy(update={"device": "cpu"})
 
 
 class Constraint(Settings):
