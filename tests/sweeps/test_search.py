@@ -4,14 +4,16 @@ import pytest
 from pydantic import ValidationError
 
 from inflora.config import ConfigError
+from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, best_record
 from sweeps.engine.ledger.study import load_study, pareto_front
+from sweeps.engine.run.tune import StopWhenOver, StudySearcher
 from sweeps.engine.space import domains
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
 from sweeps.engine.space.spec import Sweep
 
-from .conftest import PAPER, learn_all, report
+from .conftest import PAPER, Anywhere, learn_all, report
 
 ADAPTERS = {
     "adapter.name": Choice(options=("inflora", "lora", "none")),
@@ -57,6 +59,64 @@ def test_the_first_trials_come_before_those_of_the_grid_which_are_tried_once_and
         learn_all(ledger, proposal.number, [0.9] * 5)
     assert proposed == [("gpm", 3), ("gpm", 2), ("gpm", 8), ("dualgpm", 2), ("dualgpm", 8)]
     assert ledger.why_over() == "every setting of the space has been tried"
+
+
+FOUR = {"adapter.memory": Choice(options=("gpm", "dualgpm")), "adapter.rank": Integer(low=7, high=8)}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_a_space_that_has_been_tried_is_over_when_its_last_trials_are_also_after_a_restart(
+    tiny_sweep, tmp_path, sampler
+):
+    sweep = with_changes(tiny_sweep, sampler=sampler, trials=9, space=FOUR, first=())
+    for _ in range(2):
+        ledger = Ledger(sweep, tmp_path)
+        searcher, ends = StudySearcher(ledger, Anywhere()), StopWhenOver(ledger)
+        asked = [searcher.suggest(str(slot)) for slot in range(5)]
+        assert [each and each["number"] for each in asked][-1] is None
+        assert not ends.stop_all(), "four trials run"
+    for number in [each["number"] for each in asked[:4]]:
+        assert not ends.stop_all()
+        learn_all(ledger, number, [0.9] * 5)
+    assert searcher.suggest("6") == searcher.FINISHED
+    assert ends.stop_all()
+    assert len(ledger.records()) == 4
+    ledger.take_back()
+    assert ledger.why_over() == "every setting of the space has been tried"
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_settings_that_fail_are_tried_once_more_at_the_most_in_a_space_that_has_few(tiny_sweep, tmp_path, sampler):
+    sweep = with_changes(tiny_sweep, sampler=sampler, trials=30, space=FOUR, first=())
+    failed = 0
+    for _ in range(3):
+        ledger = Ledger(sweep, tmp_path)
+        while (proposal := ledger.propose()) is not None:
+            if proposal.settings == {"adapter.memory": "gpm", "adapter.rank": 7}:
+                failed += 1
+                ledger.fail(proposal.number, "FloatingPointError: the loss is nan")
+            else:
+                learn_all(ledger, proposal.number, [0.9] * 5)
+        assert ledger.why_over() == "every setting of the space has been tried"
+    assert failed == 2
+    assert len(ledger.records()) == 5
+
+
+def test_no_setting_of_a_finite_space_is_left_out_by_bad_luck(tiny_sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_SAME_SETTINGS_TRIES", 1)
+    few = {"adapter.rank": Integer(low=1, high=12, log=True)}
+    ledger = Ledger(with_changes(tiny_sweep, sampler="random", trials=99, space=few, first=()), tmp_path)
+    ranks = []
+    while (proposal := ledger.propose()) is not None:
+        ranks.append(proposal.settings["adapter.rank"])
+        learn_all(ledger, proposal.number, [0.9] * 5)
+    assert sorted(ranks) == list(range(1, 13))
+
+
+def test_different_settings_are_all_of_a_finite_space_and_as_many_as_are_asked_for_of_another():
+    assert len(list(domains.different(FOUR, 99))) == 4
+    rows = [repr(row) for row in domains.different(ADAPTERS, 50)]
+    assert len(set(rows)) == len(rows) >= 50
 
 
 def test_a_grid_has_its_ends_on_the_scale_of_the_domain():

@@ -10,7 +10,7 @@ the value of a stopped trial must never stand beside a finished one's.
 
 import math
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -179,13 +179,14 @@ class Ledger:
         return f"the first {self.sweep.give_up_after} trials all failed alike: {reason}" if reason else ""
 
     def is_idle(self) -> bool:
-        """True while nothing runs, so that nothing can fail and be proposed again."""
-        return not self._running
+        """True while nothing runs or waits to go on, so that nothing can fail and be proposed again."""
+        return not self._running and not self._again
 
     def propose(self) -> Proposal | None:
         """The next trial, one to go on with before a new one; None when there is none now.
 
-        A sampler that has found what it likes proposes it again and again in a small space; then chance proposes.
+        A sampler that has found what it likes proposes it again and again in a small space; then chance proposes, and
+        where chance finds nothing new either, what is left is counted through.
         """
         if self.why_over():
             return None
@@ -194,11 +195,12 @@ class Ledger:
         records = self.records()
         if len(records) >= self.sweep.trials or self._exhausted:
             return None
-        # A failed trial's settings may be tried once more: it may have been the machine.
-        tried = {_key(r.settings): r.number for r in records if r.outcome is not Outcome.FAILED}
-        if self.sweep.sampler == "grid":
-            self._enqueue_next_of_grid(tried)
-        for attempt in range(_SAME_SETTINGS_TRIES):
+        tried = _tried(records)
+        is_grid = self.sweep.sampler == "grid"
+        left = self._grid if is_grid else domains.different(self.sweep.space, len(tried) + 1)
+        for attempt in range(_SAME_SETTINGS_TRIES + 1):
+            if (is_grid or attempt == _SAME_SETTINGS_TRIES) and not self._enqueue_next(left, tried):
+                break
             trial = self._ask("random" if attempt else self.sweep.sampler)
             settings = domains.suggest(self.sweep.space, trial)
             twin = tried.get(_key(settings))
@@ -209,8 +211,6 @@ class Ledger:
                 return Proposal(trial.number, settings, 0)
             trial.set_user_attr("same_as", twin)
             self.study.tell(trial, state=TrialState.FAIL)
-            if self.sweep.sampler == "grid":
-                break
         self._exhausted = True
         self._check_if_over()
         return None
@@ -225,13 +225,14 @@ class Ledger:
             self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attributes))
         return self.study.ask()
 
-    def _enqueue_next_of_grid(self, tried: Mapping[str, int]) -> None:
+    def _enqueue_next(self, left: Iterator[Mapping[str, Any]], tried: Mapping[str, int]) -> bool:
+        """Let the first of ``left`` that was not tried be the next, unless others wait; False if all were tried."""
         if self._trials(TrialState.WAITING):
-            return  # the first trials come before the grid
-        point = next((point for point in self._grid if _key(point) not in tried), None)
-        # Without a point left any that was tried ends the search: all of them have been.
-        last = point or next(iter(domains.grid(self.sweep.space, self.sweep.grid_points)))
-        self.study.enqueue_trial(last)
+            return True  # the first trials come before the grid
+        settings = next((each for each in left if _key(each) not in tried), None)
+        if settings is not None:
+            self.study.enqueue_trial(dict(settings))
+        return settings is not None
 
     def _propose_again(self, number: int) -> Proposal:
         record = self.record_of(number)
@@ -365,7 +366,8 @@ class Ledger:
             self._write_hours()
         records = self.records()
         spent = budget.why_over(self.sweep, records, self.hours(), self.stored_bytes)
-        exhausted = "every setting of the space has been tried" if self._exhausted else ""
+        # What runs is a part of the search: it is waited for.
+        exhausted = "every setting of the space has been tried" if self._exhausted and self.is_idle() else ""
         self._over = self._over or self._why_hopeless(records) or spent or exhausted
 
     def records(self) -> list[TrialRecord]:
@@ -385,3 +387,19 @@ class Ledger:
 
 def _key(settings: Mapping[str, Any]) -> str:
     return repr(sorted(settings.items()))
+
+
+def _tried(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """The settings that no new trial may have, and the trial that had them.
+
+    Those of a failed trial may be tried once more: it may have been the machine.
+    """
+    tried: dict[str, int] = {}
+    failed: set[str] = set()
+    for record in records:
+        key = _key(record.settings)
+        if record.outcome is not Outcome.FAILED or key in failed:
+            tried[key] = record.number
+        else:
+            failed.add(key)
+    return tried

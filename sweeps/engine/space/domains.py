@@ -1,7 +1,7 @@
 """Domains of settings; some settings are active only where another one was chosen so."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Annotated, Any, Literal
 
@@ -240,14 +240,28 @@ def contains(space: Space, settings: Mapping[str, Any]) -> bool:
 
 def grid(space: Space, points: int) -> list[dict[str, Scalar]]:
     """Every combination of at most ``points`` values per setting (all options of a choice)."""
-    rows: list[dict[str, Scalar]] = [{}]
+    return list(_combinations(space, lambda domain: domain.points(points)))
+
+
+def different(space: Space, count: int) -> Iterator[dict[str, Scalar]]:
+    """At least ``count`` settings that differ, or all that the space has; each is made when it is asked for."""
+    return _combinations(
+        space, lambda each: range(each.low, each.high + 1) if isinstance(each, Integer) else each.points(count)
+    )
+
+
+def _combinations(space: Space, values: Callable[[Domain], Sequence[Scalar]]) -> Iterator[dict[str, Scalar]]:
+    rows: Iterator[dict[str, Scalar]] = iter([{}])
     for path, domain in space.items():
-        rows = [
-            {**row, path: value} if domain.is_active(row) else row
-            for row in rows
-            for value in (domain.points(points) if domain.is_active(row) else [None])
-        ]
+        rows = _with_each(values(domain), path, domain, rows)
     return rows
+
+
+def _with_each(
+    values: Sequence[Scalar], path: str, domain: Domain, rows: Iterator[dict[str, Scalar]]
+) -> Iterator[dict[str, Scalar]]:
+    for row in rows:
+        yield from ({**row, path: value} for value in values) if domain.is_active(row) else (row,)
 
 
 def grid_size(space: Space, points: int) -> int:
