@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from inflora.backbone import build_backbone
 from inflora.cli import app
 from inflora.collection import TABLE, checked_reproduction, collect, overview
-from inflora.config import ConfigError, load_config
+from inflora.config import ConfigError, load_config, override
 from inflora.continual import run
 from inflora.metrics import spread
 from inflora.presets import PRESETS, Published, expected_range
@@ -83,6 +85,16 @@ def test_the_page_has_every_hash_and_the_mean_and_spread_over_seeds(done):
 
 def test_where_the_data_lie_is_told_nobody(done, data_root):
     assert [name for name, text in small_files(done).items() if str(data_root) in text] == []
+
+
+def test_of_weights_of_ones_own_it_is_told_that_they_are_and_not_where_they_lie(tmp_path):
+    config = override(PRESETS["digits-5-tiny"].config, SMALL)
+    weights = tmp_path / "a|b.safetensors"
+    save_file(build_backbone(config.backbone).state_dict(), weights)
+    out = tmp_path / "out"
+    found = reproduce("digits-5-tiny", {**SMALL, "backbone.weights": str(weights)}, [0], out, say=quiet)
+    assert found.incomparable == "the backbone's weights are a file of one's own"
+    assert [name for name, text in small_files(out).items() if str(tmp_path) in text] == []
 
 
 def test_a_reproduction_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(done, tmp_path):
