@@ -88,7 +88,9 @@ def reproduce(
         )
         write_atomically(out / "config.yaml", dump_config(found.config).encode())
         write(found, out)
-    return read_reproduction(out)
+    found = read_reproduction(out)
+    write(found, out)  # a stop may have come between the numbers and their page
+    return found
 
 
 def _done_before(preset: str, config: RunConfig, out: Path) -> list[Run]:

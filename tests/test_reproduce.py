@@ -123,6 +123,17 @@ def test_seeds_that_are_asked_for_later_join_those_that_are_done(done, tmp_path)
     assert both.runs[1] == first.runs[0]
 
 
+def test_a_page_that_a_stop_has_left_out_is_written_by_the_same_command(done, tmp_path):
+    for name, text in small_files(done).items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / PAGE).unlink()
+    reproduce("digits-5-tiny", SMALL, [0, 1], tmp_path, say=quiet)
+    after = small_files(tmp_path)
+    assert {name: after[name] for name in (PAGE, SUMMARY)} == {
+        name: small_files(done)[name] for name in (PAGE, SUMMARY)
+    }
+
+
 def refused(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
