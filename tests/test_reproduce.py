@@ -239,6 +239,33 @@ def test_what_is_collected_is_numbers_and_its_page_is_written_from_them(done, tm
     )
 
 
+def test_a_second_senders_runs_take_nobodys_place_and_more_seeds_of_the_first_join_them(done, tmp_path):
+    whole = json.loads((done / SUMMARY).read_text())
+    first = whole["runs"][0]
+    other = first | {"identity": first["identity"] | {"machine": "another"}}
+    for name, runs in {"first": [first], "second": [other], "whole": whole["runs"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SUMMARY).write_text(json.dumps(whole | {"runs": runs}))
+    kept = tmp_path / "all" / "digits-5-tiny" / SUMMARY
+    assert refused("collect", tmp_path / "all", tmp_path / "first", tmp_path / "second") and not kept.exists()
+    collect(tmp_path / "all", [tmp_path / "first"])
+    before = kept.read_bytes()
+    said = refused("collect", tmp_path / "all", tmp_path / "second")
+    assert "runs of digits-5-tiny that are there already, of seeds [0]" in said and kept.read_bytes() == before
+    collect(tmp_path / "all", [tmp_path / "whole"])
+    assert [run.seed for run in read_reproduction(kept.parent).runs] == [0, 1]
+
+
+@pytest.mark.parametrize("preset", ["digits-5-ranpac", "woven-8-lda"])
+def test_edited_settings_are_not_collected(preset, tmp_path):
+    said = json.loads((DOCS / preset / SUMMARY).read_text())
+    said["config"]["optim"]["lr"] *= 2
+    (tmp_path / SUMMARY).write_text(json.dumps(said))
+    assert f"seed 0 is said to be {preset}, and its settings are others" in refused(
+        "collect", tmp_path / "all", tmp_path
+    )
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"preset": "digits-5-tiny"}', "[" * 10_000])
 def test_what_is_no_reproduction_is_not_collected(text, tmp_path):
     (tmp_path / SUMMARY).write_text(text)
