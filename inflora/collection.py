@@ -74,7 +74,8 @@ def checked_reproduction(folder: Path) -> Reproduction:
     if found.published != preset.published:
         raise ConfigError(f"{folder}: its published numbers are not those of {found.preset}")
     for run in found.runs:
-        if run.identity.get("config_hash") != config_hash(override(preset.config, {"seed": run.seed})):
+        theirs, ours = (config_hash(override(config, {"seed": run.seed})) for config in (found.config, preset.config))
+        if run.identity.get("config_hash") != ours or theirs != ours:
             raise ConfigError(f"{folder}: seed {run.seed} is said to be {found.preset}, and its settings are others")
     return found
 
@@ -83,11 +84,21 @@ def collect(folder: Path, given: Sequence[Path]) -> str:
     """Take reproductions into a folder, write every page in it anew from its numbers, and the table; the table.
 
     Raises:
-        ConfigError: What is given is no reproduction of a preset, or not of what it says.
+        ConfigError: What is given is no reproduction of a preset, not of what it says, or would take a run's place.
     """
-    found = [checked_reproduction(each) for each in given]
-    for each in found:
-        write(each, folder / each.preset)
+    found: dict[str, Reproduction] = {}
+    for sent in given:
+        each = checked_reproduction(sent)
+        place = folder / each.preset
+        before = found.get(each.preset) or (read_reproduction(place) if (place / SUMMARY).is_file() else None)
+        if before and (lost := [run.seed for run in before.runs if run not in each.runs]):
+            raise ConfigError(
+                f"{sent} lacks runs of {each.preset} that are there already, of seeds {lost}; to have it in their "
+                f"place, give no other and remove {place}"
+            )
+        found[each.preset] = each
+    for preset, each in found.items():
+        write(each, folder / preset)
     for name in PRESETS:
         if (folder / name / SUMMARY).is_file():
             write(read_reproduction(folder / name), folder / name)

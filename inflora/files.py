@@ -74,8 +74,10 @@ def read_regular(path: Path, at_most: int = -1) -> bytes:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a crash or on a full disk.
 
+    Nothing is left of it where that fails, or is interrupted; of a process that was killed ``remove_torn`` takes it.
+
     Raises:
-        OSError: One that names the file; nothing is left of it.
+        OSError: One that names the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -84,10 +86,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from None
+        raise
+
+
+def remove_torn(folder: Path, pattern: str) -> None:
+    """Remove what processes that are gone had begun to write of files of such names."""
+    for temporary in folder.glob(f".{pattern}.*"):
+        pid = temporary.suffix.removeprefix(".")
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            temporary.unlink(missing_ok=True)
 
 
 def source_hash(*packages: str) -> str:

@@ -27,11 +27,14 @@ from inflora.runs import Result, train_into
 from inflora.setup import check
 from inflora.training import EpochDone
 
+_PLACES = ("data.root", "backbone.weights")
+"""Settings that name a place of this machine, which is nobody's business; they are no part of a run's hash."""
+
 
 def why_incomparable(preset: str, config: RunConfig, evaluate_on: str) -> str | None:
     """The reason why a run's numbers are not to be held against a preset's published ones, if there is one."""
     if config.backbone.weights:
-        return f"the backbone is {config.backbone.weights}"
+        return "the backbone's weights are a file of one's own"
     if evaluate_on != "test" or _whatever_seed(config) != _whatever_seed(find_preset(preset).config):
         return "other settings than the seed differ, or the images judged on"
     dataset = config.data.dataset
@@ -78,14 +81,16 @@ def reproduce(
         found = Reproduction(
             preset=preset,
             changes=_to_tell(changes),
-            config=override(config, {"data.root": None}),
+            config=override(config, dict.fromkeys(_PLACES)),
             published=find_preset(preset).published,
             incomparable=incomparable,
             runs=[known[done] for done in sorted(known)],
         )
         write_atomically(out / "config.yaml", dump_config(found.config).encode())
         write(found, out)
-    return read_reproduction(out)
+    found = read_reproduction(out)
+    write(found, out)  # a stop may have come between the numbers and their page
+    return found
 
 
 def _done_before(preset: str, config: RunConfig, out: Path) -> list[Run]:
@@ -125,8 +130,8 @@ def _machine(config: RunConfig) -> str:
 
 
 def _to_tell(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to be told: where this machine keeps its data is nobody's business."""
-    return {path: value for path, value in changes.items() if path != "data.root"}
+    """The settings to be told."""
+    return {path: value for path, value in changes.items() if path not in _PLACES}
 
 
 def _telling(log: Path, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from inflora.errors import UserError
-from inflora.files import read_regular, write_atomically
+from inflora.files import read_regular, remove_torn, write_atomically
 from inflora.metrics import Evaluation, metrics_after
 
 MANIFEST = "state.json"
@@ -160,6 +160,7 @@ def save_state(state: RunState, folder: Path) -> None:
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2, exclude_unset=True).encode())
     for old in set(folder.glob("tensors-*.safetensors")) - {_tensors_file(folder, sha256) for sha256 in tensors}:
         old.unlink(missing_ok=True)
+    remove_torn(folder, "tensors-*.safetensors")
 
 
 def load_state(folder: Path) -> RunState:

@@ -161,6 +161,8 @@ def test_choices_that_do_not_go_together_are_refused(settings, message):
         ("adapter.energy_end", 0.5),
         ("adapter.rank", 0),
         ("adapter.rank", 2.5),
+        ("classifier.views", True),
+        ("classifier.views", 2.0),
         ("adapter.total_tasks", 0),
         ("adapter.memory", "both"),
         ("optim.lr", 0),

@@ -235,7 +235,9 @@ def test_other_settings_are_not_compared(change):
 def test_other_weights_and_a_part_of_the_dataset_are_not_compared(whole):
     config = override(find_preset("cifar100-10").config, {"data.root": str(whole)})
     other = override(config, {"backbone.weights": "dino.pth"})
-    assert "the backbone is dino.pth" in beside_published("cifar100-10", other, "test", METRICS)[0]
+    assert (
+        "the backbone's weights are a file of one's own" in beside_published("cifar100-10", other, "test", METRICS)[0]
+    )
     declare(whole, whole=False)
     assert "is not the whole dataset" in beside_published("cifar100-10", config, "test", METRICS)[0]
 

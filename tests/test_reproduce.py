@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from inflora.backbone import build_backbone
 from inflora.cli import app
 from inflora.collection import TABLE, checked_reproduction, collect, overview
-from inflora.config import ConfigError, load_config
+from inflora.config import ConfigError, load_config, override
 from inflora.continual import run
 from inflora.metrics import spread
 from inflora.presets import PRESETS, Published, expected_range
@@ -85,6 +87,16 @@ def test_where_the_data_lie_is_told_nobody(done, data_root):
     assert [name for name, text in small_files(done).items() if str(data_root) in text] == []
 
 
+def test_of_weights_of_ones_own_it_is_told_that_they_are_and_not_where_they_lie(tmp_path):
+    config = override(PRESETS["digits-5-tiny"].config, SMALL)
+    weights = tmp_path / "a|b.safetensors"
+    save_file(build_backbone(config.backbone).state_dict(), weights)
+    out = tmp_path / "out"
+    found = reproduce("digits-5-tiny", {**SMALL, "backbone.weights": str(weights)}, [0], out, say=quiet)
+    assert found.incomparable == "the backbone's weights are a file of one's own"
+    assert [name for name, text in small_files(out).items() if str(tmp_path) in text] == []
+
+
 def test_a_reproduction_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(done, tmp_path):
     told: list[str] = []
 
@@ -109,6 +121,17 @@ def test_seeds_that_are_asked_for_later_join_those_that_are_done(done, tmp_path)
     both = reproduce("digits-5-tiny", SMALL, [0, 1], tmp_path, say=quiet)
     assert [each.seed for each in both.runs] == [0, 1]
     assert both.runs[1] == first.runs[0]
+
+
+def test_a_page_that_a_stop_has_left_out_is_written_by_the_same_command(done, tmp_path):
+    for name, text in small_files(done).items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / PAGE).unlink()
+    reproduce("digits-5-tiny", SMALL, [0, 1], tmp_path, say=quiet)
+    after = small_files(tmp_path)
+    assert {name: after[name] for name in (PAGE, SUMMARY)} == {
+        name: small_files(done)[name] for name in (PAGE, SUMMARY)
+    }
 
 
 def refused(*arguments: object) -> str:
@@ -213,6 +236,33 @@ def test_what_is_collected_is_numbers_and_its_page_is_written_from_them(done, tm
     assert f"| [digits-5-tiny](digits-5-tiny/{PAGE}) | 2 | {shown} |" in table
     assert (
         f"| [cifar100-10](cifar100-10/{PAGE}) |  | not run yet |  | 86.33 ± 0.81, the authors' released logs |" in table
+    )
+
+
+def test_a_second_senders_runs_take_nobodys_place_and_more_seeds_of_the_first_join_them(done, tmp_path):
+    whole = json.loads((done / SUMMARY).read_text())
+    first = whole["runs"][0]
+    other = first | {"identity": first["identity"] | {"machine": "another"}}
+    for name, runs in {"first": [first], "second": [other], "whole": whole["runs"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SUMMARY).write_text(json.dumps(whole | {"runs": runs}))
+    kept = tmp_path / "all" / "digits-5-tiny" / SUMMARY
+    assert refused("collect", tmp_path / "all", tmp_path / "first", tmp_path / "second") and not kept.exists()
+    collect(tmp_path / "all", [tmp_path / "first"])
+    before = kept.read_bytes()
+    said = refused("collect", tmp_path / "all", tmp_path / "second")
+    assert "runs of digits-5-tiny that are there already, of seeds [0]" in said and kept.read_bytes() == before
+    collect(tmp_path / "all", [tmp_path / "whole"])
+    assert [run.seed for run in read_reproduction(kept.parent).runs] == [0, 1]
+
+
+@pytest.mark.parametrize("preset", ["digits-5-ranpac", "woven-8-lda"])
+def test_edited_settings_are_not_collected(preset, tmp_path):
+    said = json.loads((DOCS / preset / SUMMARY).read_text())
+    said["config"]["optim"]["lr"] *= 2
+    (tmp_path / SUMMARY).write_text(json.dumps(said))
+    assert f"seed 0 is said to be {preset}, and its settings are others" in refused(
+        "collect", tmp_path / "all", tmp_path
     )
 
 

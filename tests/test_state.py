@@ -1,7 +1,10 @@
 """States on disk: whole or not there, written once where they do not change, damage noticed, nothing pickled."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from inflora import state as state_module
 from inflora.config import override
 from inflora.continual import TaskResult, run
+from inflora.files import write_atomically
 from inflora.gaussians import Gaussians
 from inflora.state import RunState, StateError, has_state, load_state, save_state
 from tests.conftest import pair_of, same_state
@@ -59,6 +63,26 @@ def test_saving_again_replaces_the_state_and_leaves_no_other_file(results, tmp_p
     save_state(results[0].state, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     assert same_state(load_state(tmp_path), results[0].state)
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed_and_another_ones_is_not(results, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    torn, under_way = (tmp_path / f".tensors-0123456789abcdef.safetensors.{pid}" for pid in (gone.pid, os.getppid()))
+    for file in (torn, under_way):
+        file.write_bytes(b"half of")
+    save_state(results[0].state, tmp_path)
+    assert not torn.exists() and under_way.exists()
+
+
+def test_of_a_write_that_is_interrupted_nothing_is_left(tmp_path, monkeypatch):
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from inflora.config.alternatives import Alternative, Alternatives
-from inflora.config.base import Epochs, Part, Rate, Scale, Weight, Width
+from inflora.config.base import Epochs, Part, Rate, Scale, Weight, Whole, Width
 
 Drift = Annotated[
     Weight | None, Field(description="ridge of the map by which old classes follow the features; None: not")
@@ -16,7 +16,7 @@ Drift = Annotated[
 """Drift compensation (arXiv 2511.09926), of classifiers that remember statistics of old classes."""
 
 Views = Annotated[
-    int, Field(ge=0, le=100, description="augmented looks at each image that it is fitted to, besides the plain one")
+    Whole, Field(ge=0, le=100, description="augmented looks at each image that it is fitted to, besides the plain one")
 ]
 """Few images say little about how the features of a class spread; each look costs a forward pass of them."""
 
