@@ -1,11 +1,14 @@
 """``cluster/gpu.yaml``: what its machines do while they are set up, and what is asked of Amazon."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import boto3
@@ -207,3 +210,52 @@ def test_the_workers_role_lets_them_do_nothing_else(on_a_worker):
     ):
         with pytest.raises(ClientError, match="AccessDenied"):
             refused()
+
+
+# The watcher of spot machines.
+
+
+@pytest.fixture
+def watcher():
+    spec = importlib.util.spec_from_file_location("spot_watcher", PROJECT / "cluster" / "spot_watcher.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_cluster_that_is_busy_is_told_again_until_the_machine_goes(watcher, monkeypatch):
+    errors, told = [ConnectionError, RuntimeError, TimeoutError], []
+
+    def drain(left_s):
+        told.append(left_s)
+        if errors:
+            raise errors.pop(0)("busy")
+
+    monkeypatch.setattr(watcher, "_drain", drain)
+    watcher.drain(datetime.now(UTC) + timedelta(seconds=120), every_s=0.0)
+    assert len(told) == 4 and all(100 < seconds <= 120 for seconds in told)
+    errors.append(ConnectionError)
+    with pytest.raises(ConnectionError):
+        watcher.drain(datetime.now(UTC), every_s=0.0)
+    assert told[4:] == [1]
+
+
+@pytest.mark.parametrize(("name", "ended"), [("spot_watcher.py", True), ("another.py", False)])
+def test_a_watcher_ends_the_one_of_an_earlier_start_and_nothing_else(watcher, tmp_path, name, ended):
+    file = tmp_path / "pid"
+    other = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()", name], stdin=-1, stdout=-1)
+    try:
+        other.stdout.readline()
+        file.write_text(str(other.pid))
+        watcher.replace_previous(file)
+        assert file.read_text() == str(os.getpid())
+        if ended:
+            assert other.wait(10) == -signal.SIGTERM
+        else:
+            assert other.poll() is None
+    finally:
+        other.communicate(b"\n")
+    watcher.replace_previous(file)  # its own number, from before a new start
+    file.write_text("nothing")
+    watcher.replace_previous(file)
+    assert file.read_text() == str(os.getpid())

@@ -175,7 +175,8 @@ class Metadata(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_a_spot_machine_that_is_taken_back_is_drained(nodes):
+def test_a_spot_machine_that_is_taken_back_is_drained(nodes, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the watcher's PID lies there
     nodes(1, {"num_cpus": 1})
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()

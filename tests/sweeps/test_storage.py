@@ -2,6 +2,7 @@
 
 import contextlib
 import pkgutil
+import shutil
 import threading
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from sweeps.engine.run.nodes import likeness, require_like_driver
 from sweeps.engine.run.preflight import TRIALS, trials_place
 from sweeps.engine.run.runner import locked
 from sweeps.engine.run.session import InlineSession
-from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, require_newest, state_of
+from sweeps.engine.run.storage import Housekeeping, begun_anew, copy_study, copy_study_at_last, state_of, take_newer
 from sweeps.engine.run.tune import StudySearcher
 from sweeps.engine.space.spec import Sweep
 from tests.conftest import same_state
@@ -132,26 +133,58 @@ def test_a_node_with_other_code_or_data_does_not_work(data_root):
         require_like_driver(ours._replace(dataset_hash="abc"))
 
 
-def test_a_head_that_another_has_gone_on_for_does_not_write_over_its_study(shared, tiny_sweep, tmp_path):
+ACCURACIES = [0.9, 0.8, 0.7, 0.6, 0.5]
+
+
+def test_a_head_that_another_has_gone_on_for_takes_its_study(shared, tiny_sweep, tmp_path):
     old, new = tmp_path / "head", tmp_path / "new-head"
     begin(tiny_sweep, old)
     copy_study(old, shared)
-    require_newest(tiny_sweep, old, shared)
+    assert not take_newer(tiny_sweep, old, shared)
     assert fetch_database(new / STUDY_FILE, shared)
     ledger = begin(tiny_sweep, new)
-    learn_all(ledger, ledger.propose().number, [0.9, 0.8, 0.7, 0.6, 0.5])
-    require_newest(tiny_sweep, new, shared)
+    learn_all(ledger, ledger.propose().number, ACCURACIES)
+    assert not take_newer(tiny_sweep, new, shared), "the copy has less"
     copy_study(new, shared)
-    require_newest(tiny_sweep, new, shared)
-    with pytest.raises(ConfigError, match=r"another head has gone on with the study in .*: of trials \[0\]"):
-        require_newest(tiny_sweep, old, shared)
+    assert not take_newer(tiny_sweep, new, shared)
+    assert take_newer(tiny_sweep, old, shared)
+    assert begin(tiny_sweep, old).records() == ledger.records()
+
+
+def test_a_head_does_not_write_over_the_study_of_another_where_both_have_gone_on(shared, tiny_sweep, tmp_path):
+    heads = [tmp_path / "head", tmp_path / "new-head"]
+    ledgers = [begin(tiny_sweep, head) for head in heads]
+    for trials, ledger in enumerate(ledgers, start=1):
+        for _ in range(trials):
+            learn_all(ledger, ledger.propose().number, ACCURACIES)
+    copy_study(heads[1], shared)
+    before = ledgers[0].records()
+    with pytest.raises(ConfigError, match=r"another head has gone on with the study in .*: of trials \[1\]"):
+        take_newer(tiny_sweep, heads[0], shared)
+    assert begin(tiny_sweep, heads[0]).records() == before
+
+
+def test_a_head_that_has_lost_its_last_writes_with_its_power_goes_on_from_the_copy(shared, tiny_sweep, tmp_path):
+    """What the disk has is an older database, with the log of its last changes beside it."""
+    head, disk = tmp_path / "head", tmp_path / "disk"
+    ledger = begin(tiny_sweep, head)
+    learn_all(ledger, ledger.propose().number, ACCURACIES)
+    running = ledger.propose().number
+    disk.mkdir()
+    for file in head.glob(f"{STUDY_FILE}*"):
+        shutil.copy(file, disk)
+    assert (disk / f"{STUDY_FILE}-wal").stat().st_size > 0
+    learn_all(ledger, running, ACCURACIES)
+    copy_study(head, shared)
+    assert take_newer(tiny_sweep, disk, shared)
+    assert begin(tiny_sweep, disk).records() == ledger.records()
 
 
 def test_a_damaged_copy_does_not_keep_a_sweep_from_going_on(shared, tiny_sweep, tmp_path):
     begin(tiny_sweep, tmp_path)
     copy_study(tmp_path, shared)
     shared.write(STUDY_FILE, b"no database")
-    require_newest(tiny_sweep, tmp_path, shared)
+    assert not take_newer(tiny_sweep, tmp_path, shared)
 
 
 # Names of states hold the settings.

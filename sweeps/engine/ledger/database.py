@@ -90,8 +90,9 @@ def storage_to_write(url: str) -> optuna.storages.RDBStorage:
     """The study's database, to write to it or to follow it.
 
     A file's write waits for the disk only now and then: a process that dies loses nothing, a machine that loses power
-    at most the last reports, which trials send again when they go on from their checkpoints. For a server that is away
-    it is waited; what it was in the middle of is raised, and the study then is as before or as after.
+    at most the last reports, which trials send again when they go on from their checkpoints, and ends, which the copy
+    in the shared place has. For a server that is away it is waited; what it was in the middle of is raised, and the
+    study then is as before or as after.
     """
     file = file_of(url)
     if file is not None:

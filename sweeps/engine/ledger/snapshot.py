@@ -104,10 +104,13 @@ def keep_database(file: Path, shared: "SharedFolder") -> None:
         shared.write(file.name, copy.read_bytes())
 
 
-def fetch_database(file: Path, shared: "SharedFolder") -> bool:
-    """Bring a database that was kept back to where it is missing; whether that was done."""
-    content = None if file.exists() else shared.read(file.name)
+def fetch_database(file: Path, shared: "SharedFolder", *, replace: bool = False) -> bool:
+    """Bring a database that was kept back to where it is missing, or is to be replaced; whether that was done."""
+    content = None if file.exists() and not replace else shared.read(file.name)
     if content is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # The log of what was there would be applied to this one; a stop between leaves a database that is missing.
+        for suffix in ("", *_SIDECARS, "-shm"):
+            file.with_name(file.name + suffix).unlink(missing_ok=True)
         write_atomically(file, content)
     return content is not None

@@ -12,7 +12,8 @@ from ray._private import ray_constants
 from inflora.config import ConfigError
 from sweeps.engine.space.spec import Resources
 
-# Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use.
+# Ray Train's start and stop are most of a short trial; these only switch off what a sweep does not use. As nobody
+# watches for drained nodes, a trial on one learns on until the machine goes.
 _QUICK_TRAIN = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",

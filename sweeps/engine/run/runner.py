@@ -27,7 +27,7 @@ from sweeps.engine.run.storage import (
     copy_study,
     copy_study_at_last,
     mlflow_kept,
-    require_newest,
+    take_newer,
 )
 from sweeps.engine.run.tune import run_trials
 from sweeps.engine.run.watch import NodeWatch
@@ -88,12 +88,16 @@ def run_sweep(
 def _open_ledger(
     sweep: Sweep, folder: Path, ready: Ready, warm_start: WarmStart | None, say: Callable[[str], None]
 ) -> Ledger:
-    """The ledger in ``folder``, from its backup where the folder was lost with its machine."""
+    """The ledger in ``folder``, from its backup where the folder was lost with its machine, or is behind it."""
     keep_url(folder, ready.study)
     file = file_of(ready.study)
-    if file is not None and ready.place.when_there(lambda: fetch_database(file, ready.place)):
+
+    def take() -> bool:
+        fetched = file is not None and fetch_database(file, ready.place)
+        return fetched or take_newer(sweep, folder, ready.place)
+
+    if ready.place.when_there(take):
         say(f"sweep {sweep.name}: the study is the one kept in {ready.place.address}")
-    ready.place.when_there(lambda: require_newest(sweep, folder, ready.place))
     ledger = Ledger(sweep, folder, ready.stored_bytes)
     ledger.note_images(ready.images)
     ledger.note_place(ready.place.address)

@@ -91,29 +91,37 @@ def begun_anew(sweep: Sweep, records: Sequence[TrialRecord], place: SharedFolder
     return sorted(running[name] for name in place.folders(TRIALS) & set(running))
 
 
-def require_newest(sweep: Sweep, folder: Path, place: SharedFolder) -> None:
-    """Check that the study in ``folder`` knows of all the ends of trials that its copy in the place knows of.
+def take_newer(sweep: Sweep, folder: Path, place: SharedFolder) -> bool:
+    """Take the copy of the study in the place where it has gone on from the one in ``folder``; whether that was done.
+
+    So it has when this machine lost power, and with it the last writes, or when another head went on meanwhile.
 
     Raises:
-        ConfigError: Another head has gone on with the copy, and this one would write over that.
+        ConfigError: Both have gone on, and this one would write over the other.
     """
     url = study_url(folder)
-    study = check_study(sweep, url)
-    if study is None or place.address == str(folder) or file_of(url) is None:
-        return
+    study, file = check_study(sweep, url), file_of(url)
+    if study is None or place.address == str(folder) or file is None:
+        return False
     try:
         copy = read_kept(place.address).study
     except ConfigError:
-        return  # there is none yet, or a damaged one, which is written anew
-    if elsewhere := _ended(copy) - _ended(study):
+        return False  # there is none yet, or a damaged one, which is written anew
+    ours, theirs = _ended(study), _ended(copy)
+    elsewhere = theirs.keys() - ours.keys()
+    if elsewhere and any(theirs.get(number) != end for number, end in ours.items()):
         raise ConfigError(
             f"another head has gone on with the study in {place.address}: of trials {sorted(elsewhere)} {folder} does "
-            "not know the end; remove that folder to go on with the study in the shared place"
+            "not know the end, and it knows ends that are not there; remove that folder to go on with the study in the "
+            "shared place"
         )
+    return bool(elsewhere) and fetch_database(file, place, replace=True)
 
 
-def _ended(study: optuna.Study) -> set[int]:
-    return {record.number for record in read_records(study) if record.outcome is not Outcome.RUNNING}
+def _ended(study: optuna.Study) -> dict[int, tuple[dict[str, Any], int | None]]:
+    """Settings and end of the trials that have ended."""
+    records = read_records(study)
+    return {r.number: (r.settings, r.end_ms) for r in records if r.outcome is not Outcome.RUNNING}
 
 
 def copy_study(folder: Path, place: SharedFolder) -> None:
