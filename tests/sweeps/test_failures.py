@@ -187,7 +187,14 @@ def test_one_other_end_among_the_first_lets_the_sweep_go_on(ledger, reasons):
 
 def test_failures_are_alike_whatever_their_numbers():
     assert alike([NAN, NAN.replace("epoch 3 is nan", "epoch 17 is nan")])
+    assert alike(["took 12345678.5 s", "took 1.5 s"])
     assert not alike([NAN, STRANGE])
+
+
+def test_failures_are_alike_on_whatever_machines_they_are():
+    assert alike([at_fault(HERE), at_fault("0f3e" * 14).replace("10.0.0.3", "10.0.12.4")])
+    assert alike([f"The actor {actor} died." for actor in ("c0ffee" * 6, "1e5a" * 8)])
+    assert not alike([at_fault(HERE), at_fault(HERE).replace("DataError", "ConfigError")])
 
 
 def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
