@@ -17,8 +17,12 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
 
 
 def without_password(text: str) -> str:
-    """A URI, or a text that names some, as it may be shown."""
-    return re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)
+    """A URI, or a text that names some, as it may be shown.
+
+    Any value of its query may be a secret, or hold one: drivers take passwords there by names of their own.
+    """
+    masked = re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)
+    return re.sub(r"([?&;][^\s=?&;]*=)[^\s&;]+", r"\1***", masked)
 
 
 class UserError(ValueError):

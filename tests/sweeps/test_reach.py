@@ -116,8 +116,14 @@ def test_a_tracking_store_that_cannot_be_used_is_one_line_within_seconds(ports, 
     [
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("http://me@host:5000", "http://me@host:5000"),
-        ("mysql+pymysql://me:se@c/ret@host/runs?x=1", "mysql+pymysql://me:***@host/runs?x=1"),
+        ("mysql+pymysql://me:se@c/ret@host/runs?x=1", "mysql+pymysql://me:***@host/runs?x=***"),
         ("me:secret@host", "me:***@host"),
+        ("postgresql://h/db?user=me&password=secret", "postgresql://h/db?user=***&password=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
+        (
+            "mssql+pyodbc:///?odbc_connect=DRIVER={A 17};PWD=se=c?ret",
+            "mssql+pyodbc:///?odbc_connect=*** 17};PWD=***",
+        ),
         (
             "API request to http://me:secret@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",
             "API request to http://me:***@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",
