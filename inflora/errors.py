@@ -1,5 +1,7 @@
 """Mistakes that a user can mend, each told in one line."""
 
+import re
+
 LONGEST_LINE = 2000
 
 
@@ -12,6 +14,15 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} [...] {line[-half:]}"
+
+
+def without_password(text: str) -> str:
+    """A URI, or a text that names some, as it may be shown.
+
+    Any value of its query may be a secret, or hold one: drivers take passwords there by names of their own.
+    """
+    masked = re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)
+    return re.sub(r"([?&;][^\s=?&;]*=)[^\s&;]+", r"\1***", masked)
 
 
 class UserError(ValueError):

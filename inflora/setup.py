@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from inflora.adapters import Adapter
-from inflora.backbone import backbone_hash, build_backbone, meta_backbone, shape_of
+from inflora.backbone import BackboneShape, backbone_hash, build_backbone, meta_backbone, shape_of
 from inflora.config import ConfigError, RunConfig, config_hash
 from inflora.cuda import pick_device, require_device
 from inflora.data import ensure_store
@@ -92,19 +92,7 @@ def check(config: RunConfig) -> Replay:
     Raises:
         ConfigError: They do not.
     """
-    backbone = meta_backbone(config.backbone)
-    shape = shape_of(backbone)
-    rank = getattr(config.adapter, "rank", 1)
-    model, _ = make_learner(config, backbone)
-    widths = [shape.width, *(layer.in_features for _, layer in adapted_layers(model))]
-    if isinstance(rank, int) and rank > min(widths):
-        raise ConfigError(f"adapter.rank must be at most the backbone's width {min(widths)}, got {rank}")
-    if config.compile and model.prompts is not None:
-        raise ConfigError(f"compile must be false with adapter {config.adapter.name}: prompts change the model's code")
-    total_tasks = getattr(config.adapter, "total_tasks", None)
-    tasks = config.data.task_count
-    if total_tasks is not None and total_tasks < tasks:
-        raise ConfigError(f"adapter.total_tasks must be at least the {tasks} tasks of data.tasks, got {total_tasks}")
+    shape = check_learner(config)
     resize = config.data.eval_resize
     if resize is not None and resize < shape.image_size:
         raise ConfigError(f"data.eval_resize must be at least the input's side {shape.image_size}, got {resize}")
@@ -125,6 +113,28 @@ def check(config: RunConfig) -> Replay:
     draws = Replay(config)
     require_device(config.device)
     return draws
+
+
+def check_learner(config: RunConfig) -> BackboneShape:
+    """Require the settings to fit each other and the backbone, whose shape comes back; no data is looked at.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    backbone = meta_backbone(config.backbone)
+    shape = shape_of(backbone)
+    rank = getattr(config.adapter, "rank", 1)
+    model, _ = make_learner(config, backbone)
+    widths = [shape.width, *(layer.in_features for _, layer in adapted_layers(model))]
+    if isinstance(rank, int) and rank > min(widths):
+        raise ConfigError(f"adapter.rank must be at most the backbone's width {min(widths)}, got {rank}")
+    if config.compile and model.prompts is not None:
+        raise ConfigError(f"compile must be false with adapter {config.adapter.name}: prompts change the model's code")
+    total_tasks = getattr(config.adapter, "total_tasks", None)
+    tasks = config.data.task_count
+    if total_tasks is not None and total_tasks < tasks:
+        raise ConfigError(f"adapter.total_tasks must be at least the {tasks} tasks of data.tasks, got {total_tasks}")
+    return shape
 
 
 def search_stream(config: RunConfig) -> Stream:

@@ -13,7 +13,7 @@ import typer
 
 from inflora.config import ConfigError, checked, dump_config, parse_seeds
 from inflora.console import OneLineGroup, Version, path
-from inflora.errors import one_line
+from inflora.errors import one_line, without_password
 from sweeps.engine.ledger.records import BestBy
 from sweeps.engine.space.spec import SPEC_FILE, Resources, Sweep
 
@@ -241,7 +241,7 @@ def final(
     from sweeps.engine.after.final import FinalTraining, load_by_label, log_final, summarise, write_report
     from sweeps.engine.after.judge import judge_sweep
     from sweeps.engine.after.transferred import judge_transfer, values_of, write_transfer
-    from sweeps.engine.run.reach import reachable_store, without_password
+    from sweeps.engine.run.reach import reachable_store
     from sweeps.engine.run.runner import say_to_stdout
     from sweeps.engine.show.mlflow_store import default_tracking_uri, how_to_look
 

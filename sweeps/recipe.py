@@ -11,6 +11,7 @@ import typer
 
 from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments, parse_duration_s
 from inflora.console import OneLineCommand
+from inflora.errors import without_password
 from sweeps.cli import Address, Shared, Storage, TrackingUri, find_sweep, front_of, quiet_libraries, storage_root
 from sweeps.engine.ledger.records import TrialRecord, describe
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
@@ -79,7 +80,6 @@ def command_line(*sweeps: Sweep) -> typer.Typer:
         from inflora.data.tasks import in_numbers
         from sweeps.engine.after.export import best_settings
         from sweeps.engine.run.cluster import Cluster
-        from sweeps.engine.run.reach import without_password
         from sweeps.engine.run.runner import run_sweep, say_to_stdout
         from sweeps.engine.show.mlflow_store import default_tracking_uri
         from sweeps.engine.show.tables import print_table, trials_table

@@ -2,13 +2,20 @@
 
 import pytest
 
+from inflora.config import override
+from inflora.storage import SharedFolder
+from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.failures import Failure, NodeFault, Tried, alike, change_for, headline, kind_of, node_of
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, sick_nodes
+from sweeps.engine.run.storage import Housekeeping
 from sweeps.engine.run.tune import StudySearcher, gpus_for_retry
-from sweeps.engine.space.spec import Resources
+from sweeps.engine.show.mirror import Mirror
+from sweeps.engine.show.report import page
+from sweeps.engine.space.domains import Integer, NearOne
+from sweeps.engine.space.spec import Resources, Sweep
 
-from .conftest import Anywhere, learn_all, report
+from .conftest import Anywhere, learn_all, report, sqlite
 
 LOST = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
 FULL = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -183,7 +190,14 @@ def test_one_other_end_among_the_first_lets_the_sweep_go_on(ledger, reasons):
 
 def test_failures_are_alike_whatever_their_numbers():
     assert alike([NAN, NAN.replace("epoch 3 is nan", "epoch 17 is nan")])
+    assert alike(["took 12345678.5 s", "took 1.5 s"])
     assert not alike([NAN, STRANGE])
+
+
+def test_failures_are_alike_on_whatever_machines_they_are():
+    assert alike([at_fault(HERE), at_fault("0f3e" * 14).replace("10.0.0.3", "10.0.12.4")])
+    assert alike([f"The actor {actor} died." for actor in ("c0ffee" * 6, "1e5a" * 8)])
+    assert not alike([at_fault(HERE), at_fault(HERE).replace("DataError", "ConfigError")])
 
 
 def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
@@ -194,3 +208,61 @@ def test_the_headline_of_a_traceback_is_the_error_and_not_what_follows_it():
     full = f"{KILLED}\nEviction Stats:\nRefer to the documentation on how to address the out of memory issue\n"
     assert headline(full) == KILLED
     assert headline("") == "unknown error"
+
+
+# Settings of which each is allowed, and not all together.
+
+ENERGIES = {"adapter.energy": NearOne(low=0.9, high=0.999), "adapter.energy_end": NearOne(low=0.95, high=0.9999)}
+KEPT, BROKEN = {"adapter.energy": 0.9, "adapter.energy_end": 0.99}, {"adapter.energy": 0.99, "adapter.energy_end": 0.96}
+RULE = "ConfigError: adapter: energy_end must be at least energy (0.99), got 0.96"
+
+
+def of_energies(sweep, *first) -> Sweep:
+    return Sweep.model_validate(sweep.model_dump() | {"space": ENERGIES, "first": first, "trials": 9})
+
+
+def test_settings_that_a_rule_between_them_refuses_fail_without_a_run_and_the_next_are_proposed(tiny_sweep, tmp_path):
+    sweep = of_energies(tiny_sweep, BROKEN, KEPT)
+    sweep.model_copy(update={"first": ()}).extreme_configs()  # each alone is accepted
+    ledger = Ledger(sweep, tmp_path)
+    suggested = StudySearcher(ledger, Anywhere()).suggest("a")
+    assert suggested["number"] == 1
+    refused = Ledger(sweep, tmp_path).record_of(0)
+    assert (refused.outcome, refused.reason, refused.tries) == (Outcome.FAILED, RULE, ())
+    assert sick_nodes([refused]) == {}
+
+
+def test_blocks_that_a_backbone_does_not_have_are_the_settings_fault_and_no_node_s(tiny_sweep, tmp_path):
+    blocks = {f"adapter.{kind}_blocks": Integer(low=1, high=2) for kind in ("general", "expert")}
+    base = override(tiny_sweep.base, {"adapter": "dualprompt", "adapter.general_blocks": 0, "adapter.expert_blocks": 1})
+    first = ({"adapter.general_blocks": 2, "adapter.expert_blocks": 1}, dict.fromkeys(blocks, 1))
+    sweep = Sweep.model_validate(tiny_sweep.model_dump() | {"base": base, "space": blocks, "first": first})
+    ledger = Ledger(sweep, tmp_path)
+    assert ledger.propose().number == 1
+    assert ledger.record_of(0).reason.startswith("ConfigError: adapter.general_blocks + adapter.expert_blocks")
+
+
+def test_settings_that_were_refused_when_they_had_begun_no_longer_stand_in_the_way(tiny_sweep, tmp_path, monkeypatch):
+    sweep = of_energies(tiny_sweep, BROKEN, KEPT)
+    with monkeypatch.context() as older:
+        older.setattr(ledger_module, "_why_refused", lambda *_: "")
+        assert Ledger(sweep, tmp_path).propose().number == 0
+    ledger = Ledger(sweep, tmp_path)
+    Housekeeping(ledger, tmp_path, SharedFolder(str(tmp_path))).tidy()
+    assert ledger.propose().number == 1
+    assert ledger.record_of(0).reason == RULE
+
+
+def test_trials_that_were_refused_are_shown_and_do_not_end_the_sweep_or_come_again(tiny_sweep, tmp_path):
+    broken = [BROKEN | {"adapter.energy_end": end} for end in (0.96, 0.97, 0.98)]
+    sweep = of_energies(tiny_sweep, *broken, KEPT)
+    for _ in range(2):
+        ledger = Ledger(sweep, tmp_path)
+        assert ledger.propose().number == 3
+        assert ledger.why_over() == ""
+    learn_all(ledger, 3, [0.9] * 5)
+    Housekeeping(ledger, tmp_path, SharedFolder(str(tmp_path))).tidy()
+    assert RULE in page(sweep, ledger.study)
+    mirror = Mirror(sweep, tmp_path, sqlite(tmp_path), {})
+    mirror.finish(complete=False)
+    assert mirror.client.get_run(mirror._children[0].info.run_id).data.tags["inflora.reason"] == RULE

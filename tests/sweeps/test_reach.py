@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from inflora.config import ConfigError
+from inflora.errors import without_password
 from inflora.storage import SharedFolder
 from sweeps.cli import parse_seeds
 from sweeps.engine.run import reach
 from sweeps.engine.run.cluster import Cluster
 from sweeps.engine.run.preflight import trials_place
-from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
+from sweeps.engine.run.reach import reachable_ray, reachable_store
 from sweeps.engine.show.output import check_output
 
 from .server import free_port
@@ -90,6 +91,8 @@ def test_the_environments_address_is_asked_too(ports, monkeypatch):
         ("sqlite:///FOLDER/text", "file is not a database"),
         ("sqlite:///FOLDER/text/mlflow.db", "there is no folder"),
         ("sqlite://", "is no file"),
+        ("sqlite://host:54x/mlflow.db", "is no file"),
+        ("postgresql+psycopg://somebody:secret@127.0.0.1:54x/runs", "does not answer"),
         ("sqlite:///:memory:", "is no file"),
         ("sqlite:///file:x?uri=true", "is no file"),
         ("./mlruns", "a tracking URI starts with"),
@@ -113,8 +116,14 @@ def test_a_tracking_store_that_cannot_be_used_is_one_line_within_seconds(ports, 
     [
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("http://me@host:5000", "http://me@host:5000"),
-        ("mysql+pymysql://me:se@c/ret@host/runs?x=1", "mysql+pymysql://me:***@host/runs?x=1"),
+        ("mysql+pymysql://me:se@c/ret@host/runs?x=1", "mysql+pymysql://me:***@host/runs?x=***"),
         ("me:secret@host", "me:***@host"),
+        ("postgresql://h/db?user=me&password=secret", "postgresql://h/db?user=***&password=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
+        (
+            "mssql+pyodbc:///?odbc_connect=DRIVER={A 17};PWD=se=c?ret",
+            "mssql+pyodbc:///?odbc_connect=*** 17};PWD=***",
+        ),
         (
             "API request to http://me:secret@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",
             "API request to http://me:***@host/api failed: HTTPConnectionPool(host='host', port=5000), at 12:30",

@@ -30,9 +30,13 @@ SERVER = "postgresql://lab@db.example/studies"
         ("nonsense", "--study is postgresql://user@host/database, got 'nonsense'"),
         ("sqlite:////tmp/study.db", "--study is postgresql://user@host/database, got"),
         ("mysql://lab@db.example/studies", "--study is postgresql://user@host/database, got"),
+        ("postgresql://lab@db.example:54x/studies", "--study is postgresql://user@host/database, got"),
+        ("postgresql://lab:secret@db.example:54x/studies", "got 'postgresql://lab:***@db.example:54x/studies'"),
+        ("lab:secret@db.example/studies", "got 'lab:***@db.example/studies'"),
         ("postgresql://lab@db.example", "--study is postgresql://user@host/database, got"),
         ("postgresql://lab:secret@db.example/studies", "without a password: PGPASSWORD or ~/.pgpass has it"),
         ("postgresql://lab@db.example/studies?password=secret", "without a password"),
+        ("postgresql://lab@db.example/studies?sslpassword=secret", "without a password"),
     ],
 )
 def test_an_address_is_that_of_a_database_on_a_server_and_holds_no_password(given, why):

@@ -8,9 +8,9 @@ import optuna
 
 from inflora.config import ConfigError, RunConfig, config_hash, override
 from sweeps.engine.ledger.reading import read_kept
-from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord, ranking
+from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord
 from sweeps.engine.ledger.trials import read_records, validation_images
-from sweeps.engine.space.estimate import Estimates, estimate, winner
+from sweeps.engine.space.estimate import Estimates, estimate, winner, winners
 from sweeps.engine.space.spec import Sweep
 
 
@@ -72,7 +72,7 @@ def best_settings(address: str, count: int = 3) -> tuple[list[dict[str, Any]], s
     """
     other, study, _ = read_kept(address)
     records, known = read_trials(other, study)
-    best = (known.ranking() if known else ranking(records))[:count]
+    best = winners(records, known)[:count]
     if not best:
         raise ConfigError(f"--warm-start: no trial of {other.name} has finished yet")
     return [record.settings for record in best], other.study_name

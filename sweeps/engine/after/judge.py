@@ -21,8 +21,8 @@ from inflora.state import RunState, load_state
 from sweeps.engine.after.export import read_trials
 from sweeps.engine.after.final import FinalRun, FinalTraining
 from sweeps.engine.ledger.reading import read_kept
-from sweeps.engine.ledger.records import TrialRecord, ranking
-from sweeps.engine.space.estimate import Estimates
+from sweeps.engine.ledger.records import TrialRecord
+from sweeps.engine.space.estimate import Estimates, winners
 from sweeps.engine.space.spec import Sweep
 
 FIRST = "first"
@@ -82,7 +82,7 @@ def candidates(sweep: Sweep, records: Sequence[TrialRecord], known: Estimates | 
     Raises:
         ConfigError: No trial has finished.
     """
-    best = (known.ranking() if known else ranking(records))[:top]
+    best = winners(records, known)[:top]
     if not best:
         raise ConfigError(f"no trial of {sweep.name} has finished yet: {len(records)} started, none to judge")
     chosen = {f"trial-{record.number}": sweep.config(record.settings) for record in best}

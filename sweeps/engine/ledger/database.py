@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
 from inflora.config import ConfigError
-from inflora.errors import one_line
+from inflora.errors import one_line, without_password
 from inflora.files import write_atomically
 from inflora.patience import patiently
 
@@ -63,15 +63,15 @@ def checked_url(text: str) -> str:
     Raises:
         ConfigError: It is of another kind, or has a password, which would lie in files and logs.
     """
-    shape = "--study is postgresql://user@host/database"
+    shape, shown = "--study is postgresql://user@host/database", one_line(without_password(text), 200)
     try:
         url = make_url(text)
-    except ArgumentError:
-        raise ConfigError(f"{shape}, got {one_line(text, 200)!r}") from None
-    if url.password or "password" in url.query:
+    except (ArgumentError, ValueError):  # ValueError: of a port that is no number
+        raise ConfigError(f"{shape}, got {shown!r}") from None
+    if url.password or any("password" in name for name in url.query):
         raise ConfigError(f"{shape} without a password: PGPASSWORD or ~/.pgpass has it")
     if url.get_backend_name() != "postgresql" or not url.database:
-        raise ConfigError(f"{shape}, got {one_line(text, 200)!r}")
+        raise ConfigError(f"{shape}, got {shown!r}")
     return text
 
 

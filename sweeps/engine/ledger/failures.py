@@ -48,6 +48,9 @@ _IS_FULL = r"killed due to the node running low on memory"
 _WHERE = r"\bID: ([0-9a-f]{16,})"
 """The node in a NodeFault's text, and in Ray's about a full machine."""
 
+_VARIES = r"\b[0-9a-f]{8,}\b(?!\.\d)|-?\d[\d.e+-]*"
+"""IDs of nodes and actors, which are hexadecimal; addresses and all other numbers."""
+
 # An actor's death is told without an error's name where Ray tells it of a trial's own actor.
 _NAMES_ERROR = r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit|Fault)\b|The actor .*(died|dead|unavailable)"
 
@@ -94,8 +97,8 @@ def alike_in_vain(failed: Sequence[Tried]) -> list[str]:
 
 
 def alike(reasons: Sequence[str]) -> bool:
-    """True if failures have one reason, whatever the numbers in their texts are."""
-    return len({re.sub(r"-?\d[\d.e+-]*", "#", reason) for reason in reasons}) == 1
+    """True if failures have one reason, whatever the numbers and IDs in their texts are."""
+    return len({re.sub(_VARIES, "#", reason) for reason in reasons}) == 1
 
 
 def headline(text: str) -> str:

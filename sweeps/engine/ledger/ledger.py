@@ -18,10 +18,12 @@ from uuid import uuid4
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from inflora.config import ConfigError
+from inflora.setup import check_learner
 from sweeps.engine.ledger.bill import Bill, Machine
 from sweeps.engine.ledger.database import storage_to_write, study_url
 from sweeps.engine.ledger.failures import Tried, change_for
-from sweeps.engine.ledger.records import Outcome, TaskReport, TrialRecord, Waiting, now_ms
+from sweeps.engine.ledger.records import REFUSED, Outcome, TaskReport, TrialRecord, Waiting, now_ms
 from sweeps.engine.ledger.study import check_study
 from sweeps.engine.ledger.trials import (
     STATES,
@@ -185,11 +187,21 @@ class Ledger:
     def propose(self) -> Proposal | None:
         """The next trial, one to go on with before a new one; None when there is none now.
 
+        One whose settings break a rule between several fails here, and the next is proposed.
+        """
+        while not self.why_over() and (proposal := self._next()) is not None:
+            refused = _why_refused(self.sweep, proposal.settings)
+            if not refused:
+                return proposal
+            self._end(proposal.number, Outcome.FAILED, reason=refused)
+        return None
+
+    def _next(self) -> Proposal | None:
+        """The next trial, whatever its settings.
+
         A sampler that has found what it likes proposes it again and again in a small space; then chance proposes, and
         where chance finds nothing new either, what is left is counted through.
         """
-        if self.why_over():
-            return None
         if self._again:
             return self._propose_again(self._again.pop(0))
         records = self.records()
@@ -389,16 +401,25 @@ def _key(settings: Mapping[str, Any]) -> str:
     return repr(sorted(settings.items()))
 
 
+def _why_refused(sweep: Sweep, settings: Mapping[str, Any]) -> str:
+    """Why no trial can run with these settings, each of which is allowed; empty if one can."""
+    try:
+        check_learner(sweep.config(settings))
+    except ConfigError as error:
+        return f"{REFUSED}{error}"
+    return ""
+
+
 def _tried(records: Sequence[TrialRecord]) -> dict[str, int]:
     """The settings that no new trial may have, and the trial that had them.
 
-    Those of a failed trial may be tried once more: it may have been the machine.
+    Those of a trial that failed when it ran may be tried once more: it may have been the machine.
     """
     tried: dict[str, int] = {}
     failed: set[str] = set()
     for record in records:
         key = _key(record.settings)
-        if record.outcome is not Outcome.FAILED or key in failed:
+        if record.outcome is not Outcome.FAILED or record.was_refused or key in failed:
             tried[key] = record.number
         else:
             failed.add(key)

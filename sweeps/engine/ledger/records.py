@@ -43,6 +43,10 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+REFUSED = "ConfigError: "
+"""The beginning of the reason for which a trial has failed before it could run: rules refuse its settings."""
+
+
 class BestBy(StrEnum):
     """The rules by which one trial of many is the best."""
 
@@ -71,6 +75,11 @@ class TrialRecord(NamedTuple):
     tries: tuple[Tried, ...] = ()
     again: str = ""
     log: str = ""
+
+    @property
+    def was_refused(self) -> bool:
+        """True if the trial has failed by its settings alone, which no start of it changes."""
+        return self.outcome is Outcome.FAILED and self.reason.startswith(REFUSED)
 
     @property
     def failed_on(self) -> set[str]:

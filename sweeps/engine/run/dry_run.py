@@ -11,6 +11,7 @@ import torch
 
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import run
+from inflora.errors import without_password
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
@@ -19,7 +20,7 @@ from sweeps.engine.run.cluster import Cluster, connect, require_gpus, trials_at_
 from sweeps.engine.run.machines import Rate, rate
 from sweeps.engine.run.nodes import check_nodes
 from sweeps.engine.run.preflight import check_folder, doubts, trials_place
-from sweeps.engine.run.reach import reachable_ray, reachable_store, without_password
+from sweeps.engine.run.reach import reachable_ray, reachable_store
 from sweeps.engine.space.spec import Sweep
 
 _EPOCHS = 2

@@ -5,7 +5,6 @@ Ray and MLflow try for minutes, with many lines of their own, to reach what is n
 
 import json
 import os
-import re
 import socket
 import sqlite3
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from inflora.config import ConfigError
-from inflora.errors import one_line
+from inflora.errors import one_line, without_password
 from inflora.patience import NoAnswerError, within
 from sweeps.engine.ledger.database import with_driver
 from sweeps.engine.ledger.snapshot import snapshot
@@ -175,7 +174,7 @@ def sqlite_file(uri: str) -> Path | None:
     """The file that a ``sqlite:///`` URI names; None where it names none."""
     try:
         url = make_url(uri)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: of a port that is no number
         return None
     if url.get_backend_name() != "sqlite" or url.host or not url.database or url.database.startswith((":", "file:")):
         return None
@@ -220,8 +219,3 @@ def _ask_head(address: str) -> None:
             check_version_info(json.loads(answer.value), "this program")
         except RuntimeError as error:
             raise Unreachable(f"cannot be joined: {error}") from None
-
-
-def without_password(text: str) -> str:
-    """A URI, or a text that names some, as it may be shown."""
-    return re.sub(r"((?:^|//)[^/\s:@]*:(?!//))\S+@", r"\1***@", text)

@@ -71,7 +71,8 @@ class Housekeeping(Callback):
         Its own score, which later trials do not change: what is deleted cannot become the one to keep.
         """
         sweep, records = self.ledger.sweep, self.ledger.records()
-        kept = {state_of(sweep, record) for record in records if record.outcome is Outcome.RUNNING}
+        running = [each for each in records if each.outcome is Outcome.RUNNING and sweep.config_or_none(each.settings)]
+        kept = {state_of(sweep, record) for record in running}
         best = best_record(records)
         if best is not None:
             kept |= {state_of(sweep, best), old_trial_name(sweep.study_name, best.number)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from inflora.errors import one_line
 from sweeps.engine.ledger.records import Outcome, TrialRecord, describe, ranking
-from sweeps.engine.space.estimate import Estimates
+from sweeps.engine.space.estimate import Estimates, winners
 from sweeps.engine.space.spec import Sweep
 
 NOTE = "mlflow.note.content"
@@ -36,7 +36,7 @@ def description(
     ``known`` are the estimates of its finished trials; ``export`` is the command that writes the best trial's config,
     ``ending`` says why no trial runs any more. The text changes when a trial has ended, and not with every task.
     """
-    best = (ranking(records) if known is None else known.ranking())[:_TOP]
+    best = winners(records, known)[:_TOP]
     parts = [_decision(sweep, records, best, known), _state(sweep, records), ending]
     parts += [f"Export it:\n\n```\n{export}\n```"] if best and export else []
     parts.append("The whole report is the artifact `report.html`, there as soon as the sweep ends.")

@@ -8,7 +8,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from pydantic import BaseModel, ConfigDict
 
 from inflora.config import RunConfig
-from sweeps.engine.run.reach import without_password
+from inflora.errors import without_password
 
 if TYPE_CHECKING:  # torch comes with it, which the process that talks to MLflow does without
     from inflora.data.stream import Stream

@@ -181,30 +181,33 @@ class Mirror:
         tags |= {"inflora.log": record.log} if record.log else {}
         tags |= {"inflora.reason": record.reason} if record.reason else {}
         tags |= {"inflora.failures": json.dumps([each.reason for each in record.tries])} if record.tries else {}
-        params = params_of(config) if reports_sent is None and not run.data.params else []
+        params = params_of(config) if config and reports_sent is None and not run.data.params else []
         log_all(self.client, run.info.run_id, metrics, params, [RunTag(name, value) for name, value in tags.items()])
         if record.outcome in _STATUS:
-            self._end_child(run.info.run_id, record)
+            self._end_child(run.info.run_id, record, config)
 
-    def _config_of(self, record: TrialRecord) -> RunConfig:
-        return self.sweep.resources.on_device(self.sweep.config(record.settings))
+    def _config_of(self, record: TrialRecord) -> RunConfig | None:
+        config = self.sweep.config_or_none(record.settings)
+        return config and self.sweep.resources.on_device(config)
 
-    def _create_child(self, record: TrialRecord, config: RunConfig) -> Run:
+    def _create_child(self, record: TrialRecord, config: RunConfig | None) -> Run:
         assert self.parent is not None
         own = {
             "inflora.trial": str(record.number),
             "mlflow.parentRunId": self.parent,
             NOTE: trial_note(self.sweep, record),
         }
-        tags = {**self.tags, "config_hash": config_hash(config), **self._own_tags(), **own}
+        hashed = {"config_hash": config_hash(config)} if config else {}
+        tags = {**self.tags, **hashed, **self._own_tags(), **own}
         name = f"{self.sweep.name}-{record.number:04d}"
         return self.client.create_run(self._experiment, start_time=record.start_ms, run_name=name, tags=tags)
 
-    def _end_child(self, run_id: str, record: TrialRecord) -> None:
+    def _end_child(self, run_id: str, record: TrialRecord, config: RunConfig | None) -> None:
         if record.reports:
             matrix = [report.accuracies for report in record.reports]
             log_accuracy(self.client, run_id, matrix, [report.metrics["acc/seen"] for report in record.reports])
-        self.client.log_text(run_id, dump_config(self._config_of(record)), "config.yaml")
+        if config:
+            self.client.log_text(run_id, dump_config(config), "config.yaml")
         self.client.set_terminated(run_id, _STATUS[record.outcome], record.end_ms)
 
 

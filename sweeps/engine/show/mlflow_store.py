@@ -19,10 +19,10 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from inflora.config import ConfigError, RunConfig
-from inflora.errors import one_line
+from inflora.errors import one_line, without_password
 from sweeps.engine.ledger.snapshot import snapshot
 from sweeps.engine.ledger.trials import key_of
-from sweeps.engine.run.reach import reachable_store, sqlite_file, store_scheme, without_password
+from sweeps.engine.run.reach import reachable_store, sqlite_file, store_scheme
 from sweeps.engine.show import plots
 from sweeps.engine.show.description import NOTE
 from sweeps.engine.show.mlflow_database import make_whole

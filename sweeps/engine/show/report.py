@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from inflora.metrics import forgetting
-from sweeps.engine.ledger.records import Outcome, TrialRecord, ranking
+from sweeps.engine.ledger.records import Outcome, TrialRecord
 from sweeps.engine.ledger.study import pareto_front
 from sweeps.engine.ledger.trials import read_records, validation_images
 from sweeps.engine.show.decision import decision
@@ -28,7 +28,7 @@ from sweeps.engine.show.surface import (
 )
 from sweeps.engine.space.budget import gpu_hours_spent
 from sweeps.engine.space.domains import is_conditional
-from sweeps.engine.space.estimate import ENOUGH, Estimates, best_estimated_first, estimate, winner
+from sweeps.engine.space.estimate import ENOUGH, Estimates, best_estimated_first, estimate, winner, winners
 from sweeps.engine.space.objectives import Metric, direction
 from sweeps.engine.space.spec import Sweep
 
@@ -58,7 +58,7 @@ def page(sweep: Sweep, study: optuna.Study, *, driven: bool = True) -> str:
     """The whole report as one HTML document, with plotly's script inside; ``driven``: its driver is alive."""
     records = read_records(study)
     known = estimate(sweep, records, validation_images(study))
-    best = (known.ranking() if known else ranking(records))[:_SHOWN]
+    best = winners(records, known)[:_SHOWN]
     states = study_lines(sweep, study, records, known, driven=driven)
     on_cards = (best_line(sweep, records, known), gain_line(known))
     parts = [

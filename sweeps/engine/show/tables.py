@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sweeps.engine.ledger.records import TrialRecord, ranking
+from sweeps.engine.ledger.records import TrialRecord
 from sweeps.engine.show.status import outcome_word
-from sweeps.engine.space.estimate import Estimates, best_estimated_first
+from sweeps.engine.space.estimate import Estimates, best_estimated_first, winners
 from sweeps.engine.space.spec import Sweep
 
 
@@ -67,7 +67,7 @@ def latex_table(sweep: Sweep, records: list[TrialRecord], known: Estimates | Non
         [str(record.number), *(_short(record.settings.get(path, "")) for path in sweep.space)]
         + [_short(value, 4) for value in record.values]
         + ([str(estimates[record.number])] if known else [])
-        for record in (known.ranking() if known else ranking(records))
+        for record in winners(records, known)
     ]
     lines = [" & ".join(map(_escaped, row)).replace("\u00b1", r"$\pm$") + r" \\" for row in [head, *rows]]
     note = f"% {sweep.name}: {len(rows)} finished of {len(records)} trials, judged on validation images"

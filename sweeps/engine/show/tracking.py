@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from sweeps.engine.run.reach import without_password
+from inflora.errors import without_password
 from sweeps.engine.show.inputs import DataInput
 from sweeps.engine.space.spec import Sweep
 

@@ -104,7 +104,11 @@ def gpu_hours_spent(sweep: Sweep, records: Sequence[TrialRecord]) -> float:
 
 
 def all_failed_alike(records: Sequence[TrialRecord], first: int) -> str:
-    """The reason why the first trials to end have all failed; empty if they have not."""
-    ended = sorted((r for r in records if r.outcome is not Outcome.RUNNING), key=lambda r: r.end_ms or 0)[:first]
+    """The reason why the first trials to end have all failed; empty if they have not.
+
+    Those that were refused are none of them: they have run nowhere, and others may be accepted.
+    """
+    tried = [r for r in records if r.outcome is not Outcome.RUNNING and not r.was_refused]
+    ended = sorted(tried, key=lambda r: r.end_ms or 0)[:first]
     failed = [record.reason for record in ended if record.outcome is Outcome.FAILED]
     return failed[0] if len(failed) == first and alike(failed) else ""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord, best_first, best_record, ranking
+from sweeps.engine.ledger.records import BestBy, Outcome, TrialRecord, best_first, ranking
 from sweeps.engine.space.acquisition import imagined_gain
 from sweeps.engine.space.cube import encoded
 from sweeps.engine.space.gaussian_process import Array, Posterior, posterior
@@ -123,7 +123,12 @@ def winner(
     records: Sequence[TrialRecord], known: Estimates | None, best_by: BestBy = BestBy.ESTIMATE
 ) -> TrialRecord | None:
     """The trial whose setting is the one to train; without estimates, with tradeoffs say, that of the best score."""
-    return best_record(records) if known is None or best_by is BestBy.OBSERVED else known.best()
+    return next(iter(winners(records, None if best_by is BestBy.OBSERVED else known)), None)
+
+
+def winners(records: Sequence[TrialRecord], known: Estimates | None) -> list[TrialRecord]:
+    """Finished trials that keep all constraints, the one to train first: the best estimate, else the best score."""
+    return ranking(records) if known is None else known.ranking()
 
 
 def best_estimated_first(records: Sequence[TrialRecord], known: Estimates | None) -> list[TrialRecord]:

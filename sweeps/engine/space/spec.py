@@ -260,8 +260,17 @@ class Sweep(Settings):
         """The base configuration with a trial's settings."""
         return override(self.base, settings)
 
+    def config_or_none(self, settings: Mapping[str, Any]) -> RunConfig | None:
+        """``config``; None of settings that break a rule between several, with which no trial has run."""
+        try:
+            return self.config(settings)
+        except ConfigError:
+            return None
+
     def extreme_configs(self) -> list[RunConfig]:
-        """The configs whose acceptance means that every trial's is accepted: base, first trials, ends of each domain.
+        """The configs whose acceptance means that every domain's values are: base, first trials, ends of each domain.
+
+        Rules between several settings may still refuse a trial, which then ends before it runs.
 
         Raises:
             ConfigError: A domain or a first trial that no sampler or run accepts; a sampler that early stopping would
