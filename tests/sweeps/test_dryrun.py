@@ -1,6 +1,7 @@
 """A dry run finds what does not work before anything is spent, and says what to expect."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -107,11 +108,41 @@ def test_a_gpu_node_whose_gpu_does_not_work_is_named_before_a_trial_runs(tiny_sw
     assert not any(line.startswith("a tiny trial") for line in lines)
 
 
-@pytest.mark.parametrize(("gpus", "said"), [(0, 1), (1, 0)])
-def test_trials_that_leave_a_clusters_gpus_alone_are_told_of(monkeypatch, gpus, said):
+@pytest.fixture
+def small_cluster(monkeypatch):
+    """A cluster of one machine with 4 CPUs and a GPU, as Ray tells of it; nothing runs there."""
     room = {"CPU": 4.0, "GPU": 1.0}
     monkeypatch.setattr("ray.cluster_resources", lambda: room)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": room}])
+    monkeypatch.setattr("sweeps.engine.run.dry_run.check_nodes", lambda place: None)
+    for asked in ("reachable_ray", "connect"):
+        monkeypatch.setattr(f"sweeps.engine.run.preflight.{asked}", lambda *_: None)
+
+
+def test_a_dry_run_refuses_trials_that_fit_nowhere_however_many_are_wanted(tiny_sweep, tmp_path, small_cluster):
+    sweep = with_changes(tiny_sweep, resources=Resources(gpus_per_worker=8))
+    uri, cluster = f"sqlite:///{tmp_path}/mlflow.db", Cluster("127.0.0.1:1", at_a_time=2)
+    with pytest.raises(ConfigError, match="a trial needs 1 workers of 1 CPUs and 8 GPUs, the cluster has room for 0"):
+        dry_run(sweep, tmp_path, uri, cluster=cluster, say=print)
+
+
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.OutOfMemoryError("low on memory"), ray.exceptions.WorkerCrashedError()]
+)
+def test_a_dry_run_whose_worker_is_lost_is_told_in_a_line(tiny_sweep, tmp_path, monkeypatch, small_cluster, error):
+    def lose(task):
+        raise error
+
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr("ray.remote", lambda _: task)
+    monkeypatch.setattr("ray.get", lose)
+    with pytest.raises(ConfigError, match=r"^a tiny trial failed: ") as refused:
+        dry_run(tiny_sweep, tmp_path, f"sqlite:///{tmp_path}/mlflow.db", cluster=Cluster("127.0.0.1:1"), say=print)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(0, 1), (1, 0)])
+def test_trials_that_leave_a_clusters_gpus_alone_are_told_of(small_cluster, gpus, said):
     lines: list[str] = []
     trials_at_a_time(Resources(gpus_per_worker=gpus), "inline", lines.append)
     assert lines == ["Ray: no GPU is asked for (--gpus), so device auto is the CPU"] * said

@@ -1,5 +1,7 @@
 """Trials that fail: tried again where that can help, ended with their reason where not, never the sweep's end."""
 
+import pickle
+
 import pytest
 
 from inflora.config import override
@@ -57,6 +59,11 @@ def ledger(tiny_sweep, tmp_path) -> Ledger:
 )
 def test_what_kind_of_failure_a_text_tells_of(reason, kind):
     assert kind_of(reason) is kind
+
+
+def test_a_machines_fault_is_told_alike_in_another_process():
+    fault = NodeFault("10.0.0.3", HERE, "DataError: digits has 3 of 4 files")
+    assert str(pickle.loads(pickle.dumps(fault))) == str(fault)
 
 
 @pytest.mark.parametrize(

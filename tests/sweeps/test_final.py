@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 
-from inflora.config import dump_config, override
+from inflora.config import ConfigError, dump_config, override
 from inflora.runs import train_into
 from inflora.storage import SharedFolder
 from sweeps.cli import home_of
-from sweeps.engine.after.final import FinalRun, FinalTraining, _train_one, kept_as, plan, train_by_way_of
+from sweeps.engine.after.final import FinalRun, FinalTraining, _train_one, kept_as, plan, train_all, train_by_way_of
 from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.space.spec import Resources
 
@@ -99,6 +100,64 @@ def test_runs_that_ask_for_no_gpu_are_planned_on_the_cpu_in_the_same_folders(
     runs = training.train(configs, tmp_path, "test", print)
     assert {run.config.device for run in runs} == {device}
     assert [run.folder for run in runs] == [run.folder for run in plan(configs, [0, 1], tmp_path)]
+
+
+class OneMachine:
+    """Ray as final training asks it: every task has ended at once, with an accuracy or an error."""
+
+    def __init__(self, ends, told):
+        self.ends, self.told = ends, told
+        self.remote = lambda task: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda run, *_: run.seed))
+        self.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a1" * 28)
+        self.exceptions = ray.exceptions
+
+    def wait(self, waiting, **_):
+        return waiting[:1], waiting[1:]
+
+    def get(self, seed):
+        end = self.ends[seed]
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    def queue(self, actor_options):
+        self.told.append(actor_options)
+        return SimpleNamespace(qsize=lambda: 0, get_nowait_batch=lambda _: [], shutdown=lambda: None)
+
+
+def failed_by(error):
+    return ray.exceptions.RayTaskError("_train_one", "Traceback ...", error).as_instanceof_cause()
+
+
+def test_a_run_that_fails_ends_no_other_and_all_that_have_failed_are_named_in_a_line(config, tmp_path, monkeypatch):
+    lost = ray.exceptions.WorkerCrashedError()
+    killed, full = ray.exceptions.OutOfMemoryError("low on memory"), failed_by(RuntimeError("CUDA out of memory"))
+    ends = [0.5, lost, killed, failed_by(FloatingPointError("the loss is nan")), full, 0.75]
+    machine, said = OneMachine(ends, told := []), []
+    monkeypatch.setattr("sweeps.engine.after.final.ray", machine)
+    monkeypatch.setattr("sweeps.engine.after.final.Queue", machine.queue)
+    with pytest.raises(ConfigError) as refused:
+        train_all(plan({"inflora": config}, range(6), tmp_path), Resources(), said.append)
+    assert [line for line in said if "acc/final" in line][-1].endswith("acc/final 75.0 %  (6/6)")
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("4 of 6 runs have failed")
+    assert [f"seed {seed} order" in line for seed in range(6)] == [False, True, True, True, True, False]
+    assert "WorkerCrashedError" in line and "FloatingPointError: the loss is nan" in line and "CUDA out of" in line
+    assert told[0]["scheduling_strategy"].node_id == "a1" * 28, "what passes lines on is lost with the driver alone"
+
+
+@pytest.mark.cluster
+def test_a_folder_with_another_run_in_it_ends_that_run_alone(config, tmp_path):
+    bad, good = plan({"inflora": config}, [0, 1], tmp_path)
+    bad.folder.mkdir(parents=True)
+    (bad.folder / "result.json").write_text("{}")
+    ray.init(address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR")
+    try:
+        with pytest.raises(ConfigError, match=f"1 of 2 runs have failed.*{bad.folder} holds result.json and no run"):
+            train_all([bad, good], Resources(), print)
+    finally:
+        ray.shutdown()
+    assert result_in(good.folder)["metrics"]
 
 
 def test_what_becomes_of_a_sweep_is_kept_with_it(tmp_path, monkeypatch):

@@ -11,7 +11,15 @@ from ray.exceptions import GetTimeoutError, RaySystemError
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.run import actors, watch
-from sweeps.engine.run.watch import ASK_AGAIN_S, SILENT_FIRST_S, CostWatch, NodeWatch, WaitWatch, Watchdog
+from sweeps.engine.run.watch import (
+    ASK_AGAIN_S,
+    SILENT_FIRST_S,
+    CostWatch,
+    NodeWatch,
+    StrandedError,
+    WaitWatch,
+    Watchdog,
+)
 
 from .conftest import Anywhere
 
@@ -125,9 +133,7 @@ class Machines:
         self.place, self.answers, self.asked = SharedFolder(str(folder)), {}, []
         monkeypatch.setattr(watch, "other_nodes", lambda: {node: f"10.0.0.{node}" for node in self.answers})
         monkeypatch.setattr(watch, "ask", self._ask)
-        monkeypatch.setattr(
-            watch.ray, "wait", lambda asked, timeout: ([n for n in asked if self.answers[n] is not None],)
-        )
+        monkeypatch.setattr(watch.ray, "wait", self._answered)
         monkeypatch.setattr(watch, "problem_of", lambda node, answer, patience_s: self.answers[node])
 
     def _answered(self, asked, timeout):
@@ -213,3 +219,38 @@ def test_a_place_that_is_away_costs_the_machines_no_question(machines, watched, 
     away.unlink()
     watched.look([])
     assert (machines.asked, machines.marks, said) == (["1"], 0, [])
+
+
+def waiting(number, avoid):
+    """A trial as Tune has it that waits for a machine."""
+    return SimpleNamespace(status="PENDING", config={"number": number, "avoid": avoid})
+
+
+@pytest.fixture
+def alive(machines, monkeypatch):
+    """Machines that live; no others come."""
+    resources = {"CPU": 1.0}
+    nodes: list[str] = []
+    monkeypatch.setattr(
+        watch.ray, "nodes", lambda: [{"NodeID": n, "Alive": True, "Resources": resources} for n in nodes]
+    )
+    monkeypatch.setattr(watch.ray, "cluster_resources", lambda: resources)
+    return nodes
+
+
+def test_trials_that_wait_for_a_machine_that_is_no_more_are_placed_anew_when_nothing_else_runs(watched, alive):
+    alive += ["full", "left"]
+    trials = [waiting(0, ["full"]), waiting(1, [])]
+    watched.look(trials)
+    alive.remove("left")
+    watched.look([*trials, SimpleNamespace(status="RUNNING", config={"number": 2, "avoid": []})])
+    with pytest.raises(StrandedError, match="trial 0 waits for a machine other than those that are left"):
+        watched.look(trials)
+    alive.remove("full")
+    watched.look(trials)
+
+
+def test_where_machines_come_as_they_are_wanted_a_trial_waits_for_one(watched, alive, monkeypatch):
+    alive.append("full")
+    monkeypatch.setattr(watch, "may_grow", lambda: True)
+    watched.look([waiting(0, ["full"])])

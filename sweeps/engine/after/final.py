@@ -18,19 +18,20 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, RunTag
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from inflora.config import ConfigError, RunConfig, config_hash, dump_config, load_config, method_of, override
 from inflora.continual import TaskResult
 from inflora.cuda import require_cuda
 from inflora.data.stream import EvaluateOn
 from inflora.data.tasks import in_numbers
+from inflora.errors import one_line
 from inflora.files import write_atomically
 from inflora.metrics import Spread, accuracy_matrix, seen, spread
 from inflora.runs import train_into
 from inflora.setup import check, identity, search_stream
 from inflora.state import MANIFEST, RunState, load_state
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger.failures import NodeFault
 from sweeps.engine.ledger.records import now_ms
 from sweeps.engine.run.cluster import connect, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes, faults_named
@@ -129,14 +130,18 @@ def train_all(
     Every node sees the runs' folders, or else a ``bucket``, from which they come here at their ends.
 
     Raises:
-        ConfigError: A folder holds a run with other settings; a machine's GPU cannot be used.
+        ConfigError: Some runs have failed, after all others were trained: a folder holds a run with other settings, a
+            machine's GPU cannot be used, machines or memory were lost too often.
     """
-    news = Queue(actor_options={"num_cpus": 0})  # it only passes lines on, and must not take a run's CPU
+    # It only passes lines on, and must not take a run's CPU; here it is lost with this driver alone.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     task = ray.remote(_train_one).options(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
     )
     address = bucket.address if bucket else None
     waiting = {task.remote(run, resources, news, address): run for run in runs}
+    failed: list[str] = []
     while waiting:
         ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
         for line in news.get_nowait_batch(news.qsize()):
@@ -145,15 +150,19 @@ def train_all(
             run = waiting.pop(done)
             try:
                 final = ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ValueError | FloatingPointError | NodeFault):
-                    raise ConfigError(f"{_name(run)} in {run.folder}: {error.cause}") from None
-                raise
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", error)
+                failed.append(f"{_name(run)} in {run.folder}: {one_line(f'{type(cause).__name__}: {cause}', 300)}")
+                say(failed[-1])
+                continue
             if bucket:
                 copy_home = partial(bucket.copy_to, kept_as(run), run.folder)
                 bucket.when_there(copy_home)
             say(f"{_name(run)}: acc/final {100 * final:.1f} %  ({len(runs) - len(waiting)}/{len(runs)})")
     news.shutdown()
+    if failed:
+        told = "; ".join(failed)
+        raise ConfigError(f"{len(failed)} of {len(runs)} runs have failed, the same command tries them again: {told}")
 
 
 def _train_one(run: FinalRun, resources: Resources, news: Queue, bucket: str | None) -> float:

@@ -28,7 +28,10 @@ class NodeFault(RuntimeError):
     """A machine's own fault: with another one, the same trial may well go on."""
 
     def __init__(self, address: str, node_id: str, reason: str) -> None:
-        super().__init__(f"on node {address} (ID: {node_id}): {reason}")
+        super().__init__(address, node_id, reason)  # as they came: so it is pickled from one process to another
+
+    def __str__(self) -> str:
+        return "on node {} (ID: {}): {}".format(*self.args)
 
 
 # The first that fits. Ray's word for a full machine is the one that PyTorch has for a full GPU.

@@ -11,16 +11,16 @@ import torch
 
 from inflora.config import ConfigError, RunConfig, override
 from inflora.continual import run
-from inflora.errors import without_password
+from inflora.errors import one_line, without_password
 from inflora.gpu_check import BEYOND_A_TRIAL, CHECKS
 from inflora.isolated import Device, Outcome, Verdict, run_checks
 from inflora.setup import check
 from sweeps.engine.ledger.database import chosen_url, file_of
-from sweeps.engine.run.cluster import Cluster, connect, require_gpus, trials_at_a_time
+from sweeps.engine.run.cluster import Cluster, require_gpus
 from sweeps.engine.run.machines import Rate, rate
 from sweeps.engine.run.nodes import check_nodes
-from sweeps.engine.run.preflight import check_folder, doubts, trials_place
-from sweeps.engine.run.reach import reachable_ray, reachable_store
+from sweeps.engine.run.preflight import check_folder, doubts, find_room, trials_place
+from sweeps.engine.run.reach import reachable_store
 from sweeps.engine.space.spec import Sweep
 
 _EPOCHS = 2
@@ -61,11 +61,9 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
     say(f"storage: {folder} can be written, {'a database works there' if file_of(study) else f'{study} answers'}")
     reachable_store(uri, folder)
     say(f"tracking: {without_password(uri)} answers")
-    reachable_ray(cluster.address)
-    connect(cluster.address, say)
     try:
+        at_a_time = find_room(sweep, cluster, say)
         check_nodes(place)
-        at_a_time = cluster.at_a_time or trials_at_a_time(sweep.resources, sweep.executor, say)
         say(f"cluster: room for {at_a_time} trials at a time")
         for doubt in doubts(sweep, min(at_a_time, sweep.trials)):
             say(f"cluster: {doubt}")
@@ -76,8 +74,8 @@ def dry_run(sweep: Sweep, folder: Path, uri: str, *, cluster: Cluster, say: Call
         task = ray.remote(_time_here).options(**options)
         timing, node_id = ray.get(task.remote(sweep.resources.on_device(first), sweep.resources.cpus_per_worker))
         prices = rate(sweep.resources, ray.nodes(), node_id)
-    except ray.exceptions.RayTaskError as error:
-        raise ConfigError(f"a tiny trial failed: {' '.join(str(error.cause).split())[:300]}") from None
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a tiny trial failed: {one_line(str(getattr(error, 'cause', error)), 300)}") from None
     finally:
         ray.shutdown()
     say(f"a tiny trial: {timing.epoch_s:.2f} s an epoch, {timing.rest_s:.2f} s for the rest of a task")

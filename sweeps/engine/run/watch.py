@@ -49,6 +49,10 @@ class Watch(Callback):
         raise NotImplementedError
 
 
+class StrandedError(RuntimeError):
+    """A trial waits for a machine that will not come: Tune has placed it once and for all, and has to begin anew."""
+
+
 class _Question(NamedTuple):
     """What a machine has been asked: the file that it must see, and when."""
 
@@ -82,6 +86,7 @@ class NodeWatch(Watch):
             if node_id in nodes and node_id not in self._said:
                 self._said.add(node_id)
                 self.say(f"node {nodes[node_id]} is left out: {one_line(reason, 400)}")
+        self._require_room(trials)
 
     def _ask(self, nodes: Mapping[str, str], now: float) -> None:
         due = [node_id for node_id in nodes if node_id not in self._open and now >= self._ask_at.get(node_id, now)]
@@ -117,10 +122,22 @@ class NodeWatch(Watch):
 
     def to_avoid(self, record: TrialRecord) -> set[str]:
         """The IDs of the nodes on which a trial must not be placed; none where nothing else is, or will be, there."""
-        avoided = self._left_out().keys() | record.failed_on
-        by = DRIVER if self.ledger.sweep.executor == "train" and has_drivers() else "CPU"
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(by)}
+        avoided, alive = self._left_out().keys() | record.failed_on, self._alive()
         return set(avoided & alive) if alive - avoided or may_grow() else set()
+
+    def _alive(self) -> set[str]:
+        by = DRIVER if self.ledger.sweep.executor == "train" and has_drivers() else "CPU"
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(by)}
+
+    def _require_room(self, trials: Sequence[Any]) -> None:
+        """Raise StrandedError if nothing runs, and a trial waits to be placed elsewhere than on all machines left."""
+        waiting = [trial for trial in trials if trial.status == "PENDING" and trial.config.get("avoid")]
+        if not waiting or any(trial.status == "RUNNING" for trial in trials) or may_grow():
+            return
+        alive = self._alive()
+        stranded = [trial.config["number"] for trial in waiting if alive and alive <= set(trial.config["avoid"])]
+        if stranded:
+            raise StrandedError(f"trial {stranded[0]} waits for a machine other than those that are left")
 
 
 class Watchdog(Watch):
