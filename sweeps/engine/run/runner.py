@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import ray
 
 from inflora.config import ConfigError
-from inflora.files import write_atomically
+from inflora.files import remove_torn, write_atomically
 from inflora.storage import PATIENCE_S
 from sweeps.engine.ledger.database import file_of, keep_url
 from sweeps.engine.ledger.lease import leased
@@ -160,6 +160,7 @@ def locked(sweep: Sweep, folder: Path) -> Iterator[None]:
     with held(folder):
         check_spec(sweep, folder)  # again: before the lock was held another sweep may have begun here
         write_atomically(folder / SPEC_FILE, sweep.model_dump_json(indent=2).encode())
+        remove_torn(folder, "*")  # nobody else writes here, now
         yield
 
 
