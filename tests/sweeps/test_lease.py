@@ -11,6 +11,7 @@ import pytest
 
 from inflora.config import ConfigError
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger.database import chosen_url
 from sweeps.engine.ledger.lease import (
     LEASE_FILE,
     ReplacedError,
@@ -19,6 +20,9 @@ from sweeps.engine.ledger.lease import (
     require_ours,
     seems_driven,
 )
+from sweeps.engine.ledger.ledger import Ledger
+from sweeps.engine.run import runner
+from sweeps.engine.run.preflight import Ready
 from sweeps.engine.run.storage import copy_study
 
 from .conftest import Recipe
@@ -135,6 +139,31 @@ def test_a_driver_that_was_taken_for_dead_hears_that_it_was_replaced_and_does_no
         monkeypatch.setattr("sweeps.engine.ledger.lease._OWNER", "the first driver's")
         with pytest.raises(ReplacedError, match=r"has taken .* over"):
             copy_study(head, place)
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_driver_that_was_replaced_leaves_mlflow_to_the_other(tiny_sweep, tmp_path, monkeypatch, is_replaced):
+    place, head, delivered = SharedFolder(str(tmp_path / "shared")), tmp_path / "head", []
+
+    class Deliveries:
+        def __init__(self, *_):
+            self.start = lambda: None
+
+        def close(self, **told):
+            delivered.append(told)
+            return True
+
+    def learn(*_):
+        if is_replaced:
+            from_elsewhere(place, owner="another")
+
+    monkeypatch.setattr(runner, "Tracker", Deliveries)
+    monkeypatch.setattr(runner, "_start_trials", learn)
+    monkeypatch.setattr(runner, "check_nodes", lambda place: None)
+    with leased(place, print), runner.locked(tiny_sweep, head):
+        ready = Ready(chosen_url(head, None), place, 0, 1, {}, [], 100)
+        result = runner._run_what_is_left(Ledger(tiny_sweep, head), head, ready, "sqlite://", print)
+    assert (result.delivered, len(delivered)) == ((False, 0) if is_replaced else (True, 1))
 
 
 def test_a_lease_is_kept_while_the_place_is_away(tmp_path, caplog):

@@ -130,10 +130,12 @@ def _run_what_is_left(
         complete = ledger.remaining() == 0 or bool(over)
         # Before the last delivery, which may take minutes: the machines are needed no more.
         ray.shutdown()
+        is_ours = True
         try:
-            copy_study_at_last(folder, ready.place, say)
+            is_ours = copy_study_at_last(folder, ready.place, say)
         finally:
-            delivered = tracker.close(complete=complete, over=over)
+            # A driver that has taken over shows these runs now: what this one knows would end them.
+            delivered = is_ours and tracker.close(complete=complete, over=over)
     return SweepResult(ledger.records(), complete, delivered, over, ready.images)
 
 

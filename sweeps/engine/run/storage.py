@@ -142,8 +142,11 @@ def copy_study(folder: Path, place: SharedFolder) -> None:
         keep_database(folder / STUDY_FILE, place)
 
 
-def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], None]) -> None:
-    """Copy the study as it is at the end; what cannot be is said, as the trials are all in ``folder``."""
+def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], None]) -> bool:
+    """Copy the study as it is at the end; what cannot be is said, as the trials are all in ``folder``.
+
+    False where another driver has taken the place over.
+    """
     try:
         patiently(
             LAST_COPY_PATIENCE_S,
@@ -155,6 +158,8 @@ def copy_study_at_last(folder: Path, place: SharedFolder, say: Callable[[str], N
             f"the study in {place.address} is not as this sweep has ended ({one_line(str(error), 200)}); {folder} has "
             "all of it, and the same command copies it"
         )
+        return not isinstance(error, ReplacedError)
+    return True
 
 
 @contextmanager
