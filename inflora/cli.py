@@ -28,6 +28,7 @@ from inflora.config import (
 )
 from inflora.config.listing import lines_of_settings
 from inflora.console import OneLineGroup, Version, path
+from inflora.errors import one_line
 from inflora.metrics import ALIASES, Evaluation, accuracy_matrix, seen
 from inflora.presets import PRESETS, comparison, find_preset
 
@@ -251,7 +252,7 @@ def info(
     if classes:
         for label, class_name in enumerate(manifest.classes):
             counts = ", ".join(f"{facts.per_class[label]} {split}" for split, facts in manifest.splits.items())
-            print(f"{label:4} {class_name}: {counts}")
+            print(f"{label:4} {one_line(class_name)}: {counts}")
     if sheet:
         contact_sheet(open_split(folder, "train"), manifest.classes).save(sheet)
         print(f"contact sheet: {sheet}")
@@ -269,7 +270,7 @@ def _print_manifest(folder: Path) -> Manifest:
     low, high = sizes.amin(0).tolist(), sizes.amax(0).tolist()
     size = " x ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True))
     print(f"{manifest.dataset}: {shown}, {size} pixels x {manifest.channels}, stored {manifest.form}, {folder}")
-    print(f"made from {manifest.source}")
+    print(f"made from {one_line(manifest.source)}")
     print(f"content {manifest.content_hash}")
     for split, facts in manifest.splits.items():
         few, many = min(facts.per_class), max(facts.per_class)
@@ -324,7 +325,7 @@ def _parse_split(name: str) -> EvaluateOn:
 
 def _print_task(result: TaskResult) -> None:
     print(
-        f"task {result.task + 1}/{result.state.tasks} ({', '.join(result.classes)}): "
+        f"task {result.task + 1}/{result.state.tasks} ({one_line(', '.join(result.classes))}): "
         f"all seen {100 * result.metrics['acc/seen']:.1f} %, this task {100 * result.metrics['acc/new']:.1f} %, "
         f"{result.seconds:.1f} s",
         flush=True,

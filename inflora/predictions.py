@@ -12,6 +12,7 @@ from typing import NamedTuple
 from inflora.data.errors import DataError
 from inflora.data.images import SUFFIXES
 from inflora.data.source import is_image
+from inflora.errors import one_line
 
 
 class Prediction(NamedTuple):
@@ -46,8 +47,13 @@ def _below(folder: Path) -> list[Path]:
 
 
 def as_line(said: Prediction) -> str:
-    """File, and classes with their probabilities, between tabs."""
-    return "\t".join((str(said.file), *(f"{name} {chance:.4f}" for name, chance in said.classes)))
+    """File, and classes with their probabilities, between tabs; names as a terminal may show them."""
+    return "\t".join((_shown(said.file), *(f"{_shown(name)} {chance:.4f}" for name, chance in said.classes)))
+
+
+def _shown(name: object) -> str:
+    """A name as it is where it can be printed, with the blanks that are in it."""
+    return text if (text := str(name)).isprintable() else one_line(text)
 
 
 def as_json(said: Prediction) -> str:
@@ -91,7 +97,7 @@ def print_predictions(predictions: Iterable[Prediction], form: str, *, inverted:
         first, advice = doubts[0], "leave out --invert" if inverted else "try --invert"
         print(
             f"warning: {len(doubts)} of {asked} images look like negatives of the training images "
-            f"({first.file}: {first.doubt}); {advice}",
+            f"({_shown(first.file)}: {first.doubt}); {advice}",
             file=sys.stderr,
         )
     return not failed

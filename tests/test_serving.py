@@ -27,6 +27,7 @@ from inflora.data.loader import InputFormat, evaluation_batches
 from inflora.data.source import Dataset, Options
 from inflora.data.stream import make_stream
 from inflora.lora import LoRALinear
+from inflora.predictions import Prediction, print_predictions
 from inflora.runs import train_into
 from inflora.serving import load, predict
 from inflora.state import DataFacts, StateError, load_state, save_state
@@ -154,6 +155,14 @@ def test_predict_says_a_line_per_image(trained, tmp_path):
     for line, file, chances, outputs in zip(said.stdout.splitlines(), files, best.values, best.indices, strict=True):
         expected = [f"{model.class_names[i]} {p:.4f}" for i, p in zip(outputs, chances, strict=True)]
         assert line.split("\t") == [str(file), *expected]
+
+
+def test_nothing_in_a_name_reaches_the_terminal_as_an_order_to_it(capsys):
+    said = Prediction(Path("a  b\x1b[31m\n.png"), (("red\x1b[0m", 0.5), ("a  b", 0.25)), doubt="mean pixel")
+    assert print_predictions([said], "text", inverted=False)
+    printed = capsys.readouterr()
+    assert printed.out == "a b\\x1b[31m .png\tred\\x1b[0m 0.5000\ta  b 0.2500\n"
+    assert "a b\\x1b[31m .png: mean pixel" in printed.err and len(printed.err.splitlines()) == 1
 
 
 def test_predict_says_it_in_json_too(trained, tmp_path):
