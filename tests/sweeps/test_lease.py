@@ -159,6 +159,7 @@ def test_a_driver_that_was_replaced_leaves_mlflow_to_the_other(tiny_sweep, tmp_p
 
     monkeypatch.setattr(runner, "Tracker", Deliveries)
     monkeypatch.setattr(runner, "_start_trials", learn)
+    monkeypatch.setattr(runner, "doubts", lambda *_: [])
     monkeypatch.setattr(runner, "check_nodes", lambda place: None)
     with leased(place, print), runner.locked(tiny_sweep, head):
         ready = Ready(chosen_url(head, None), place, 0, 1, {}, [], 100)
