@@ -12,7 +12,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 # A file of pip constraints for the environment: versions other than the newest that pyproject.toml admits.
 CONSTRAINTS ?=
 
-.PHONY: sweep gpu-check site test unit fuzz cluster slow chaos hosts slurm lowest release compare bench check format clean
+.PHONY: sweep gpu-check site test unit fuzz cluster slow chaos hosts lowest release compare bench check format clean
 
 sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export the best config
 	$(BIN)/python sweeps/digits.py
@@ -21,7 +21,7 @@ sweep: $(READY)  ## the main job: search InfLoRA's settings on digits, export th
 gpu-check: $(READY)  ## the first thing to do on a GPU machine: does all of it work there? under five minutes
 	$(BIN)/sweeps gpu-check
 
-test: check site unit fuzz cluster hosts  ## everything CI runs
+test: check site unit fuzz cluster hosts  ## all that a change must pass; what .ci/run runs
 
 site: $(VENV)/.ready-site  ## the documentation, every link checked: build/site/html/index.html; seconds
 	$(BIN)/python -m docs.site.build
@@ -48,11 +48,8 @@ CHAOS := tests/sweeps/test_chaos.py::test_whatever_a_sweep_lives_on_fails_and_it
 chaos: $(READY)  ## whatever a sweep lives on fails at random, twenty times (make chaos SEEDS="3 7": these)
 	$(BIN)/python -m pytest -s $(SEEDS:%="$(CHAOS)[%]") tests/sweeps/test_stops.py
 
-hosts: $(READY)  ## three machines on this one, brought up with cluster/local.yaml (needs root, openssh-server and rsync)
-	$(BIN)/python -m pytest -m hosts --ignore tests/cluster/test_slurm.py
-
-slurm: $(READY)  ## a real Slurm with two nodes on this machine (needs root and slurm-wlm); six minutes beyond `test`'s half hour
-	$(BIN)/python -m pytest -m hosts tests/cluster/test_slurm.py
+hosts: $(READY)  ## machines on this one: brought up with cluster/local.yaml, and as nodes of a real Slurm (needs root; skips say what else)
+	$(BIN)/python -m pytest -m hosts -n 2 --dist loadfile --durations=20
 
 lowest:  ## unit tests and real clusters with the oldest libraries that pyproject.toml admits, in .venv-lowest
 	$(MAKE) unit cluster VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt

@@ -127,6 +127,12 @@ class Slurm:
         assert done.returncode == 0, done.stdout
         return Job(self, int(done.stdout), place)
 
+    def nodes_of(self, job: "Job") -> list[Host]:
+        """The nodes of a job that runs; the first is the one that its script runs on."""
+        shown = self.type("squeue", "--noheader", f"--jobs={job.number}", "--format=%N").stdout.strip()
+        names = self.type("scontrol", "show", "hostnames", shown).stdout.split()
+        return [node for name in names for node in self.nodes if node.name == name]
+
     def ray(
         self, node: Host, *arguments: str, setting: str = "RAY_AUTH_MODE=token"
     ) -> subprocess.CompletedProcess[str]:
@@ -143,7 +149,8 @@ class Slurm:
     def _install(self) -> None:
         """As ``cluster/README.md`` says, but that the environment is there and has all but the project."""
         copy_project(self.hosts.shared / self.project.name)
-        self.login.run(f"{ENVIRONMENT}/bin/python", "-m", "pip", "install", "--quiet", self.project, timeout_s=300)
+        pip = (f"{ENVIRONMENT}/bin/python", "-m", "pip")
+        self.login.run(*pip, "install", "--quiet", f"{self.project}[cluster]", timeout_s=300)
         self.login.run("env", "RAY_AUTH_MODE=token", f"{ENVIRONMENT}/bin/ray", "get-auth-token", "--generate")
 
     def end(self) -> None:
@@ -172,6 +179,10 @@ class Job:
         """Of its Ray."""
         (address,) = set(re.findall(r"Ray at (\S+) on", self.output()))
         return str(address)
+
+    def starts(self) -> list[tuple[str, str]]:
+        """Which start it was, and on which nodes."""
+        return re.findall(r"start (\d+) of job \d+: .* \((.*)\)", self.output())
 
     def wait_for(self, text: str, patience_s: float = 300) -> None:
         """Until it has printed that; it must not end before."""

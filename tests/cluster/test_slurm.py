@@ -1,9 +1,8 @@
-"""``cluster/slurm.sbatch`` under a real Slurm: two jobs on the same nodes, the token, the time limit, a lost node.
+"""``cluster/slurm.sbatch`` under a real Slurm: two jobs on the same nodes, the token, the time limit, lost nodes.
 
-In this order: the time limit is compared with one of the two jobs, and the last test leaves a node dead.
+In this order: later jobs are compared with one of the two, and each of the last two tests leaves a node dead.
 """
 
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -43,7 +42,7 @@ TRIAL = "ray::ImplicitFunc.train"
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if reason := missing():
         pytest.skip(reason)
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"), nodes=2)
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"), nodes=3)
     try:
         yield slurm
     finally:
@@ -85,8 +84,15 @@ def signal_trial(node, signal):
     return node.try_run("pkill", f"--signal={signal}", "--full", TRIAL).returncode == 0
 
 
-def nothing_is_left(slurm):
-    for node in slurm.nodes:
+def ends_as_if_undisturbed(slurm, job, undisturbed):
+    """The job has learnt, and shows in MLflow, what the other one does."""
+    assert job.ends() == ("COMPLETED", "0:0"), job.output()
+    assert essence(records(slurm, job.place, SEQUENTIAL)) == essence(records(slurm, undisturbed.place, SEQUENTIAL))
+    assert in_mlflow(slurm, job.place, SEQUENTIAL)[0] == in_mlflow(slurm, undisturbed.place, SEQUENTIAL)[0]
+
+
+def nothing_is_left(nodes):
+    for node in nodes:
         assert node.run("ps", "-eo", "args", "--no-headers").count("ray") == 0
         assert [path.name for path in node.tmp.iterdir() if path.name != "slurmd"] == []
 
@@ -124,7 +130,7 @@ def test_two_jobs_side_by_side_both_finish_and_leave_nothing(slurm, two_jobs):
         assert all(uri.startswith(f"file://{SHARED}/{job.place}/mlflow-artifacts/") for uri in artifacts)
         shown = slurm.login.run(ENVIRONMENT / "bin" / "sweeps", "status", SHARED / job.place / sweep.name)
         assert "2 finished" in shown
-    nothing_is_left(slurm)
+    nothing_is_left(slurm.nodes)
 
 
 def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undisturbed(slurm, two_jobs):
@@ -139,21 +145,31 @@ def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undistu
     slurm.control("update", "NodeName=machine1", "State=DRAIN", "Reason=test")
     try:
         slurm.control("update", f"JobId={job.number}", "TimeLimit=60")
-        assert job.ends() == ("COMPLETED", "0:0"), job.output()
+        ends_as_if_undisturbed(slurm, job, two_jobs[0])
     finally:
         slurm.control("update", "NodeName=machine1", "State=RESUME")
-    assert re.findall(r"start (\d+) of job \d+: .* \((.*)\)", job.output()) == [("1", "machine1"), ("2", "machine2")]
+    assert job.starts() == [("1", "machine1"), ("2", "machine2")]
     assert "the study is the one kept in" in job.output()
-    assert essence(records(slurm, job.place, SEQUENTIAL)) == essence(records(slurm, two_jobs[0].place, SEQUENTIAL))
-    assert in_mlflow(slurm, job.place, SEQUENTIAL)[0] == in_mlflow(slurm, two_jobs[0].place, SEQUENTIAL)[0]
-    nothing_is_left(slurm)
+    nothing_is_left(slurm.nodes)
 
 
-def test_a_sweep_outlives_a_node(slurm, two_jobs):
+def test_a_sweep_outlives_the_node_that_runs_its_job(slurm, two_jobs):
+    """With it the job's script is lost, and whoever could have put it back into the queue."""
+    job = slurm.submit("first", "sweeps/digits.py", *LONG)
+    job.wait_for("task 2")
+    first, *others = slurm.nodes_of(job)
+    first.end()
+    ends_as_if_undisturbed(slurm, job, two_jobs[0])
+    assert [start for start, _ in job.starts()] == ["1", "2"]
+    nothing_is_left(others)
+
+
+def test_a_sweep_outlives_another_node(slurm, two_jobs):
     job = slurm.submit("lost", "sweeps/digits.py", *LONG)
-    lost = slurm.nodes[1]
+    job.wait_for("start 1")
+    _, lost = slurm.nodes_of(job)
     until(lambda: TRIAL in lost.run("ps", "-eo", "args"), patience_s=300)
     lost.end()
-    assert job.ends() == ("COMPLETED", "0:0"), job.output()
-    assert slurm.type("sinfo", "--noheader", "--nodes=machine2", "--format=%T").stdout.strip("*\n") == "down"
-    assert essence(records(slurm, job.place, SEQUENTIAL)) == essence(records(slurm, two_jobs[0].place, SEQUENTIAL))
+    ends_as_if_undisturbed(slurm, job, two_jobs[0])
+    assert [start for start, _ in job.starts()] == ["1"]
+    assert slurm.type("sinfo", "--noheader", f"--nodes={lost.name}", "--format=%T").stdout.strip("*\n") == "down"
