@@ -49,7 +49,7 @@ chaos: $(READY)  ## whatever a sweep lives on fails at random, twenty times (mak
 	$(BIN)/python -m pytest -s $(SEEDS:%="$(CHAOS)[%]") tests/sweeps/test_stops.py
 
 hosts: $(READY)  ## machines on this one: brought up with cluster/local.yaml, and as nodes of a real Slurm (needs root; skips say what else)
-	$(BIN)/python -m pytest -m hosts -n 2 --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m "hosts and not slow" -n 2 --dist loadfile
 
 lowest:  ## unit tests and real clusters with the oldest libraries that pyproject.toml admits, in .venv-lowest
 	$(MAKE) unit cluster VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt

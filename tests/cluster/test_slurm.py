@@ -133,6 +133,7 @@ def test_two_jobs_side_by_side_both_finish_and_leave_nothing(slurm, two_jobs):
     nothing_is_left(slurm.nodes)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undisturbed(slurm, two_jobs):
     """Slurm's own warning; the first node is then kept from the job, so that another one is its head."""
     job = slurm.submit("limit", "sweeps/digits.py", *LONG, nodes=1)
@@ -153,6 +154,7 @@ def test_a_sweep_that_outlives_its_time_goes_on_elsewhere_and_ends_as_if_undistu
     nothing_is_left(slurm.nodes)
 
 
+@pytest.mark.slow
 def test_a_sweep_outlives_the_node_that_runs_its_job(slurm, two_jobs):
     """With it the job's script is lost, and whoever could have put it back into the queue."""
     job = slurm.submit("first", "sweeps/digits.py", *LONG)
@@ -164,6 +166,7 @@ def test_a_sweep_outlives_the_node_that_runs_its_job(slurm, two_jobs):
     nothing_is_left(others)
 
 
+@pytest.mark.slow
 def test_a_sweep_outlives_another_node(slurm, two_jobs):
     job = slurm.submit("lost", "sweeps/digits.py", *LONG)
     job.wait_for("start 1")
