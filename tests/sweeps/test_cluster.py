@@ -56,7 +56,7 @@ def assert_mlflow_agrees(folder, records):
     assert statuses_in_mlflow(folder) == sorted([(-1, "FINISHED"), *trials])
 
 
-@pytest.mark.parametrize("executor", ["inline", "train"])
+@pytest.mark.parametrize("executor", [pytest.param("inline", marks=pytest.mark.slow), "train"])
 def test_a_sweep_ends_with_all_its_trials_two_at_a_time_and_with_the_numbers_of_plain_runs(recipe, executor):
     recipe.run("--executor", executor, "--num-trials", "3")
     records = recipe.records()

@@ -195,6 +195,7 @@ def test_trials_go_on_when_tune_itself_has_stopped(ledger, tmp_path):
     assert sum("the bucket is away" in line for line in said) == 2
 
 
+@pytest.mark.slow
 def test_it_does_not_go_on_for_ever_when_tune_stops_in_vain(ledger, tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.engine.run.tune.STOPS_IN_VAIN", 1)
 
