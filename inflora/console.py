@@ -13,11 +13,10 @@ from typer import BadParameter, Exit, Option
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
-import inflora.interrupt  # noqa: F401  its import is its work
 from inflora.errors import UserError, one_line
+from inflora.interrupt import INTERRUPTED, ctrl_c_ends_imports
 
 MENDABLE = 2
-INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell says it
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -43,7 +42,9 @@ class _EndsInOneLine:
 
     def main(self, *args: Any, **extra: Any) -> None:
         """Parse the command line, run the command and exit."""
-        sys.exit(self._exit_code(*args, **{**extra, "standalone_mode": False}))
+        with ctrl_c_ends_imports():
+            code = self._exit_code(*args, **{**extra, "standalone_mode": False})
+        sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; Ctrl-C ends it with one line."""

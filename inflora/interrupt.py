@@ -1,9 +1,15 @@
-"""Ctrl-C outside any command, in one line: imported first, it is heard while the other imports take their seconds."""
+"""Ctrl-C is one line, also while imports take their seconds: imported first, it is heard outside any command, too."""
 
+import os
 import signal
 import sys
 import threading
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C has ended: 128 and the number of SIGINT, as a shell says it."""
 
 _excepthook, _unraisablehook = sys.excepthook, sys.unraisablehook
 
@@ -23,6 +29,32 @@ def _interrupted_unheard(unraisable: "sys.UnraisableHookArgs") -> None:
         threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         _unraisablehook(unraisable)
+
+
+@contextmanager
+def ctrl_c_ends_imports() -> Iterator[None]:
+    """While a command runs, Ctrl-C in an import ends the process at once; anywhere else it is KeyboardInterrupt.
+
+    Some libraries' imports let no exception out, and the command would go on; others, compiled ones, abort at it.
+    """
+    is_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    if not is_main or before is not signal.default_int_handler:  # who ignores it, or hears it already, knows why
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupted_inside)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted_inside(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 sys.excepthook, sys.unraisablehook = _interrupted_outside, _interrupted_unheard

@@ -12,6 +12,7 @@ import typer
 from inflora.config import ConfigError, checked, dump_config, load_config, override, parse_assignments, parse_duration_s
 from inflora.console import OneLineCommand
 from inflora.errors import without_password
+from inflora.interrupt import INTERRUPTED
 from sweeps.cli import Address, Shared, Storage, TrackingUri, find_sweep, front_of, quiet_libraries, storage_root
 from sweeps.engine.ledger.records import TrialRecord, describe
 from sweeps.engine.space.domains import Choice, Integer, NearOne, Real
@@ -108,7 +109,7 @@ def command_line(*sweeps: Sweep) -> typer.Typer:
             print(f"MLflow at {shown} has not taken everything; the same command sends the rest", file=sys.stderr)
         if not result.complete:
             print("interrupted; the same command goes on", file=sys.stderr)
-            raise typer.Exit(130)
+            raise typer.Exit(INTERRUPTED)
         if winner(result.records, known) is None:
             raise typer.Exit(1)
         if smoke:

@@ -143,25 +143,45 @@ def test_the_status_of_a_sweep_waits_for_no_library(tmp_path):
 
 INTERRUPTED = {
     "in a command": "app()",
+    "in an import of a command, which lets no exception out": "app(['imports'])",
     "outside of any": "raise KeyboardInterrupt",
-    "in a callback, which Python cannot stop": "kept = weakref.ref(Thing(), lambda _: interrupt()); time.sleep(9)",
+    "in a callback, which Python cannot stop": "kept = weakref.ref(Thing(), lambda _: interrupted()); time.sleep(9)",
 }
 HEAD = """
-import time, weakref, typer
+import os, signal, sys, threading, time, weakref, typer
 from inflora.console import OneLineGroup
 app = typer.Typer(cls=OneLineGroup)
 
 class Thing: pass
 
-@app.callback(invoke_without_command=True)
-def interrupt():
+def interrupted():
     raise KeyboardInterrupt
+
+@app.callback(invoke_without_command=True)
+def interrupt(context: typer.Context):
+    if not context.invoked_subcommand:
+        interrupted()
+
+@app.command()
+def imports():
+    sys.path.insert(0, ".")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    import stubborn
+    print("it went on", file=sys.stderr)
+"""
+STUBBORN = """
+import time
+try:
+    time.sleep(9)
+except BaseException:
+    pass
 """
 
 
 @pytest.mark.parametrize("where", INTERRUPTED)
-def test_ctrl_c_is_one_line_wherever_it_falls(where):
+def test_ctrl_c_is_one_line_wherever_it_falls(where, tmp_path):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
     script = HEAD + INTERRUPTED[where]
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stderr == "interrupted\n"
     assert done.returncode in (130, -signal.SIGINT)

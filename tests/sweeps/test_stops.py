@@ -85,7 +85,8 @@ def recipe(tmp_path, tiny_sweep) -> Recipe:
 def kinds_of_files(recipe: Recipe) -> set[str]:
     """What is there, without the names that differ from one start to the next."""
     roots = (recipe.results, recipe.folder / "data")
-    found = {path.relative_to(recipe.folder).as_posix() for root in roots for path in root.rglob("*")}
+    walks = [walk for root in roots for walk in os.walk(root)]  # rglob fails at a folder that is just removed
+    found = {os.path.relpath(f"{top}/{name}", recipe.folder) for top, *names in walks for name in sum(names, [])}
     return {re.sub(r"[0-9a-f]{6,}|\d{3,}|\d\d-\d\d-\d\d|(?<=fn_)\w+|\d+$", "#", path) for path in found}
 
 
