@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -86,7 +87,7 @@ def kinds_of_files(recipe: Recipe) -> set[str]:
     """What is there, without the names that differ from one start to the next."""
     roots = (recipe.results, recipe.folder / "data")
     walks = [walk for root in roots for walk in os.walk(root)]  # rglob fails at a folder that is just removed
-    found = {os.path.relpath(f"{top}/{name}", recipe.folder) for top, *names in walks for name in sum(names, [])}
+    found = {os.path.relpath(f"{top}/{name}", recipe.folder) for top, *names in walks for name in chain(*names)}
     return {re.sub(r"[0-9a-f]{6,}|\d{3,}|\d\d-\d\d-\d\d|(?<=fn_)\w+|\d+$", "#", path) for path in found}
 
 
