@@ -20,6 +20,7 @@ from inflora.config import BackboneSettings, DataSettings, InfLoRASettings, Opti
 from inflora.continual import run
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.database import study_url
+from sweeps.engine.ledger.lease import LEASE_FILE, this_process
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, TrialRecord
 from sweeps.engine.ledger.trials import read_records
@@ -173,6 +174,12 @@ def undisturbed(sweep: Sweep, settings: dict) -> list[list[float]]:
     """The accuracy matrix of these settings, learnt here and now with nothing around it."""
     torch.set_num_threads(1)
     return [result.accuracies for result in run(sweep.config(settings))]
+
+
+def hold(place: SharedFolder) -> SharedFolder:
+    """This process is the driver of the sweep in a place, as far as its lease says."""
+    place.write(LEASE_FILE, this_process().model_dump_json().encode())
+    return place
 
 
 def sqlite(folder: Path) -> str:

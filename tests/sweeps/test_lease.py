@@ -141,6 +141,17 @@ def test_a_driver_that_was_taken_for_dead_hears_that_it_was_replaced_and_does_no
             copy_study(head, place)
 
 
+def test_a_driver_that_slept_while_another_ended_the_sweep_does_not_write_over_it(place, tmp_path):
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), leased(place, said.append, renew_s=0.2):
+        place.delete(LEASE_FILE)  # the other has given it back
+        with pytest.raises(ReplacedError, match="another driver has had"):
+            copy_study(tmp_path / "head", place)
+        time.sleep(20)
+    assert "this driver ends" in said[-1]
+    assert place.read(LEASE_FILE) is None
+
+
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_a_driver_that_was_replaced_leaves_mlflow_to_the_other(tiny_sweep, tmp_path, monkeypatch, is_replaced):
     place, head, delivered = SharedFolder(str(tmp_path / "shared")), tmp_path / "head", []

@@ -17,7 +17,7 @@ from sweeps.engine.run.runner import locked
 from sweeps.engine.run.storage import copy_study
 from sweeps.engine.space.spec import SPEC_FILE
 
-from .conftest import PAPER, learn_all
+from .conftest import PAPER, hold, learn_all
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def copied(request, head, tmp_path) -> SharedFolder:
     """Where the head has put its copy."""
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
     place = SharedFolder(f"{root}/{tmp_path.name}/tiny")
-    copy_study(head, place)
+    copy_study(head, hold(place))
+    place.delete(LEASE_FILE)
     return place
 
 

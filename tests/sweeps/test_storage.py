@@ -28,13 +28,13 @@ from sweeps.engine.run.tune import StudySearcher
 from sweeps.engine.space.spec import Sweep
 from tests.conftest import same_state
 
-from .conftest import Anywhere, learn_all
+from .conftest import Anywhere, hold, learn_all
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def shared(request, tmp_path):
     root = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
-    return SharedFolder(f"{root}/sweeps/{tmp_path.name}")
+    return hold(SharedFolder(f"{root}/sweeps/{tmp_path.name}"))
 
 
 def test_what_is_written_is_read_until_it_is_deleted(shared):
@@ -235,7 +235,7 @@ def bring_back(place):
 
 @pytest.fixture
 def folder(tmp_path):
-    place = SharedFolder(str(tmp_path / "shared"))
+    place = hold(SharedFolder(str(tmp_path / "shared")))
     place.make(TRIALS)
     return place
 

@@ -115,13 +115,20 @@ def _understood(content: bytes | None) -> Holder | None:
 
 
 class ReplacedError(Exception):
-    """Another driver has taken this one for dead and goes on in its place."""
+    """Another driver has taken this one for dead, and goes on in its place or has ended the sweep there."""
 
 
 def require_ours(place: "SharedFolder") -> None:
-    """Raise ReplacedError if another driver has taken the place over."""
+    """Raise ReplacedError if another driver has taken the place over, though it may have given it back by now.
+
+    Raises:
+        OSError: The place is away.
+    """
     held = holder(place)
-    if held is not None and held.owner != _OWNER:
+    if held is None:
+        place.require()  # a folder that is away holds no lease either
+        raise ReplacedError(f"another driver has had {place.address} meanwhile, or its {LEASE_FILE} was removed")
+    if held.owner != _OWNER:
         raise ReplacedError(f"{held.shown} has taken {place.address} over")
 
 

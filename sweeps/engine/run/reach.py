@@ -5,7 +5,6 @@ Ray and MLflow try for minutes, with many lines of their own, to reach what is n
 
 import json
 import os
-import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -26,9 +25,6 @@ from sweeps.engine.show.output import check_can_write
 
 PATIENCE_S = 10.0
 """The time within which an answer must come."""
-
-_CLIENT_PORT = 10001
-"""Where Ray's client server listens unless told otherwise."""
 
 STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
@@ -90,14 +86,13 @@ def reachable_ray(address: str | None) -> None:
     given = address or os.environ.get("RAY_ADDRESS")
     if given in (None, "", "auto", "local"):
         return  # Ray knows what runs on this machine
-    named = given.removeprefix("ray://")
-    if named != given and ":" not in named:
-        named += f":{_CLIENT_PORT}"
-    host, _, port = named.rpartition(":")
+    shown = one_line(given, 100)
+    if given.startswith("ray://"):  # Tune moves itself into the cluster then, without the study and its lock
+        raise ConfigError(f"a sweep's driver runs in the cluster, not as a client of it ({shown}): use ray job submit")
+    host, _, port = given.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
-        raise ConfigError(f"a Ray address is host:port, ray://host:port, auto or local, got {one_line(given, 100)!r}")
-    ask = _ask_port if given.startswith("ray://") else _ask_head
-    _within(PATIENCE_S, f"Ray at {one_line(given, 100)}", lambda: ask(f"{host}:{port}"))
+        raise ConfigError(f"a Ray address is host:port, auto or local, got {shown!r}")
+    _within(PATIENCE_S, f"Ray at {shown}", lambda: _ask_head(f"{host}:{port}"))
 
 
 def _within(seconds: float, what: str, ask: Callable[[], object]) -> None:
@@ -179,15 +174,6 @@ def sqlite_file(uri: str) -> Path | None:
     if url.get_backend_name() != "sqlite" or url.host or not url.database or url.database.startswith((":", "file:")):
         return None
     return Path(url.database).absolute()
-
-
-def _ask_port(address: str) -> None:
-    """Connect to where Ray's own client will."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
-    except (OSError, UnicodeError) as error:
-        raise Unreachable(f"does not answer: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _ask_head(address: str) -> None:
