@@ -1,11 +1,13 @@
 """Trials that fail: tried again where that can help, ended with their reason where not, never the sweep's end."""
 
 import pickle
+import time
 
 import pytest
 
 from inflora.config import override
 from inflora.storage import SharedFolder
+from sweeps.engine.ledger import failures
 from sweeps.engine.ledger import ledger as ledger_module
 from sweeps.engine.ledger.failures import Failure, NodeFault, Tried, alike, change_for, headline, kind_of, node_of
 from sweeps.engine.ledger.ledger import Ledger
@@ -139,6 +141,24 @@ def test_a_lost_trial_comes_back_under_its_own_number_with_what_it_has_learnt(le
     record = ledger.record_of(first.number)
     assert (record.outcome, record.tries) == (Outcome.FINISHED, (Tried(LOST, 1),))
     assert len(ledger.records()) == 1
+
+
+def test_a_trial_that_a_full_machine_has_killed_comes_back_after_a_pause_and_others_go_on_meanwhile(
+    tiny_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(failures, "MEMORY_PAUSE_S", 1.0)
+    ledger = Ledger(tiny_sweep.model_copy(update={"trials": 2}), tmp_path)
+    first, second = ledger.propose().number, ledger.propose().number
+    for pause_s in (1.0, 2.0):
+        ledger.fail(first, KILLED)
+        ledger.fail(second, LOST)
+        start = time.monotonic()
+        assert ledger.propose().number == second
+        while (again := ledger.propose()) is None:
+            assert not ledger.is_idle(), "Tune is to ask again"
+            time.sleep(0.05)
+        assert again.number == first
+        assert pause_s <= time.monotonic() - start < pause_s + 0.5
 
 
 def test_tries_are_counted_over_all_starts(tiny_sweep, tmp_path):

@@ -143,11 +143,16 @@ def test_a_driver_that_was_taken_for_dead_hears_that_it_was_replaced_and_does_no
 
 def test_a_driver_that_slept_while_another_ended_the_sweep_does_not_write_over_it(place, tmp_path):
     said: list[str] = []
-    with pytest.raises(KeyboardInterrupt), leased(place, said.append, renew_s=0.2):
-        place.delete(LEASE_FILE)  # the other has given it back
-        with pytest.raises(ReplacedError, match="another driver has had"):
-            copy_study(tmp_path / "head", place)
-        time.sleep(20)
+
+    def drive() -> None:
+        with leased(place, said.append, renew_s=0.2):
+            place.delete(LEASE_FILE)  # the other has given it back
+            with pytest.raises(ReplacedError, match="another driver has had"):
+                copy_study(tmp_path / "head", place)
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        drive()
     assert "this driver ends" in said[-1]
     assert place.read(LEASE_FILE) is None
 

@@ -1,8 +1,12 @@
 """One trial: what it reports, what it goes on from, and what it can never see."""
 
 import json
+import threading
+import time
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import UserCallback
 
 from inflora.config import config_hash, override
 from inflora.continual import run
@@ -10,6 +14,7 @@ from inflora.state import load_state, save_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport
+from sweeps.engine.run import driver
 from sweeps.engine.run.driver import forget_if_torn
 from sweeps.engine.run.session import InlineSession
 from sweeps.engine.run.trial import learn
@@ -218,3 +223,33 @@ def test_a_trial_whose_list_of_checkpoints_is_not_whole_begins_anew(tmp_path, sn
     assert (forget_if_torn(SharedFolder(str(tmp_path)), folder.name) == "") == kept
     assert folder.exists() == kept
     assert forget_if_torn(SharedFolder(str(tmp_path)), "tiny-0001") == ""  # has kept nothing yet
+
+
+@pytest.mark.parametrize("is_away", [True, False])
+def test_a_controller_that_dies_as_it_begins_waits_for_a_place_that_is_away(tmp_path, monkeypatch, is_away):
+    """What it reads there fails, and Ray tells of an actor that died."""
+    folder, away, tries = tmp_path / "trials", tmp_path / "away", []
+    folder.mkdir()
+
+    class Dies:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self):
+            tries.append(time.monotonic())
+            if len(tries) == 1:
+                if is_away:
+                    folder.rename(away)
+                    threading.Timer(1.0, away.rename, [folder]).start()
+                raise ActorDiedError
+
+    monkeypatch.setattr(driver, "Trainer", Dies)
+    monkeypatch.setattr(driver, "TuneReportCallback", UserCallback)  # Tune's own is for trials of Tune's
+    trial = driver.train_driver(Resources(), "cpu", str(folder), beside=False)
+    settings = {"name": "tiny-0000", "gpus": 0, "avoid": []}
+    if not is_away:
+        with pytest.raises(ActorDiedError):
+            trial(settings)
+    else:
+        trial(settings)
+        assert tries[1] - tries[0] > 0.9

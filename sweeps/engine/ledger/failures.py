@@ -17,6 +17,10 @@ class Failure(StrEnum):
     UNKNOWN = "unknown"  # anything else: tried once more, as it may have been chance
 
 
+MEMORY_PAUSE_S = 15.0
+"""The first pause of a trial after a machine was full; every further one is twice as long."""
+
+
 class Tried(NamedTuple):
     """A failed try: the reason, and the number of tasks that were done by then."""
 
@@ -90,6 +94,12 @@ def change_for(failed: Sequence[Tried], retries: int, gpus_per_worker: float) ->
         return None
     is_memory = kind in (Failure.GPU_MEMORY, Failure.HOST_MEMORY)
     return "when there may be more memory" if is_memory else "from its last finished task"
+
+
+def pause_before(failed: Sequence[Tried]) -> float:
+    """The seconds that a trial waits before it is tried again: where a machine was full, others there end meanwhile."""
+    is_full = kind_of(failed[-1].reason) is Failure.HOST_MEMORY
+    return MEMORY_PAUSE_S * 2.0 ** (len(alike_in_vain(failed)) - 1) if is_full else 0.0
 
 
 def alike_in_vain(failed: Sequence[Tried]) -> list[str]:

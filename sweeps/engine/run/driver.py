@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
@@ -73,6 +74,9 @@ def train_driver(resources: Resources, device: str, storage: str, *, beside: boo
             # The controller writes the list of checkpoints; what it cannot write now it can when the place is back.
             if isinstance(error.controller_failure, OSError):
                 raise error.controller_failure from error
+            raise
+        except RayActorError:
+            trials.require()  # what it reads as it begins: away, that is why
             raise
 
     def trial(settings: dict[str, Any]) -> None:
