@@ -103,15 +103,9 @@ def away_sweep(tiny_sweep) -> Sweep:
     return tiny_sweep.model_copy(update=changes)
 
 
-@pytest.mark.parametrize(
-    ("kind", "executor"),
-    [
-        ("folder", "inline"),
-        pytest.param("bucket", "inline", marks=pytest.mark.slow),
-        pytest.param("folder", "train", marks=pytest.mark.slow),
-        pytest.param("bucket", "train", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # a seed of test_chaos.py does it to inline trials, too
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+@pytest.mark.parametrize("executor", ["inline", "train"])
 def test_a_place_that_is_away_while_trials_learn_costs_nothing_but_time(
     kind, executor, away_sweep, tmp_path, data_root, request
 ):
