@@ -226,7 +226,10 @@ def final(
     tracking_uri: TrackingUri = None,
     address: Address = None,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs per run.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs per run; a fraction shares one, 0 is the CPU.")] = 0.0,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs per run; a fraction shares one, 0 is the CPU. Default: 1 where there are some."),
+    ] = None,
 ) -> None:
     """Train the chosen configs over seeds on all training images, open the test set, report mean and spread.
 
@@ -255,9 +258,9 @@ def final(
             f"--shared must be s3://bucket/path, got {one_line(shared, 200)!r}; a folder is given by --out"
         )
     bucket = None if "://" not in place else f"{place}/{home.name}" if swept else place
-    resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus})
+    resources = checked(Resources, {"cpus_per_worker": cpus, "gpus_per_worker": gpus or 0})
     numbers: list[int | None] | None = [*parse_seeds(orders, "--orders")] if orders else None
-    trained = FinalTraining(parse_seeds(seeds), numbers, resources, address, bucket)
+    trained = FinalTraining(parse_seeds(seeds), numbers, resources, address, bucket, gpus is None)
     uri = tracking_uri or default_tracking_uri(home if swept else folder)
     reachable_store(uri, home if swept else folder)
     if elsewhere:

@@ -443,8 +443,8 @@ _real_generator = torch.Generator
 
 
 @contextmanager
-def simulated_gpu(free_bytes: int = 80 * 2**30) -> Iterator[Gpu]:
-    """One CUDA device with so much free memory, for as long as the context is open, in this thread."""
+def simulated_gpu(memory_bytes: int = 80 * 2**30) -> Iterator[Gpu]:
+    """One CUDA device with so much memory, nearly all in use by others; as long as the context is open, in this thread."""
     gpu = Gpu()
     _current.append(gpu)
     cuda = {
@@ -457,7 +457,7 @@ def simulated_gpu(free_bytes: int = 80 * 2**30) -> Iterator[Gpu]:
         "get_device_name": lambda device=None: "a simulated GPU",
         "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda device=None: (free_bytes, free_bytes),
+        "mem_get_info": lambda device=None: (1024, memory_bytes),
         "synchronize": lambda device=None: gpu.synchronise("torch.cuda.synchronize"),
         "current_stream": lambda device=None: gpu.stream,
         "stream": _on_stream,

@@ -78,7 +78,7 @@ def config_of(tiny: RunConfig, root: Path, form: str = "raw", **changes) -> RunC
 @contextmanager
 def gpu_for(form: str = "raw") -> Iterator[Gpu]:
     """A device with room for everything, or for no store."""
-    with simulated_gpu(free_bytes=1024 if "too large" in form else 80 * 2**30) as gpu:
+    with simulated_gpu(memory_bytes=1024 if "too large" in form else 80 * 2**30) as gpu:
         yield gpu
 
 

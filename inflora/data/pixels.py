@@ -71,7 +71,7 @@ class Pixels(Protocol):
 
 
 _LARGE_BATCH = 256  # as many images as evaluation looks at together
-_SHARE = 8  # of a device's free memory images may take up an eighth: other trials may come to it, with as much
+_SHARE = 8  # an eighth of a device's memory, whatever is free of it: a run that goes on makes the views it made before
 
 
 class RawPixels:
@@ -247,7 +247,7 @@ class BlockPixels:
 
 def _fits(count: int, device: torch.device) -> bool:
     """True where so many bytes may stay on the device; on the CPU images stay where they are, in mapped files."""
-    return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[0] // _SHARE
+    return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[1] // _SHARE
 
 
 def _as_images(pixels_BHWC: Tensor) -> Tensor:

@@ -89,16 +89,32 @@ def test_a_run_that_asks_for_a_gpu_does_not_train_where_pytorch_finds_none(confi
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "auto")])
-def test_runs_that_ask_for_no_gpu_are_planned_on_the_cpu_in_the_same_folders(
-    config, tmp_path, monkeypatch, gpus, device
+@pytest.mark.parametrize(
+    ("asked", "cluster", "wanted", "placed", "gpus"),
+    [
+        (0, {"GPU": 8}, "auto", "cpu", 0),
+        (1, {"GPU": 8}, "auto", "auto", 1),
+        (None, {"GPU": 8}, "auto", "auto", 1),
+        (None, {"GPU": 8}, "cpu", "cpu", 0),
+        (None, {"CPU": 8}, "auto", "cpu", 0),
+        (None, {"CPU": 0, "trials_at_a_time": 4}, "auto", "auto", 1),
+    ],
+)
+def test_runs_are_on_gpus_where_there_are_some_or_as_many_as_are_asked_for_and_in_the_same_folders(
+    config, tmp_path, monkeypatch, asked, cluster, wanted, placed, gpus
 ):
-    for name in ("reachable_ray", "connect", "trials_at_a_time", "check_nodes", "train_all"):
+    for name in ("reachable_ray", "connect", "trials_at_a_time", "check_nodes"):
         monkeypatch.setattr(f"sweeps.engine.after.final.{name}", lambda *_: None)
-    configs = {"inflora": override(config, {"device": "auto"})}
-    training = FinalTraining([0, 1], None, Resources(gpus_per_worker=gpus), None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: cluster)
+    asked_of_ray: list[float] = []
+    monkeypatch.setattr(
+        "sweeps.engine.after.final.train_all", lambda _, resources, *__: asked_of_ray.append(resources.gpus)
+    )
+    configs = {"inflora": override(config, {"device": wanted})}
+    training = FinalTraining([0, 1], None, Resources(gpus_per_worker=asked or 0), None, finds_gpus=asked is None)
     runs = training.train(configs, tmp_path, "test", print)
-    assert {run.config.device for run in runs} == {device}
+    assert {run.config.device for run in runs} == {placed}
+    assert asked_of_ray == [gpus]
     assert [run.folder for run in runs] == [run.folder for run in plan(configs, [0, 1], tmp_path)]
 
 

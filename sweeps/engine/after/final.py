@@ -33,7 +33,7 @@ from inflora.setup import check, identity, search_stream
 from inflora.state import MANIFEST, RunState, load_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import now_ms
-from sweeps.engine.run.cluster import connect, trials_at_a_time
+from sweeps.engine.run.cluster import connect, has_gpus, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes, faults_named
 from sweeps.engine.run.reach import reachable_ray
 from sweeps.engine.show import plots
@@ -234,7 +234,8 @@ def _name(run: FinalRun) -> str:
 class FinalTraining(NamedTuple):
     """Over which seeds and class orders (None: each config's own) configs are trained, and where.
 
-    ``bucket`` keeps the runs while they are trained, where there is no folder that all nodes see.
+    ``bucket`` keeps the runs while they are trained, where there is no folder that all nodes see. With ``finds_gpus``
+    every run asks for a GPU where the cluster has some, or may get them.
     """
 
     seeds: list[int]
@@ -242,19 +243,24 @@ class FinalTraining(NamedTuple):
     resources: Resources
     address: str | None
     bucket: str | None = None
+    finds_gpus: bool = False
 
     def train(
         self, configs: Mapping[str, RunConfig], folder: Path, evaluate_on: EvaluateOn, say: Callable[[str], None]
     ) -> list[FinalRun]:
         """The runs of these configs, trained unless they are there already."""
-        placed = {label: self.resources.on_device(config) for label, config in configs.items()}
-        runs = plan(placed, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
+        planned = plan(configs, self.seeds, folder, orders=self.orders, evaluate_on=evaluate_on)
         reachable_ray(self.address)
         check_can_write(folder)
         connect(self.address, say)
-        trials_at_a_time(self.resources, "inline", say)
+        resources = self.resources
+        if self.finds_gpus and has_gpus() and any(run.config.device != "cpu" for run in planned):
+            resources = resources.model_copy(update={"gpus_per_worker": 1})
+            say("Ray: every run asks for a GPU (--gpus)")
+        trials_at_a_time(resources, "inline", say)
         check_nodes(SharedFolder(self.bucket or str(folder)))
-        train_all(runs, self.resources, say, SharedFolder(self.bucket) if self.bucket else None)
+        runs = [run._replace(config=resources.on_device(run.config)) for run in planned]
+        train_all(runs, resources, say, SharedFolder(self.bucket) if self.bucket else None)
         return runs
 
 

@@ -119,7 +119,7 @@ def trials_at_a_time(resources: Resources, executor: str, say: Callable[[str], N
     Raises:
         ConfigError: Nothing is declared and there is no room for a single trial.
     """
-    if not resources.gpus and ray.cluster_resources().get("GPU"):
+    if not resources.gpus and has_gpus():
         say("Ray: no GPU is asked for (--gpus), so device auto is the CPU")
     if not may_grow():
         room, drivers = slots(resources), int(ray.cluster_resources().get(DRIVER, 0))
@@ -132,6 +132,11 @@ def trials_at_a_time(resources: Resources, executor: str, say: Callable[[str], N
     except ConfigError as error:
         say(f"waiting for nodes: {error}")
     return int(ray.cluster_resources()[AT_A_TIME])
+
+
+def has_gpus() -> bool:
+    """True of a cluster with GPUs, or one that says which it has when somebody asks for them."""
+    return bool(ray.cluster_resources().get("GPU")) or may_grow()
 
 
 def may_grow() -> bool:
