@@ -444,7 +444,7 @@ _real_generator = torch.Generator
 
 @contextmanager
 def simulated_gpu(memory_bytes: int = 80 * 2**30) -> Iterator[Gpu]:
-    """One CUDA device with so much memory, nearly all used by others; as long as the context is open, in this thread."""
+    """One CUDA device with so much memory, nearly all used by others; while the context is open, in this thread."""
     gpu = Gpu()
     _current.append(gpu)
     cuda = {
