@@ -10,8 +10,10 @@ proposal to the last trial's end; ``mlflow_after_s`` is what the tracker needs a
 ``mlflow_cpu_s`` its process's own time, start included, ``mlflow_mb`` what it holds.
 
 Trials at a time: ``driver_share`` is the part of one core that the driver takes while all of them run, with MLflow
-beside it; a trial that reports is held up until Tune has answered, and ``answer_s`` is how long. ``head_mb`` is what
-the driver and Ray's own processes hold for each trial, those of the trials themselves left out.
+beside it; a trial that reports is held up until Tune has answered, and ``answer_s`` is how long, while all run;
+``starting_max_s`` is the longest before, while this machine starts their processes. ``head_mb`` is what the driver and
+Ray's own processes hold for each trial, those of the trials themselves left out. A trial's process holds 115 MB: swap
+space and RAY_memory_monitor_refresh_ms=0 make room for those that sleep.
 """
 
 import argparse
@@ -20,8 +22,9 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,6 +147,7 @@ class Steady(Callback):
         self.at_a_time, self.process = at_a_time, psutil.Process()
         self.begun: tuple[float, float] | None = None
         self.last = (0.0, 0.0)
+        self.since_ms = self.until_ms = 0.0
         self.head_mb = 0.0
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
@@ -151,8 +155,9 @@ class Steady(Callback):
             return
         times = self.process.cpu_times()
         self.last = (time.perf_counter(), times.user + times.system)
+        self.until_ms = 1000 * time.time()
         if self.begun is None:
-            self.begun, self.head_mb = self.last, head_memory_mb(self.process)
+            self.begun, self.head_mb, self.since_ms = self.last, head_memory_mb(self.process), self.until_ms
 
     @property
     def share(self) -> float:
@@ -164,7 +169,8 @@ class Steady(Callback):
 def head_memory_mb(driver: psutil.Process) -> float:
     """What the driver and Ray's own processes hold, but for the processes of trials and those kept for them."""
     ray_s = [p for p in driver.children(recursive=True) if not any("ray::" in part for part in p.cmdline()[:1])]
-    return sum(process.memory_info().rss for process in [driver, *ray_s]) / 2**20
+    held = [process.memory_full_info() for process in [driver, *ray_s]]
+    return sum(each.rss + each.swap for each in held) / 2**20
 
 
 def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float]:
@@ -189,7 +195,8 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
         wall_s = time.perf_counter() - start
         tracker.close(patience_s=3600)
         records = ledger.records()
-    answers = sorted(report.metrics["answer_s"] for record in records for report in record.reports[1:])
+    pairs = [pair for record in records for pair in pairwise(record.reports)]
+    answers, starting = sorted(_answers(pairs, steady.since_ms, steady.until_ms)), _answers(pairs, 0, steady.since_ms)
     failed = [f"{record.number} {record.outcome}: {record.tries}" for record in records if record.value is None]
     assert not failed, failed
     return {
@@ -201,8 +208,14 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
         "answer_s": median(answers),
         "answer_p99_s": answers[int(0.99 * len(answers))],
         "answer_max_s": answers[-1],
+        "starting_max_s": max(starting, default=0.0),
         "head_mb": (steady.head_mb - before_mb) / at_a_time,
     }
+
+
+def _answers(pairs: Iterable[tuple[TaskReport, TaskReport]], since_ms: float, until_ms: float) -> list[float]:
+    """How long reports of this time were held up: each report tells it of the one before."""
+    return [after.metrics["answer_s"] for before, after in pairs if since_ms <= before.time_ms < until_ms]
 
 
 def in_a_process_of_its_own(measured: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
