@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 INTERRUPTED = 130
@@ -35,7 +35,8 @@ def _interrupted_unheard(unraisable: "sys.UnraisableHookArgs") -> None:
 def ctrl_c_ends_imports() -> Iterator[None]:
     """While a command runs, Ctrl-C in an import ends the process at once; anywhere else it is KeyboardInterrupt.
 
-    Some libraries' imports let no exception out, and the command would go on; others, compiled ones, abort at it.
+    Some libraries' imports let no exception out, and the command would go on; others, compiled ones, abort at it. To
+    what a command keeps this is what a kill is, and every command goes on after one.
     """
     is_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
     if not is_main or before is not signal.default_int_handler:  # who ignores it, or hears it already, knows why
@@ -50,11 +51,21 @@ def ctrl_c_ends_imports() -> Iterator[None]:
 
 def _interrupted_inside(number: int, frame: FrameType | None) -> None:
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os.write(2, b"interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
+        # Of an import statement alone: who runs a module's code by hand (alembic does) may be doing its work.
+        code, frame = frame.f_code, frame.f_back
+        if (code.co_filename, code.co_name) == ("<frozen importlib._bootstrap>", "_find_and_load"):
+            _end_at_once()
     raise KeyboardInterrupt
+
+
+def _end_at_once() -> None:
+    """End the process with what it has printed, a line and the cursor that a progress bar may have hidden."""
+    with suppress(Exception):  # it may just be at it
+        sys.stdout.flush()
+    os.write(2, b"interrupted\n")
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")
+    os._exit(INTERRUPTED)
 
 
 sys.excepthook, sys.unraisablehook = _interrupted_outside, _interrupted_unheard

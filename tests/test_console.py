@@ -185,3 +185,24 @@ def test_ctrl_c_is_one_line_wherever_it_falls(where, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stderr == "interrupted\n"
     assert done.returncode in (130, -signal.SIGINT)
+
+
+BY_HAND = """
+from importlib.util import module_from_spec, spec_from_file_location
+
+@app.command()
+def migrates():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    spec = spec_from_file_location("migration", "migration.py")
+    spec.loader.exec_module(module_from_spec(spec))
+
+app(["migrates"])
+"""
+
+
+def test_ctrl_c_in_a_module_that_a_library_runs_as_its_work_lets_that_tidy_up(tmp_path):
+    (tmp_path / "migration.py").write_text("import time\ntry:\n    time.sleep(9)\nfinally:\n    open('tidied', 'w')\n")
+    line = [sys.executable, "-c", HEAD + BY_HAND]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert (tmp_path / "tidied").exists()

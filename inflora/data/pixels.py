@@ -71,7 +71,7 @@ class Pixels(Protocol):
 
 
 _LARGE_BATCH = 256  # as many images as evaluation looks at together
-_SHARE = 8  # an eighth of a device's memory, whatever is free of it: a run that goes on makes the views it made before
+_SHARE = 8  # an eighth of a device's memory, whatever is free of it: a run that goes on makes the views it made
 
 
 class RawPixels:

@@ -1,17 +1,26 @@
 """Trials that fail: tried again where that can help, ended with their reason where not, never the sweep's end."""
 
 import pickle
-import time
 
 import pytest
 
 from inflora.config import override
 from inflora.storage import SharedFolder
-from sweeps.engine.ledger import failures
 from sweeps.engine.ledger import ledger as ledger_module
-from sweeps.engine.ledger.failures import Failure, NodeFault, Tried, alike, change_for, headline, kind_of, node_of
+from sweeps.engine.ledger.failures import (
+    Failure,
+    NodeFault,
+    Tried,
+    alike,
+    change_for,
+    headline,
+    kind_of,
+    node_of,
+    pause_before,
+)
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import Outcome, sick_nodes
+from sweeps.engine.run.placement import placed_trainable
 from sweeps.engine.run.storage import Housekeeping
 from sweeps.engine.run.tune import StudySearcher, gpus_for_retry
 from sweeps.engine.show.mirror import Mirror
@@ -143,22 +152,32 @@ def test_a_lost_trial_comes_back_under_its_own_number_with_what_it_has_learnt(le
     assert len(ledger.records()) == 1
 
 
-def test_a_trial_that_a_full_machine_has_killed_comes_back_after_a_pause_and_others_go_on_meanwhile(
-    tiny_sweep, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(failures, "MEMORY_PAUSE_S", 1.0)
-    ledger = Ledger(tiny_sweep.model_copy(update={"trials": 2}), tmp_path)
-    first, second = ledger.propose().number, ledger.propose().number
-    for pause_s in (1.0, 2.0):
-        ledger.fail(first, KILLED)
-        ledger.fail(second, LOST)
-        start = time.monotonic()
-        assert ledger.propose().number == second
-        while (again := ledger.propose()) is None:
-            assert not ledger.is_idle(), "Tune is to ask again"
-            time.sleep(0.05)
-        assert again.number == first
-        assert pause_s <= time.monotonic() - start < pause_s + 0.5
+def test_a_trial_that_a_full_machine_has_killed_holds_its_room_and_waits_ever_longer_until_it_gets_on(ledger, tmp_path):
+    searcher = StudySearcher(ledger, Anywhere())
+
+    def pause(reason: str) -> float:
+        ledger.fail(0, reason)
+        return searcher.suggest("again")["pause_s"]
+
+    assert searcher.suggest("first")["pause_s"] == 0
+    assert [pause(reason) for reason in (KILLED, LOST, KILLED)] == [15, 0, 30]
+    ledger.report(0, report(1, 0.9))
+    assert StudySearcher(Ledger(ledger.sweep, tmp_path), Anywhere()).suggest("driver")["pause_s"] == 0
+    assert pause(KILLED) == 15
+    assert pause_before([Tried(KILLED, 0)] * 9, 0) == 60
+
+
+@pytest.mark.parametrize("executor", ["inline", "train"])
+def test_a_pause_is_in_the_trials_own_place(tiny_sweep, monkeypatch, executor):
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("sweeps.engine.run.placement.has_drivers", lambda: False)
+    learnt = lambda *_, **__: lambda settings: slept.append(settings["number"])  # noqa: E731
+    for name in ("inline_trial", "train_driver"):
+        monkeypatch.setattr(f"sweeps.engine.run.placement.{name}", learnt)
+    trial = placed_trainable(tiny_sweep.model_copy(update={"executor": executor}), "trials")
+    trial({"pause_s": 30.0, "number": 7})
+    assert slept == [30.0, 7]
 
 
 def test_tries_are_counted_over_all_starts(tiny_sweep, tmp_path):

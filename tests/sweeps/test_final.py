@@ -16,6 +16,7 @@ from inflora.storage import SharedFolder
 from sweeps.cli import home_of
 from sweeps.engine.after.final import FinalRun, FinalTraining, _train_one, kept_as, plan, train_all, train_by_way_of
 from sweeps.engine.ledger.failures import NodeFault
+from sweeps.engine.run.cluster import gpus_of_a_run
 from sweeps.engine.space.spec import Resources
 
 from .conftest import Recipe
@@ -97,7 +98,7 @@ def test_a_run_that_asks_for_a_gpu_does_not_train_where_pytorch_finds_none(confi
         (None, {"GPU": 8}, "auto", "auto", 1),
         (None, {"GPU": 8}, "cpu", "cpu", 0),
         (None, {"CPU": 8}, "auto", "cpu", 0),
-        (None, {"CPU": 0, "trials_at_a_time": 4}, "auto", "auto", 1),
+        (None, {"CPU": 0, "trials_at_a_time": 4}, "cpu", "cpu", 0),
     ],
 )
 def test_runs_are_on_gpus_where_there_are_some_or_as_many_as_are_asked_for_and_in_the_same_folders(
@@ -111,11 +112,26 @@ def test_runs_are_on_gpus_where_there_are_some_or_as_many_as_are_asked_for_and_i
         "sweeps.engine.after.final.train_all", lambda _, resources, *__: asked_of_ray.append(resources.gpus)
     )
     configs = {"inflora": override(config, {"device": wanted})}
-    training = FinalTraining([0, 1], None, Resources(gpus_per_worker=asked or 0), None, finds_gpus=asked is None)
+    training = FinalTraining([0, 1], None, Resources(gpus_per_worker=asked or 0), "head:1", finds_gpus=asked is None)
     runs = training.train(configs, tmp_path, "test", print)
     assert {run.config.device for run in runs} == {placed}
     assert asked_of_ray == [gpus]
     assert [run.folder for run in runs] == [run.folder for run in plan(configs, [0, 1], tmp_path)]
+
+
+@pytest.mark.parametrize("can_use_it", [True, False])
+def test_a_card_of_this_machine_that_pytorch_cannot_use_is_not_asked_for(monkeypatch, can_use_it):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: can_use_it)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert gpus_of_a_run(None) == can_use_it
+    assert gpus_of_a_run("head:6379") == 1, "whose machines are others"
+
+
+def test_a_cluster_that_may_get_gpus_and_has_none_is_to_be_told_whether_runs_want_one(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"trials_at_a_time": 4})
+    with pytest.raises(ConfigError, match="say --gpus 1, or --gpus 0"):
+        gpus_of_a_run("head:6379")
 
 
 class OneMachine:

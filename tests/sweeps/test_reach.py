@@ -50,7 +50,7 @@ def with_port(address: str, ports: dict[str, int]) -> str:
     ("address", "reason"),
     [
         ("127.0.0.1:NOBODY", "does not answer: Connection refused"),
-        ("ray://127.0.0.1:10001", "a sweep's driver runs in the cluster, not as a client of it"),
+        ("ray://127.0.0.1:10001", "this runs on a machine of the cluster, not as a client of it"),
         ("127.0.0.1:SILENT", "does not answer"),
         ("127.0.0.1:WEB", "does not answer|is no head"),
         ("localhost", "is host:port"),

@@ -33,7 +33,7 @@ from inflora.setup import check, identity, search_stream
 from inflora.state import MANIFEST, RunState, load_state
 from inflora.storage import SharedFolder
 from sweeps.engine.ledger.records import now_ms
-from sweeps.engine.run.cluster import connect, has_gpus, trials_at_a_time
+from sweeps.engine.run.cluster import connect, gpus_of_a_run, trials_at_a_time
 from sweeps.engine.run.nodes import check_nodes, faults_named
 from sweeps.engine.run.reach import reachable_ray
 from sweeps.engine.show import plots
@@ -136,11 +136,14 @@ def train_all(
     # It only passes lines on, and must not take a run's CPU; here it is lost with this driver alone.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    task = ray.remote(_train_one).options(
-        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
-    )
-    address = bucket.address if bucket else None
-    waiting = {task.remote(run, resources, news, address): run for run in runs}
+    task, address = ray.remote(_train_one), bucket.address if bucket else None
+
+    def start(run: FinalRun) -> Any:
+        gpus = 0 if run.config.device == "cpu" else resources.gpus_per_worker
+        placed = task.options(num_cpus=resources.cpus_per_worker, num_gpus=gpus, max_retries=2)
+        return placed.remote(run, resources, news, address)
+
+    waiting = {start(run): run for run in runs}
     failed: list[str] = []
     while waiting:
         ended, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
@@ -235,7 +238,7 @@ class FinalTraining(NamedTuple):
     """Over which seeds and class orders (None: each config's own) configs are trained, and where.
 
     ``bucket`` keeps the runs while they are trained, where there is no folder that all nodes see. With ``finds_gpus``
-    every run asks for a GPU where the cluster has some, or may get them.
+    every run asks for a GPU where the cluster has some.
     """
 
     seeds: list[int]
@@ -254,7 +257,7 @@ class FinalTraining(NamedTuple):
         check_can_write(folder)
         connect(self.address, say)
         resources = self.resources
-        if self.finds_gpus and has_gpus() and any(run.config.device != "cpu" for run in planned):
+        if self.finds_gpus and any(run.config.device != "cpu" for run in planned) and gpus_of_a_run(self.address):
             resources = resources.model_copy(update={"gpus_per_worker": 1})
             say("Ray: every run asks for a GPU (--gpus)")
         trials_at_a_time(resources, "inline", say)

@@ -20,6 +20,8 @@ class Failure(StrEnum):
 MEMORY_PAUSE_S = 15.0
 """The first pause of a trial after a machine was full; every further one is twice as long."""
 
+LONGEST_PAUSE_S = 60.0
+
 
 class Tried(NamedTuple):
     """A failed try: the reason, and the number of tasks that were done by then."""
@@ -96,10 +98,14 @@ def change_for(failed: Sequence[Tried], retries: int, gpus_per_worker: float) ->
     return "when there may be more memory" if is_memory else "from its last finished task"
 
 
-def pause_before(failed: Sequence[Tried]) -> float:
-    """The seconds that a trial waits before it is tried again: where a machine was full, others there end meanwhile."""
-    is_full = kind_of(failed[-1].reason) is Failure.HOST_MEMORY
-    return MEMORY_PAUSE_S * 2.0 ** (len(alike_in_vain(failed)) - 1) if is_full else 0.0
+def pause_before(failed: Sequence[Tried], tasks_done: int) -> float:
+    """The seconds for which a trial, ``tasks_done`` tasks in, holds its room and waits before it learns again.
+
+    Where a machine was full, others on it may end meanwhile, and nothing else takes the trial's place.
+    """
+    if not failed or failed[-1].tasks_done < tasks_done or kind_of(failed[-1].reason) is not Failure.HOST_MEMORY:
+        return 0.0
+    return min(MEMORY_PAUSE_S * 2.0 ** (len(alike_in_vain(failed)) - 1), LONGEST_PAUSE_S)
 
 
 def alike_in_vain(failed: Sequence[Tried]) -> list[str]:

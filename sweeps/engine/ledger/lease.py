@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inflora.config import ConfigError
-from inflora.errors import one_line
+from inflora.errors import UserError, one_line
 from inflora.patience import NoAnswerError, patiently, within
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _understood(content: bytes | None) -> Holder | None:
         return None  # no driver has written that
 
 
-class ReplacedError(Exception):
+class ReplacedError(UserError):
     """Another driver has taken this one for dead, and goes on in its place or has ended the sweep there."""
 
 
@@ -127,6 +127,8 @@ def require_ours(place: "SharedFolder") -> None:
     held = holder(place)
     if held is None:
         place.require()  # a folder that is away holds no lease either
+        held = holder(place)  # it may just have come back
+    if held is None:
         raise ReplacedError(f"another driver has had {place.address} meanwhile, or its {LEASE_FILE} was removed")
     if held.owner != _OWNER:
         raise ReplacedError(f"{held.shown} has taken {place.address} over")

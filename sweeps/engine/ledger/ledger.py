@@ -22,7 +22,7 @@ from inflora.config import ConfigError
 from inflora.setup import check_learner
 from sweeps.engine.ledger.bill import Bill, Machine
 from sweeps.engine.ledger.database import storage_to_write, study_url
-from sweeps.engine.ledger.failures import Tried, change_for, pause_before
+from sweeps.engine.ledger.failures import Tried, change_for
 from sweeps.engine.ledger.records import REFUSED, Outcome, TaskReport, TrialRecord, Waiting, now_ms
 from sweeps.engine.ledger.study import check_study
 from sweeps.engine.ledger.trials import (
@@ -111,8 +111,7 @@ class Ledger:
         """Know what the study says, and nothing else: all its trials, of which those that run are to be run again."""
         # What is written down is kept in mind as well: to read it again would cost more with every trial that runs.
         self._records = {record.number: record for record in read_records(self.study)}
-        # To be proposed again, each from a moment on.
-        self._again = {trial.number: 0.0 for trial in self._trials(TrialState.RUNNING)}
+        self._again = [trial.number for trial in self._trials(TrialState.RUNNING)]
         self._running: dict[int, _RunningTrial] = {}
 
     def warm_start(self, settings: Sequence[Mapping[str, Any]], source: str) -> int:
@@ -203,9 +202,8 @@ class Ledger:
         A sampler that has found what it likes proposes it again and again in a small space; then chance proposes, and
         where chance finds nothing new either, what is left is counted through.
         """
-        if due := [number for number, moment in self._again.items() if moment <= time.monotonic()]:
-            del self._again[due[0]]
-            return self._propose_again(due[0])
+        if self._again:
+            return self._propose_again(self._again.pop(0))
         records = self.records()
         if len(records) >= self.sweep.trials or self._exhausted:
             return None
@@ -334,7 +332,7 @@ class Ledger:
         else:
             trial.set_user_attr("again", seal(change))
             self._note(number, again=change)
-            self._again[number] = time.monotonic() + pause_before(tries)
+            self._again.append(number)
 
     def take_back(self) -> int:
         """Propose again all trials that run, through no fault of theirs; the number of tasks reported so far.

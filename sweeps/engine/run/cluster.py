@@ -135,8 +135,26 @@ def trials_at_a_time(resources: Resources, executor: str, say: Callable[[str], N
 
 
 def has_gpus() -> bool:
-    """True of a cluster with GPUs, or one that says which it has when somebody asks for them."""
-    return bool(ray.cluster_resources().get("GPU")) or may_grow()
+    """True of a cluster with GPUs on the machines that are there."""
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def gpus_of_a_run(address: str | None) -> int:
+    """The GPUs that a run asks for where nobody has said how many: one where there are some.
+
+    One of this machine, where Ray is its own, must be one that PyTorch can use.
+
+    Raises:
+        ConfigError: There is none now, but the cluster may get some.
+    """
+    import torch  # not in the processes that only drive trials
+
+    is_own = (address or os.environ.get(_ADDRESS) or _OWN) == _OWN
+    if has_gpus():
+        return int(not is_own or torch.cuda.is_available())
+    if may_grow():
+        raise ConfigError("the cluster has no GPU now and may get some: say --gpus 1, or --gpus 0 for the CPU")
+    return 0
 
 
 def may_grow() -> bool:

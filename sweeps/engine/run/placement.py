@@ -1,5 +1,7 @@
 """What runs a trial, and the place that it asks the cluster for."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from ray import tune
@@ -17,10 +19,20 @@ def placed_trainable(sweep: Sweep, trials: str) -> Any:
     ``trials`` is the address of the folder of their states.
     """
     if sweep.executor == "inline":
-        return tune.with_resources(inline_trial(sweep.resources, trials), _place_inline(sweep))
+        return tune.with_resources(_after_pause(inline_trial(sweep.resources, trials)), _place_inline(sweep))
     beside = has_drivers()
     trainable = train_driver(sweep.resources, sweep.base.device, trials, beside=beside)
-    return tune.with_resources(trainable, _place_of_driver(beside=beside))
+    return tune.with_resources(_after_pause(trainable), _place_of_driver(beside=beside))
+
+
+def _after_pause(trainable: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """The same, after the pause that the trial's settings ask for."""
+
+    def trial(settings: dict[str, Any]) -> None:
+        time.sleep(settings["pause_s"])
+        trainable(settings)
+
+    return trial
 
 
 def _place_inline(sweep: Sweep) -> Any:

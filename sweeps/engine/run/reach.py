@@ -88,7 +88,7 @@ def reachable_ray(address: str | None) -> None:
         return  # Ray knows what runs on this machine
     shown = one_line(given, 100)
     if given.startswith("ray://"):  # Tune moves itself into the cluster then, without the study and its lock
-        raise ConfigError(f"a sweep's driver runs in the cluster, not as a client of it ({shown}): use ray job submit")
+        raise ConfigError(f"this runs on a machine of the cluster, not as a client of it ({shown}): use ray job submit")
     host, _, port = given.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
         raise ConfigError(f"a Ray address is host:port, auto or local, got {shown!r}")

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from inflora.errors import one_line
-from sweeps.engine.ledger.failures import Failure, headline, kind_of
+from sweeps.engine.ledger.failures import Failure, headline, kind_of, pause_before
 from sweeps.engine.ledger.ledger import Ledger
 from sweeps.engine.ledger.records import TaskReport, trial_name
 from sweeps.engine.run.actors import forgiving
@@ -42,13 +42,14 @@ class StudySearcher(Searcher):
             # None makes Tune ask again: a trial that runs may fail and be proposed once more.
             return Searcher.FINISHED if self.ledger.is_idle() or self.ledger.why_over() else None
         self.numbers[trial_id] = proposal.number
-        config = self.ledger.sweep.config(proposal.settings)
+        config, record = self.ledger.sweep.config(proposal.settings), self.ledger.record_of(proposal.number)
         return {
             "number": proposal.number,
             "name": trial_name(self.ledger.sweep.study_name, proposal.number, config),
             "tasks_done": proposal.tasks_done,
             "likeness": self.nodes.likeness._asdict(),  # a node that joins later is held to it
-            "avoid": sorted(self.nodes.to_avoid(self.ledger.record_of(proposal.number))),
+            "avoid": sorted(self.nodes.to_avoid(record)),
+            "pause_s": pause_before(record.tries, len(record.reports)),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.resources.on_device(config).model_dump(mode="json"),
