@@ -70,6 +70,7 @@ class Host:
         for source, target in binds:
             target.mkdir(parents=True, exist_ok=True)
             self.run("mount", "--rbind", source, target)
+        self.mounted = {path.name for path in self.tmp.iterdir()}  # these tests' Python, where that is below /tmp
         self.run("mount", "-t", "tmpfs", "tmpfs", "/run")
         self.run("mkdir", "/run/sshd")
         self.run("hostname", self.name)

@@ -94,7 +94,7 @@ def ends_as_if_undisturbed(slurm, job, undisturbed):
 def nothing_is_left(nodes):
     for node in nodes:
         assert node.run("ps", "-eo", "args", "--no-headers").count("ray") == 0
-        assert [path.name for path in node.tmp.iterdir() if path.name != "slurmd"] == []
+        assert {path.name for path in node.tmp.iterdir()} - node.mounted - {"slurmd"} == set()
 
 
 def test_what_cannot_start_says_why_in_one_line(slurm):
