@@ -153,6 +153,7 @@ def test_only_the_token_opens_the_cluster_from_outside(cluster):
         assert "Total Usage" not in unknown.stdout
 
 
+@pytest.mark.slow  # of lost machines a seed of test_chaos.py is in every run
 def test_a_sweep_outlives_a_machine_whose_link_goes_down(cluster, tmp_path):
     log = tmp_path / "log"
     submitted = cluster.start_submit(log, "sweeps/digits.py", *TINY, "--sweep", "digits-sequential", "optim.epochs=5")
