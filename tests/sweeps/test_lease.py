@@ -230,7 +230,7 @@ def test_a_file_that_no_driver_has_written_holds_nothing(tmp_path, content):
 def test_a_second_head_on_the_same_place_is_refused_in_a_line_and_a_killed_one_is_replaced(
     tiny_sweep, tmp_path, data_root
 ):
-    sweep = tiny_sweep.model_copy(update={"trials": 1, "base": tiny_sweep.config({"optim.epochs": 30})})
+    sweep = tiny_sweep.model_copy(update={"trials": 1, "base": tiny_sweep.config({"optim.epochs": 300})})
     shared = ("--shared", str(tmp_path / "shared"), "--executor", "inline")
     heads = []
     for name in ("one", "other"):
