@@ -147,23 +147,15 @@ class Steady(Callback):
         self.at_a_time, self.process = at_a_time, psutil.Process()
         self.begun: tuple[float, float] | None = None
         self.last = (0.0, 0.0)
-        self.since_ms = self.until_ms = 0.0
         self.head_mb = 0.0
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
         if sum(each.status == "RUNNING" for each in trials) < self.at_a_time:
             return
         times = self.process.cpu_times()
-        self.last = (time.perf_counter(), times.user + times.system)
-        self.until_ms = 1000 * time.time()
+        self.last = (time.time(), times.user + times.system)
         if self.begun is None:
-            self.begun, self.head_mb, self.since_ms = self.last, head_memory_mb(self.process), self.until_ms
-
-    @property
-    def share(self) -> float:
-        """The part of one core."""
-        assert self.begun is not None, "never did all of them run"
-        return (self.last[1] - self.begun[1]) / (self.last[0] - self.begun[0])
+            self.begun, self.head_mb = self.last, head_memory_mb(self.process)
 
 
 def head_memory_mb(driver: psutil.Process) -> float:
@@ -190,21 +182,23 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
         tracker.start()
         nodes = NodeWatch(ledger, SharedFolder(str(folder)), likeness(sweep.base.data), print)
         trainable = tune.with_resources(sleeper(tasks, seconds), {"CPU": 1, "GPU": 1})
-        start = time.perf_counter()
+        start = time.time()
         run_trials(ledger, folder, trainable, at_a_time, lambda line: None, nodes, [steady])
-        wall_s = time.perf_counter() - start
+        wall_s = time.time() - start
         tracker.close(patience_s=3600)
         records = ledger.records()
     pairs = [pair for record in records for pair in pairwise(record.reports)]
-    answers, starting = sorted(_answers(pairs, steady.since_ms, steady.until_ms)), _answers(pairs, 0, steady.since_ms)
+    assert steady.begun is not None, "never did all of them run"
+    (all_run, cpu_before_s), (one_ends, cpu_after_s) = steady.begun, steady.last
+    answers, starting = sorted(_answers(pairs, all_run, one_ends)), _answers(pairs, start, all_run)
     failed = [f"{record.number} {record.outcome}: {record.tries}" for record in records if record.value is None]
     assert not failed, failed
     return {
         "trials": at_a_time,
         "reports_per_s": at_a_time / seconds,
         "wall_s": wall_s,
-        "all_run_after_s": steady.begun[0] - start if steady.begun else 0.0,
-        "driver_share": steady.share,
+        "all_run_after_s": all_run - start,
+        "driver_share": (cpu_after_s - cpu_before_s) / (one_ends - all_run),
         "answer_s": median(answers),
         "answer_p99_s": answers[int(0.99 * len(answers))],
         "answer_max_s": answers[-1],
@@ -213,9 +207,9 @@ def measure_crowd(at_a_time: int, tasks: int, seconds: float) -> dict[str, float
     }
 
 
-def _answers(pairs: Iterable[tuple[TaskReport, TaskReport]], since_ms: float, until_ms: float) -> list[float]:
-    """How long reports of this time were held up: each report tells it of the one before."""
-    return [after.metrics["answer_s"] for before, after in pairs if since_ms <= before.time_ms < until_ms]
+def _answers(pairs: Iterable[tuple[TaskReport, TaskReport]], since: float, until: float) -> list[float]:
+    """How long reports between two times (s) were held up: each report tells it of the one before."""
+    return [after.metrics["answer_s"] for before, after in pairs if since <= before.time_ms / 1000 < until]
 
 
 def in_a_process_of_its_own(measured: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:

@@ -64,7 +64,7 @@ def test_ray_submit_runs_a_recipe_unchanged(cluster):
         assert shown[f"digits-{trial.number:04d}"][1] == trial.value
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_e2e.py runs it without hosts
 def test_ray_submit_runs_the_whole_path_of_another_recipe_in_small(cluster):
     done = cluster.submit("sweeps/cifar100.py", "--smoke", "--executor", "inline")
     assert done.returncode == 0, done.stdout

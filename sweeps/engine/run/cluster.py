@@ -75,7 +75,7 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
     }
     # A driver under `uv run` would make Ray copy the checkout and build a second environment for the workers out of it.
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    chosen = address or os.environ.get(_ADDRESS) or _OWN
+    chosen = _chosen(address)
     try:
         ray.init(
             address=chosen,
@@ -86,6 +86,11 @@ def connect(address: str | None, say: Callable[[str], None]) -> None:
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at address {chosen!r}: {' '.join(str(error).split())[:200]}") from None
     say(f"Ray: {'started on this machine' if chosen == _OWN else f'joined {_address()}'} ({_room()})")
+
+
+def _chosen(address: str | None) -> str:
+    """The Ray to join, or the one that is started here."""
+    return address or os.environ.get(_ADDRESS) or _OWN
 
 
 def require_gpus(resources: Resources, address: str | None) -> None:
@@ -149,9 +154,8 @@ def gpus_of_a_run(address: str | None) -> int:
     """
     import torch  # not in the processes that only drive trials
 
-    is_own = (address or os.environ.get(_ADDRESS) or _OWN) == _OWN
     if has_gpus():
-        return int(not is_own or torch.cuda.is_available())
+        return int(_chosen(address) != _OWN or torch.cuda.is_available())
     if may_grow():
         raise ConfigError("the cluster has no GPU now and may get some: say --gpus 1, or --gpus 0 for the CPU")
     return 0

@@ -49,7 +49,7 @@ class StudySearcher(Searcher):
             "tasks_done": proposal.tasks_done,
             "likeness": self.nodes.likeness._asdict(),  # a node that joins later is held to it
             "avoid": sorted(self.nodes.to_avoid(record)),
-            "pause_s": pause_before(record.tries, len(record.reports)),
+            "pause_s": pause_before(record.tries, proposal.tasks_done),
             "tasks": self.ledger.sweep.tasks_learnt,
             "gpus": gpus_for_retry(self.ledger.sweep.resources, proposal.failed),
             "config": self.ledger.sweep.resources.on_device(config).model_dump(mode="json"),
